@@ -1,0 +1,959 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco>=3.2,<3.4", "numpy", "tyro", "pyyaml", "tensorboard", "moviepy",
+# ]
+# ///
+"""Proximal Policy Optimisation (PPO-clip) with a Gaussian policy, for continuous actions.
+
+    python ppo_continuous.py --env-id HalfCheetah-v4 --num-envs 16
+    python ppo_continuous.py --resume runs/HalfCheetah-v4__ppo_continuous__1__20260101-120000
+
+Schulman et al. 2017, https://arxiv.org/abs/1707.06347; advantages: https://arxiv.org/abs/1506.02438.
+
+What may surprise:
+- An episode cut by a time limit bootstraps from the value of its true last observation; only termination ends a return.
+- Observations are normalised and rewards scaled by statistics which change once per rollout, after the update.
+- All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
+- Advantages are recomputed with the current critic at every epoch (`--no-recompute-advantages` for the usual once).
+"""
+
+import copy
+import csv
+import difflib
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timedelta
+from importlib.metadata import version
+from importlib.util import find_spec
+from functools import partial
+from pathlib import Path
+from typing import IO, Literal, NamedTuple, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+import yaml
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+@dataclass
+class Args:
+    env_id: str = "HalfCheetah-v4"
+    """Gymnasium id of the environment; `module:Id-v0` imports the module first"""
+    env_kwargs: str = "{}"
+    """arguments of the environment, as JSON: '{"reset_noise_scale": 0.15}'"""
+    eval_env_kwargs: str = "{}"
+    """arguments of the evaluation environment that differ, as JSON"""
+    num_envs: int = 128
+    """environments stepped together"""
+    vec: Literal["sync", "async", "envpool"] = "sync"
+    """how they are stepped: in turn, in a process each, or by EnvPool"""
+    total_timesteps: int = 1_000_000
+    """environment steps, over all environments; rounded down to whole rollouts"""
+    seed: int = 1
+    """seed of everything random"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the networks are"""
+    threads: int = 1
+    """torch threads; small networks are fastest with one"""
+    compile: bool = True
+    """compile the update (needs a C++ compiler; 3 to 20 s at the start)"""
+
+    num_steps: int | None = None
+    """steps of each environment per rollout; by default 2048 over all environments"""
+    learning_rate: float = 3e-4
+    """Adam's step size at the start"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """how the learning rate falls; linear and cosine end at 0"""
+    lr_warmup: float = 0.0
+    """share of the run over which the learning rate first rises from 0"""
+    num_minibatches: int = 32
+    """minibatches per epoch"""
+    update_epochs: int = 10
+    """passes over each rollout"""
+    gamma: float = 0.99
+    """discount"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    recompute_advantages: bool = True
+    """estimate the advantages anew at every epoch, not only at the first"""
+    norm_adv: bool = True
+    """normalise the advantages of each minibatch"""
+    clip_coef: float = 0.2
+    """epsilon of the clipped objective"""
+    clip_vloss: bool = False
+    """clip the value loss too"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.25
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """the gradient is scaled down to this norm"""
+    target_kl: float | None = None
+    """end the update of a rollout once a minibatch's KL divergence from the rollout's policy exceeds this"""
+    norm_obs: bool = True
+    """normalise observations by their running mean and deviation"""
+    norm_reward: bool = True
+    """divide rewards by the running deviation of the discounted return"""
+    actor_sizes: tuple[int, ...] = (64, 64)
+    """hidden layers of the policy"""
+    critic_sizes: tuple[int, ...] = (64, 64)
+    """hidden layers of the value function"""
+    log_std_init: float = -0.5
+    """logarithm of the policy's first standard deviation"""
+
+    num_evals: int = 10
+    """evaluations during the run, evenly spaced, the last at its end; 0 for none"""
+    eval_episodes: int = 10
+    """episodes per evaluation: deterministic, with the same seeds each time"""
+    checkpoint_every: int = 100_000
+    """environment steps between checkpoints"""
+    runs_dir: str = "runs"
+    """where run directories are made"""
+    resume: str | None = None
+    """continue the run in this directory"""
+    config: str | None = None
+    """YAML or JSON file of arguments; the command line wins"""
+    capture_video: bool = False
+    """film the best episode of every evaluation"""
+    track: bool = False
+    """send everything to Weights & Biases"""
+    wandb_project_name: str = "solorl"
+    """its project"""
+
+
+# ---------------------------------------------------------------------------------------------------- environments
+
+
+def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> gym.Env:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is asked for: its results are published
+        return gym.make(env_id, render_mode=render_mode, disable_env_checker=True, **env_kwargs)
+
+
+def make_eval_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    return make_env(args.env_id, json.loads(args.env_kwargs) | json.loads(args.eval_env_kwargs), render_mode)
+
+
+class WithoutInfo(gym.Wrapper):
+    """Drops what training does not read, and what a vector environment spends a tenth of its time on collecting."""
+
+    def step(self, action: np.ndarray) -> tuple:
+        return *self.env.step(action)[:4], {}
+
+
+def make_train_env(env_id: str, env_kwargs: dict) -> gym.Env:
+    return WithoutInfo(make_env(env_id, env_kwargs))
+
+
+class Environments:
+    """N environments stepped together. None resets by itself, so `step` always returns the true next observation.
+
+    Every episode begins with a seed drawn here: its seed and the actions since are all it takes to restore it.
+    """
+
+    def __init__(self, args: Args):
+        kwargs = json.loads(args.env_kwargs)
+        if args.vec == "envpool":
+            import envpool
+
+            self.envs = envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=args.seed, **kwargs)
+        else:
+            vector = {"sync": gym.vector.SyncVectorEnv, "async": gym.vector.AsyncVectorEnv}[args.vec]
+            one = partial(make_train_env, args.env_id, kwargs)
+            self.envs = vector([one] * args.num_envs, copy=False, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+        self.num_envs, self.kind = args.num_envs, args.vec
+        self.random = np.random.default_rng(args.seed)
+        self.seeds = np.zeros(self.num_envs, int)  # of each running episode
+        self.began = np.zeros(self.num_envs, int)  # and where in `actions` it began
+        self.actions: list[np.ndarray] = []
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The true next observations (N, D), rewards, terminated, truncated."""
+        self.actions.append(actions)
+        observations, rewards, terminated, truncated, _ = self.envs.step(actions)
+        return observations.reshape(self.num_envs, -1), rewards, terminated, truncated
+
+    def reset(self, which: np.ndarray) -> np.ndarray:
+        """New episodes where `which` is true; their first observations."""
+        self.seeds[which] = self.random.integers(2**31, size=which.sum())
+        self.began[which] = len(self.actions)
+        return self._reset(which)
+
+    def _reset(self, which: np.ndarray) -> np.ndarray:
+        if self.kind == "envpool":
+            return self.envs.reset(np.flatnonzero(which))[0].reshape(which.sum(), -1)
+        observations, _ = self.envs.reset(seed=self.seeds.tolist(), options={"reset_mask": which})
+        return observations.reshape(self.num_envs, -1)[which]
+
+    def state(self) -> dict:
+        oldest = self.began.min()
+        self.actions, self.began = self.actions[oldest:], self.began - oldest
+        actions = torch.from_numpy(np.array(self.actions))
+        random = self.random.bit_generator.state
+        return {"seeds": self.seeds.tolist(), "began": self.began.tolist(), "actions": actions, "random": random}
+
+    def restore(self, state: dict, observations: np.ndarray) -> bool:
+        """Plays the running episodes again; true if that led to the same observations."""
+        self.random.bit_generator.state = state["random"]
+        if self.kind == "envpool":
+            return False
+        self.seeds, self.began = np.array(state["seeds"]), np.array(state["began"])
+        self.actions = list(state["actions"].numpy())
+        restored = self._reset(np.ones(self.num_envs, bool)).copy()
+        for t, actions in enumerate(self.actions, start=1):
+            restored, _, terminated, truncated, _ = self.envs.step(actions)
+            restored = restored.reshape(self.num_envs, -1).copy()
+            # An episode that begins here, or one that only passes the time until it does.
+            again = (self.began == t) | ((terminated | truncated) & (self.began > t))
+            if again.any():
+                restored[again] = self._reset(again)
+        return np.array_equal(restored, observations)
+
+
+class RunningMoments:
+    """Mean and variance of everything seen, in float64 (Chan et al.'s parallel update). Not enabled, it changes nothing."""
+
+    def __init__(self, shape: tuple[int, ...], enabled: bool):
+        self.mean, self.var, self.count, self.enabled = np.zeros(shape), np.ones(shape), 0, enabled
+
+    def update(self, batch: np.ndarray) -> None:
+        mean, var, count = batch.mean(0), batch.var(0), len(batch)
+        total, delta = self.count + count, mean - self.mean
+        self.var = (self.var * self.count + var * count + delta**2 * self.count * count / total) / total
+        self.mean = self.mean + delta * count / total
+        self.count = total
+
+    def scale(self, batch: np.ndarray) -> np.ndarray:
+        return (batch / np.sqrt(self.var + 1e-8)).clip(-10, 10) if self.enabled else batch
+
+    def normalise(self, batch: np.ndarray) -> np.ndarray:
+        return self.scale(batch - self.mean if self.enabled else batch).astype(np.float32)
+
+    def state(self) -> dict:
+        return {"mean": torch.tensor(self.mean), "var": torch.tensor(self.var), "count": self.count}
+
+    def restore(self, state: dict) -> None:
+        self.mean, self.var, self.count = state["mean"].numpy(), state["var"].numpy(), state["count"]
+
+
+# ------------------------------------------------------------------------------------------------------- algorithm
+
+
+def mlp(sizes: tuple[int, ...], last_scale: float) -> nn.Sequential:
+    """Linear and tanh layers with orthogonal weights, scaled by √2 and, in the last layer, by `last_scale`."""
+    layers: list[nn.Module] = []
+    for i, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        last = i == len(sizes) - 2
+        layer = nn.Linear(inputs, outputs)
+        nn.init.orthogonal_(layer.weight, last_scale if last else math.sqrt(2))
+        nn.init.zeros_(layer.bias)
+        layers += [layer] if last else [layer, nn.Tanh()]
+    return nn.Sequential(*layers)
+
+
+class Agent(nn.Module):
+    """A Gaussian policy whose deviation does not depend on the state, and a separate critic."""
+
+    def __init__(self, args: Args, observation_size: int, action_size: int):
+        super().__init__()
+        self.actor = mlp((observation_size, *args.actor_sizes, action_size), last_scale=0.01)
+        self.critic = mlp((observation_size, *args.critic_sizes, 1), last_scale=1.0)
+        self.log_std = nn.Parameter(torch.full((action_size,), args.log_std_init))
+
+    def forward(self, observations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.actor(observations), self.log_std, self.critic(observations).squeeze(-1)
+
+
+def log_prob(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
+    z = (actions - mean) * torch.exp(-log_std)
+    return (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def generalised_advantages(
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, ended: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """A_t = δ_t + γλ A_{t+1}, where the sum stops at the end of an episode and δ_t = r_t + γ V(s_{t+1}) − V(s_t).
+
+    All (T, N). Solved for every t at once by doubling: after k rounds, A_t spans 2^k steps.
+    """
+    advantages = rewards + gamma * next_values * ~terminated - values
+    carry = gamma * lam * ~ended
+    span = 1
+    while span < len(rewards):
+        advantages = torch.cat((advantages[:-span] + carry[:-span] * advantages[span:], advantages[-span:]))
+        carry = torch.cat((carry[:-span] * carry[span:], carry[-span:]))
+        span *= 2
+    return advantages
+
+
+class Batch(NamedTuple):
+    observations: Tensor  # (B, D)
+    actions: Tensor  # (B, A)
+    logprobs: Tensor  # (B,)
+    values: Tensor  # (B,), those of the rollout's critic
+    advantages: Tensor  # (B,)
+    returns: Tensor  # (B,)
+
+
+def ppo_loss(parameters: dict[str, Tensor], agent: Agent, args: Args, batch: Batch) -> tuple[Tensor, tuple]:
+    mean, log_std, values = functional_call(agent, parameters, (batch.observations,))
+    advantages = batch.advantages
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    logratio = log_prob(mean, log_std, batch.actions) - batch.logprobs
+    ratio = logratio.exp()
+    clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = -torch.min(ratio * advantages, clipped * advantages).mean()
+
+    value_error = (values - batch.returns) ** 2
+    if args.clip_vloss:
+        near = batch.values + (values - batch.values).clamp(-args.clip_coef, args.clip_coef)
+        value_error = torch.max(value_error, (near - batch.returns) ** 2)
+    value_loss = 0.5 * value_error.mean()
+
+    entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+    kl = (ratio - 1 - logratio).mean()  # k3, http://joschu.net/blog/kl-approx.html
+    clip_fraction = (ratio != clipped).float().mean()
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    return loss, (policy_loss, value_loss, entropy, kl, clip_fraction)
+
+
+class Learner(NamedTuple):
+    """The parameters as one vector, of which the agent's are views, and the state of Adam."""
+
+    theta: Tensor
+    first_moment: Tensor
+    second_moment: Tensor
+    steps: Tensor
+    learning_rate: Tensor
+
+    @staticmethod
+    def of(agent: nn.Module) -> "Learner":
+        theta = nn.utils.parameters_to_vector(agent.parameters()).detach()
+        sizes = [parameter.numel() for parameter in agent.parameters()]
+        for parameter, piece in zip(agent.parameters(), theta.split(sizes), strict=True):
+            parameter.data = piece.view_as(parameter)
+        scalar = torch.zeros((), device=theta.device)
+        return Learner(theta, torch.zeros_like(theta), torch.zeros_like(theta), scalar, scalar.clone())
+
+    @torch.no_grad()
+    def adam_step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5) -> None:
+        self.steps.add_(1)
+        self.first_moment.lerp_(gradient, 1 - beta1)
+        self.second_moment.lerp_(gradient**2, 1 - beta2)
+        mean = self.first_moment / (1 - beta1**self.steps)
+        deviation = (self.second_moment / (1 - beta2**self.steps)).sqrt()
+        self.theta.sub_(self.learning_rate * mean / (deviation + eps))
+
+
+def update(agent: Agent, args: Args, learner: Learner, batch: Batch, indices: Tensor) -> Tensor:
+    """One step of Adam on the minibatch `indices`; returns what was measured before it."""
+    minibatch = Batch(*(column[indices] for column in batch))
+    theta = learner.theta.detach().requires_grad_()
+    names, shapes = zip(*((name, parameter.shape) for name, parameter in agent.named_parameters()), strict=True)
+    pieces = theta.split([shape.numel() for shape in shapes])
+    parameters = {name: piece.view(shape) for name, piece, shape in zip(names, pieces, shapes, strict=True)}
+    loss, measures = ppo_loss(parameters, agent, args, minibatch)
+    (gradient,) = torch.autograd.grad(loss, theta)
+    norm = gradient.norm()
+    learner.adam_step(gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1))
+    return torch.stack((*measures, norm)).detach()
+
+
+def compile_update(args: Args, agent: Agent, columns: Batch, say: Callable[[str], None]) -> Callable:
+    """Compiles by a call on copies of everything. Where that is impossible, says so and returns what there is."""
+    torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
+    fast, started = torch.compile(update, fullgraph=True, dynamic=False), time.perf_counter()
+    indices = torch.arange(len(columns.returns) // args.num_minibatches, device=columns.returns.device)
+    try:
+        fast(agent, args, Learner.of(copy.deepcopy(agent)), columns, indices)
+    except Exception as error:
+        say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
+        return update
+    say(f"update compiled in {time.perf_counter() - started:.1f} s")
+    return fast
+
+
+def lr_factor(args: Args, iteration: int, iterations: int) -> float:
+    progress = (iteration - 1) / iterations
+    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
+    rise = iteration / (args.lr_warmup * iterations) if args.lr_warmup else 1.0
+    return decay[args.lr_schedule] * min(1.0, rise)
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+class Policy:
+    """What is deployed: a batch of observations to actions, deterministic, with the normaliser frozen inside."""
+
+    def __init__(self, agent: Agent, moments: RunningMoments, low: np.ndarray, high: np.ndarray):
+        self.agent, self.moments, self.low, self.high = agent, moments, low, high
+
+    def __call__(self, observations: np.ndarray) -> np.ndarray:
+        flat = self.moments.normalise(observations.reshape(len(observations), -1))
+        with torch.no_grad():
+            actions = self.agent.actor(torch.from_numpy(flat).to(self.agent.log_std.device)).cpu().numpy()
+        return actions.reshape(-1, *self.low.shape).clip(self.low, self.high)
+
+
+def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:
+    """The policy of a `checkpoint.pt` or a `best.pt`."""
+    checkpoint = load_checkpoint(Path(checkpoint_path))
+    args = Args(**checkpoint["args"])
+    low, high = checkpoint["action_bounds"].numpy()
+    moments = RunningMoments(checkpoint["moments"]["mean"].shape, args.norm_obs)
+    moments.restore(checkpoint["moments"])
+    agent = Agent(args, moments.mean.size, low.size)
+    agent.load_state_dict(checkpoint["agent"])
+    return Policy(agent.to(device), moments, low, high)
+
+
+def evaluate(policy: Policy, envs: list[gym.Env], seeds: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return and length of an episode in each of the environments, played side by side."""
+    observations = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
+    returns, lengths = np.zeros(len(envs)), np.zeros(len(envs), int)
+    running = list(range(len(envs)))
+    while running:
+        actions = policy(np.stack([observations[i] for i in running]))
+        for i, action in zip(tuple(running), actions, strict=True):
+            observations[i], reward, terminated, truncated, _ = envs[i].step(action)
+            returns[i] += reward
+            lengths[i] += 1
+            if terminated or truncated:
+                running.remove(i)
+    return returns, lengths
+
+
+def film(policy: Policy, env: gym.Env, seed: int, path: Path) -> None:
+    """Plays one episode into an mp4."""
+    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
+
+    path.parent.mkdir(exist_ok=True)
+    (observation, _), ended = env.reset(seed=seed), False
+    height, width, _ = env.render().shape
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    with FFMPEG_VideoWriter(str(unfinished), (width, height), env.metadata.get("render_fps", 30)) as video:
+        while not ended:
+            video.write_frame(env.render())
+            observation, _, terminated, truncated, _ = env.step(policy(observation[None])[0])
+            ended = terminated or truncated
+    unfinished.replace(path)
+
+
+# --------------------------------------------------------------------------------------------------- run directory
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with unfinished.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """The one before stays as `checkpoint.previous.pt`."""
+    following = path.with_name(f"{path.stem}.next.pt")
+    write_atomically(following, lambda file: torch.save(checkpoint, file))
+    if path.exists():
+        path.replace(path.with_name(f"{path.stem}.previous.pt"))
+    following.replace(path)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """On the CPU; a ValueError says in one line what is wrong with a torn or foreign file."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["args"]["env_id"], checkpoint["script"], checkpoint["agent"]
+    except Exception as error:
+        raise ValueError(f"{path} is torn or not a checkpoint: {str(error).splitlines()[0][:80]}") from None
+    return checkpoint
+
+
+def git(*command: str) -> str | None:
+    result = subprocess.run(["git", *command], cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def create_run(args: Args, device: torch.device) -> Path:
+    """Made under another name and renamed, so that a run directory is never half there."""
+    source, runs = Path(__file__).resolve(), Path(args.runs_dir)
+    runs.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=".new-", dir=runs))
+    new.chmod(0o755)
+    shutil.copy(source, new)
+    write_atomically(
+        new / "config.yaml", lambda file: file.write(yaml.safe_dump(asdict(args), sort_keys=False).encode())
+    )
+    meta = {
+        "script": source.stem,
+        "command": shlex.join([sys.executable, *sys.argv]),
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": bool(git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy") if find_spec(name)},
+        "host": platform.node(),
+        "device": str(device),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{source.stem}__{args.seed}"
+    while (directory := runs / f"{name}__{datetime.now():%Y%m%d-%H%M%S}").exists():
+        time.sleep(0.1)
+    return new.rename(directory)
+
+
+def find_run(args: Args) -> tuple[Path, dict]:
+    """The run to resume and its last good checkpoint, which is empty if the run was killed before its first."""
+    directory = Path(args.resume)
+    mine = Path(__file__).stem, args.env_id
+    found = [path for name in ("", ".previous") if (path := directory / f"checkpoint{name}.pt").exists()]
+    for path in found:
+        try:
+            checkpoint = load_checkpoint(path)
+            if (checkpoint["script"], checkpoint["args"]["env_id"]) == mine:
+                return directory, checkpoint
+            problem = f"{path} is of {checkpoint['script']} on {checkpoint['args']['env_id']}"
+        except ValueError as error:
+            problem = str(error)
+        print(f"--resume: {problem}", file=sys.stderr)
+    if found:
+        refuse(f"--resume {directory}: no good checkpoint is left in it; start a new run")
+    return directory, {}
+
+
+class Run:
+    """What a run directory collects while the run goes on; after a resume, from where the checkpoint left it."""
+
+    def __init__(self, directory: Path, tables: dict[str, list[str]], sizes: dict[str, int], step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.live, self.said = sys.stdout.isatty(), time.monotonic()
+        self.log = (directory / "run.log").open("a")
+        self.tensorboard = SummaryWriter(str(directory), purge_step=step + 1)
+        self.tables = {}
+        for name, columns in tables.items():
+            file = (directory / f"{name}.csv").open("a", newline="")
+            file.truncate(sizes.get(name, 0))  # rows after the checkpoint will be written again
+            self.tables[name] = csv.DictWriter(file, columns), file
+            if not sizes.get(name):
+                self.tables[name][0].writeheader()
+
+    def add(self, table: str, rows: list[dict]) -> None:
+        writer, file = self.tables[table]
+        writer.writerows(rows)
+        file.flush()
+
+    def sizes(self) -> dict[str, int]:
+        for _, file in self.tables.values():
+            os.fsync(file.fileno())
+        return {name: file.tell() for name, (_, file) in self.tables.items()}
+
+    def say(self, text: str) -> None:
+        print(f"\r\033[K{text}" if self.live else text, flush=True)
+        self.log.writelines(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n" for line in text.splitlines())
+        self.log.flush()
+
+    def progress(self, text: str) -> None:
+        """A live line on a terminal; elsewhere, and in the log, a line every half minute."""
+        if time.monotonic() - self.said > 30:
+            self.said = time.monotonic()
+            self.say(text)
+        elif self.live:
+            print(f"\r\033[K{text[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+
+    def close(self) -> None:
+        self.tensorboard.close()
+        for file in (self.log, *(file for _, file in self.tables.values())):
+            file.close()
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM, for the run to stop where it can be resumed."""
+    caught: list[int] = []
+    handlers = {n: signal.signal(n, lambda n, _: caught.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+
+def refuse(problem: str) -> NoReturn:
+    print(f"{Path(__file__).name}: {problem}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def read_config(path: Path) -> list[str]:
+    """A file of arguments as a command line."""
+    try:
+        settings = dict(yaml.safe_load(path.read_text()) or {})
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        refuse(f"--config {path}: {' '.join(str(error).split())}")
+    names = [field.name for field in fields(Args)]
+    command = []
+    for key, value in settings.items():
+        name = str(key).replace("-", "_")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            refuse(f"--config {path}: unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        if isinstance(value, bool):
+            command.append(flag(name if value else f"no_{name}"))
+        else:
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            command += [flag(name), *map(str, values)]
+    return command
+
+
+def parse(argv: list[str] | None = None) -> Args:
+    """The defaults, or the file of `--config`, or the run of `--resume`; the command line wins."""
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    if args.resume:
+        run = Path(args.resume)
+        if not (run / "meta.json").is_file():
+            refuse(f"--resume {run}: not a run directory (it has no meta.json)")
+        script = json.loads((run / "meta.json").read_text())["script"]
+        if script != Path(__file__).stem:
+            refuse(f"--resume {run}: this is a run of {script}; resume it with {script}.py")
+        started = tyro.cli(Args, args=read_config(run / "config.yaml"))
+        args = tyro.cli(Args, args=argv, default=started)
+        free = "resume device threads compile num_evals eval_episodes checkpoint_every capture_video track runs_dir"
+        for name, value in asdict(started).items():
+            if getattr(args, name) != value and name not in free.split():
+                refuse(f"--resume {run}: {flag(name)} is {value} in that run and cannot become {getattr(args, name)}")
+    elif args.config:
+        args = tyro.cli(Args, args=argv, default=tyro.cli(Args, args=read_config(Path(args.config))))
+    return args
+
+
+def check(args: Args) -> None:
+    """Refuses what cannot work, before anything is written."""
+    for name, least in {"num_envs": 1, "num_steps": 1, "num_minibatches": 1, "update_epochs": 1, "threads": 1, "seed": 0,
+                        "ent_coef": 0, "vf_coef": 0, "num_evals": 0, "eval_episodes": 1, "checkpoint_every": 1}.items():  # fmt: skip
+        if getattr(args, name) < least:
+            refuse(f"{flag(name)} {getattr(args, name)}: must be at least {least}")
+    for name in ("learning_rate", "clip_coef", "max_grad_norm", "target_kl"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            refuse(f"{flag(name)} {getattr(args, name)}: must be above 0")
+    for name in ("gamma", "gae_lambda", "lr_warmup"):
+        if not 0 <= getattr(args, name) <= 1:
+            refuse(f"{flag(name)} {getattr(args, name)}: must be between 0 and 1")
+    batch_size = args.num_envs * args.num_steps
+    if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
+        rollout = f"a rollout of {args.num_envs} x {args.num_steps} = {batch_size} steps"
+        refuse(f"--num-minibatches {args.num_minibatches}: must divide {rollout} into parts of two or more")
+    if args.total_timesteps < batch_size:
+        refuse(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {batch_size} steps")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        refuse("--device cuda: torch finds no CUDA device here; use auto or cpu")
+    for name, package, wanted in (("vec", "envpool", args.vec == "envpool"), ("track", "wandb", args.track)):
+        if wanted and not find_spec(package):
+            refuse(f"{flag(name)}: {package} is not installed; pip install {package}")
+    for name in ("env_kwargs", "eval_env_kwargs"):
+        try:
+            dict(**json.loads(getattr(args, name)))
+        except (ValueError, TypeError):
+            refuse(f"{flag(name)} {getattr(args, name)}: must be a JSON object such as '{{\"frame_skip\": 4}}'")
+    if args.capture_video and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    try:
+        env = make_eval_env(args, "rgb_array" if args.capture_video else None)
+    except Exception as error:
+        refuse(f"--env-id {args.env_id}: {' '.join(str(error).split())}")
+    if not isinstance(env.observation_space, gym.spaces.Box):
+        refuse(
+            f"--env-id {args.env_id}: observes {type(env.observation_space).__name__}; only Box observations can be learnt from"
+        )
+    if not isinstance(env.action_space, gym.spaces.Box):
+        refuse(
+            f"--env-id {args.env_id}: acts in {env.action_space}; this script is for Box, ppo_discrete.py for Discrete"
+        )
+    if args.capture_video:
+        try:
+            env.reset(seed=0)
+            env.render()
+        except Exception as error:
+            refuse(f"--capture-video: {args.env_id} cannot be rendered here: {' '.join(str(error).split())}")
+    env.close()
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+MEASURES = ("policy_loss", "value_loss", "entropy", "kl", "clip_fraction", "grad_norm")
+TABLES = {
+    "episodes": ["step", "wall_time", "return", "length"],
+    "progress": ["step", "wall_time", "sps", *MEASURES, "explained_variance", "learning_rate", "updates", "std"]
+    + ["seconds_stepping", "seconds_acting", "seconds_updating"],
+    "evaluations": ["step", "episode", "seed", "return", "length"],
+}
+
+
+def train(args: Args) -> Path:
+    args = replace(args, num_steps=args.num_steps or max(1, 2048 // args.num_envs))
+    check(args)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+    eval_envs = [make_eval_env(args) for _ in range(args.eval_episodes)]
+    eval_seeds = [10_000 + i for i in range(args.eval_episodes)]
+    low, high = eval_envs[0].action_space.low, eval_envs[0].action_space.high
+    N, T, D, A = args.num_envs, args.num_steps, math.prod(eval_envs[0].observation_space.shape), low.size
+    B = N * T
+    iterations = args.total_timesteps // B
+
+    agent = Agent(args, D, A).requires_grad_(False).to(device)
+    learner = Learner.of(agent)
+    moments, return_moments = RunningMoments((D,), args.norm_obs), RunningMoments((), args.norm_reward)
+    policy = Policy(agent, moments, low, high)
+    envs = Environments(args)
+    observations = envs.reset(np.ones(N, bool))
+    returns, lengths, discounted = np.zeros(N), np.zeros(N, int), np.zeros(N)  # of the running episodes
+    recent: deque[float] = deque(maxlen=100)  # returns of the last finished episodes
+    seconds = np.zeros(3)  # stepping, acting, updating
+    done, elapsed, updates, evaluation, best = 0, 0.0, 0, {}, {}
+    run = Run(directory, TABLES, saved.get("sizes", {}), saved.get("step", 0))
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project_name, name=directory.name, id=directory.name, resume="allow",
+                   config=asdict(args), sync_tensorboard=True, save_code=True)  # fmt: skip
+    if saved:
+        agent.load_state_dict(saved["agent"])
+        for tensor, value in zip(learner[1:], saved["learner"], strict=True):
+            tensor.copy_(value)
+        moments.restore(saved["moments"])
+        return_moments.restore(saved["return_moments"])
+        if envs.restore(saved["environments"], saved["observations"].numpy()):
+            observations = saved["observations"].numpy()
+            returns, lengths, discounted = (saved[name].numpy() for name in ("returns", "lengths", "discounted"))
+        else:
+            run.say(f"--vec {args.vec} cannot restore the running episodes; they begin anew, all else continues")
+            observations = envs.reset(np.ones(N, bool))
+        recent.extend(saved["recent"])
+        seconds = saved["seconds"].numpy()
+        done, elapsed, updates = saved["iteration"], saved["elapsed"], saved["updates"]
+        evaluation, best = saved["evaluation"], saved["best"]
+        torch.set_rng_state(saved["random"][0])
+        torch.cuda.set_rng_state_all(saved["random"][1:])
+
+    run.say(
+        f"{Path(__file__).stem}  {args.env_id}  {D} observations, {A} actions in {low.min():g} to {high.max():g}\n"
+        f"{N} environments ({args.vec}) x {T} steps, {args.update_epochs} epochs of {args.num_minibatches} minibatches"
+        f" of {B // args.num_minibatches}, {learner.theta.numel():,} parameters, {device}, {args.threads} thread(s)\n"
+        f"{directory}"
+    )
+
+    raw = np.empty((T, N, D))
+    normalised = torch.empty((T + 1, N, D), device=device)
+    actions = torch.empty((T, N, A), device=device)
+    rewards, terminated, ended = np.empty((T, N)), np.empty((T, N), bool), np.empty((T, N), bool)
+    batch = Batch(normalised[:T].view(B, D), actions.view(B, A), *(torch.zeros(B, device=device) for _ in range(4)))
+    fast_update = compile_update(args, agent, batch, run.say) if args.compile else update
+    started = time.perf_counter() - elapsed
+
+    with interruptible() as interrupts:
+        for iteration in range(done + 1, iterations + 1):
+            step, earlier = iteration * B, seconds.copy()
+            learner.learning_rate.fill_(args.learning_rate * lr_factor(args, iteration, iterations))
+
+            # Collect T steps of every environment.
+            noise = agent.log_std.exp() * torch.randn((T, N, A), device=device)
+            last_at, last_observations, episodes = [], [], []
+            for t in range(T):
+                clock = time.perf_counter()
+                raw[t] = observations
+                normalised[t] = torch.from_numpy(moments.normalise(observations))
+                actions[t] = agent.actor(normalised[t]) + noise[t]
+                clipped = actions[t].cpu().numpy().clip(low.ravel(), high.ravel()).reshape(N, *low.shape)
+                seconds[1] += time.perf_counter() - clock
+
+                clock = time.perf_counter()
+                observations, rewards[t], terminated[t], truncated = envs.step(clipped)
+                ended[t] = terminated[t] | truncated
+                returns += rewards[t]
+                lengths += 1
+                if ended[t].any():
+                    for n in np.flatnonzero(ended[t]):
+                        last_at.append((t, n))
+                        last_observations.append(moments.normalise(observations[n]))
+                        now = {"step": step - B + (t + 1) * N, "wall_time": round(time.perf_counter() - started, 3)}
+                        episodes.append(now | {"return": returns[n], "length": lengths[n]})
+                    observations[ended[t]] = envs.reset(ended[t])
+                    returns[ended[t]], lengths[ended[t]] = 0, 0
+                seconds[0] += time.perf_counter() - clock
+            normalised[T] = torch.from_numpy(moments.normalise(observations))
+
+            # Scale the rewards by the deviation of the discounted return, which starts anew with every episode.
+            clock = time.perf_counter()
+            discounted_returns = np.empty((T, N))
+            for t in range(T):
+                discounted_returns[t] = discounted = discounted * args.gamma + rewards[t]
+                discounted = np.where(ended[t], 0.0, discounted)
+            return_moments.update(discounted_returns.ravel())
+            scaled = torch.from_numpy(return_moments.scale(rewards).astype(np.float32)).to(device)
+            is_terminated, is_ended = (torch.from_numpy(mask).to(device) for mask in (terminated, ended))
+
+            # Improve the policy.
+            batch.logprobs[:] = log_prob(agent.actor(batch.observations), agent.log_std, batch.actions)
+            measured = []
+            for epoch in range(args.update_epochs):
+                if epoch == 0 or args.recompute_advantages:
+                    values = agent.critic(normalised).squeeze(-1)  # (T + 1, N)
+                    next_values = values[1:].clone()
+                    if last_at:  # what an ended episode saw last, instead of what the next one saw first
+                        last = torch.from_numpy(np.stack(last_observations)).to(device)
+                        next_values[tuple(np.array(last_at).T)] = agent.critic(last).squeeze(-1)
+                    advantages = generalised_advantages(
+                        scaled, values[:-1], next_values, is_terminated, is_ended, args.gamma, args.gae_lambda
+                    )
+                    batch.advantages[:] = advantages.flatten()
+                    batch.returns[:] = (advantages + values[:-1]).flatten()
+                    if epoch == 0:
+                        batch.values[:] = values[:-1].flatten()
+                        explained = 1 - (batch.returns - batch.values).var() / batch.returns.var()
+                for indices in torch.randperm(B, device=device).split(B // args.num_minibatches):
+                    measured.append(fast_update(agent, args, learner, batch, indices))
+                    if args.target_kl and measured[-1][MEASURES.index("kl")] > args.target_kl:
+                        break
+                else:
+                    continue
+                break
+            moments.update(raw.reshape(B, D))
+            updates += len(measured)
+            measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist(), strict=True))
+            seconds[2] += time.perf_counter() - clock
+
+            # Log.
+            if not all(map(math.isfinite, measures.values())):
+                run.say(f"stopped: a loss was not finite in the rollout that ended at step {step:,}: {measures}")
+                run.say(f"{directory / 'checkpoint.pt'} is from before that")
+                raise SystemExit(1)
+            elapsed, before = time.perf_counter() - started, elapsed
+            recent.extend(episode["return"] for episode in episodes)
+            row = {"step": step, "wall_time": round(elapsed, 3), "sps": round(B / (elapsed - before))} | measures
+            row |= {"explained_variance": explained.item(), "learning_rate": learner.learning_rate.item()}
+            row |= {"updates": updates, "std": agent.log_std.exp().mean().item()}
+            shares = ("seconds_stepping", "seconds_acting", "seconds_updating")
+            row |= dict(zip(shares, (seconds - earlier).round(4).tolist(), strict=True))
+            run.add("episodes", episodes)
+            run.add("progress", [row])
+            for episode in episodes:
+                run.tensorboard.add_scalar("charts/episodic_return", episode["return"], episode["step"])
+                run.tensorboard.add_scalar("charts/episodic_length", episode["length"], episode["step"])
+            for name, value in row.items():
+                group = "losses" if name in MEASURES else "charts"
+                run.tensorboard.add_scalar(f"{group}/{name}", value, step)
+
+            # Evaluate.
+            policy_state = {
+                "script": Path(__file__).stem,
+                "args": asdict(args),
+                "step": step,
+                "agent": agent.state_dict(),
+            }
+            policy_state |= {"moments": moments.state(), "action_bounds": torch.from_numpy(np.stack((low, high)))}
+            if iteration * args.num_evals // iterations > (iteration - 1) * args.num_evals // iterations:
+                scores, spans = evaluate(policy, eval_envs, eval_seeds)
+                rows = zip(range(len(scores)), eval_seeds, scores, spans, strict=True)
+                columns = TABLES["evaluations"]
+                run.add("evaluations", [dict(zip(columns, (step, *row), strict=True)) for row in rows])
+                run.tensorboard.add_scalar("charts/evaluation_return", scores.mean(), step)
+                evaluation = {"step": step, "mean": scores.mean().item(), "std": scores.std().item()}
+                if not best or evaluation["mean"] > best["mean"]:
+                    best = evaluation
+                    write_atomically(directory / "best.pt", partial(torch.save, policy_state))
+                if args.capture_video:
+                    video = directory / "videos" / f"step-{step:09d}.mp4"
+                    film(policy, make_eval_env(args, "rgb_array"), eval_seeds[scores.argmax()], video)
+
+            # Checkpoint.
+            due = step // args.checkpoint_every > (step - B) // args.checkpoint_every
+            if due or interrupts or iteration == iterations:
+                checkpoint = policy_state | {
+                    "learner": list(learner[1:]),
+                    "return_moments": return_moments.state(),
+                    "environments": envs.state(),
+                    "observations": torch.from_numpy(observations.copy()),
+                    "returns": torch.from_numpy(returns),
+                    "lengths": torch.from_numpy(lengths),
+                    "discounted": torch.from_numpy(discounted),
+                    "recent": list(recent),
+                    "seconds": torch.from_numpy(seconds),
+                    "iteration": iteration,
+                    "elapsed": time.perf_counter() - started,
+                    "updates": updates,
+                    "evaluation": evaluation,
+                    "best": best,
+                    "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+                    "sizes": run.sizes(),
+                }
+                save_checkpoint(directory / "checkpoint.pt", checkpoint)
+
+            left = elapsed / iteration * (iterations - iteration)
+            run.progress(
+                f"{step:>11,} {iteration / iterations:4.0%}  {row['sps']:,} steps/s  ETA {timedelta(seconds=round(left))}"
+                f"  return {np.mean(recent) if recent else math.nan:.1f}"
+                + (f"  evaluation {evaluation['mean']:.1f}" if evaluation else "")
+                + f"  KL {row['kl']:.4f}  std {row['std']:.2f}"
+            )
+            if interrupts:
+                run.say(f"stopped at step {step:,}; continue with\n  python {sys.argv[0]} --resume {directory}")
+                raise SystemExit(128 + interrupts[0])
+
+    summary = {
+        "script": Path(__file__).stem,
+        "env_id": args.env_id,
+        "seed": args.seed,
+        "steps": iterations * B,
+        "wall_time": elapsed,
+        "sps": iterations * B / elapsed,
+        "training_return": np.mean(recent) if recent else None,
+        "evaluation": evaluation,
+        "best": best,
+    } | dict(zip(("seconds_stepping", "seconds_acting", "seconds_updating"), seconds.tolist(), strict=True))
+    write_atomically(directory / "result.json", lambda file: file.write(json.dumps(summary, indent=2).encode()))
+    stepping, acting, updating = seconds / elapsed
+    run.say(
+        f"{iterations * B:,} steps in {timedelta(seconds=round(elapsed))} ({summary['sps']:,.0f} steps/s:"
+        f" stepping {stepping:.0%}, acting {acting:.0%}, updating {updating:.0%})"
+    )
+    if evaluation:
+        run.say(
+            f"evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}, best {best['mean']:.1f} at step {best['step']:,}"
+        )
+    run.close()
+    return directory
+
+
+if __name__ == "__main__":
+    train(parse())
