@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco>=3.2,<3.4", "numpy", "tyro", "pyyaml", "tensorboard", "moviepy",
+#     "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.3.7", "numpy", "tyro", "pyyaml", "tensorboard", "moviepy"
 # ]
 # ///
 """Proximal Policy Optimisation (PPO-clip) with a Gaussian policy, for continuous actions.
@@ -34,13 +34,12 @@ import tempfile
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from functools import partial
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, NoReturn
 
@@ -229,7 +228,7 @@ class Environments:
 
 
 class RunningMoments:
-    """Mean and variance of everything seen, in float64 (Chan et al.'s parallel update). Not enabled, it changes nothing."""
+    """Mean and variance of all that was seen, in float64 (Chan et al.). When not enabled, it changes nothing."""
 
     def __init__(self, shape: tuple[int, ...], enabled: bool):
         self.mean, self.var, self.count, self.enabled = np.zeros(shape), np.ones(shape), 0, enabled
@@ -486,7 +485,7 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["args"]["env_id"], checkpoint["script"], checkpoint["agent"]
     except Exception as error:
-        raise ValueError(f"{path} is torn or not a checkpoint: {str(error).splitlines()[0][:80]}") from None
+        raise ValueError(f"{path} is torn or not a checkpoint ({type(error).__name__})") from None
     return checkpoint
 
 
@@ -536,7 +535,8 @@ def find_run(args: Args) -> tuple[Path, dict]:
             problem = f"{path} is of {checkpoint['script']} on {checkpoint['args']['env_id']}"
         except ValueError as error:
             problem = str(error)
-        print(f"--resume: {problem}", file=sys.stderr)
+        print(f"--resume: {problem}; set aside", file=sys.stderr)
+        path.replace(path.with_suffix(".bad"))
     if found:
         refuse(f"--resume {directory}: no good checkpoint is left in it; start a new run")
     return directory, {}
@@ -588,16 +588,18 @@ class Run:
             file.close()
 
 
-@contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, for the run to stop where it can be resumed."""
+def catch_interrupts() -> list[int]:
+    """Collects SIGINT and SIGTERM, for a run to stop where it can be resumed; a second one stops it at once."""
     caught: list[int] = []
-    handlers = {n: signal.signal(n, lambda n, _: caught.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+
+    def catch(number: int, _: object) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, catch)
+    return caught
 
 
 # ------------------------------------------------------------------------------------------------------- arguments
@@ -656,8 +658,10 @@ def parse(argv: list[str] | None = None) -> Args:
 
 def check(args: Args) -> None:
     """Refuses what cannot work, before anything is written."""
-    for name, least in {"num_envs": 1, "num_steps": 1, "num_minibatches": 1, "update_epochs": 1, "threads": 1, "seed": 0,
-                        "ent_coef": 0, "vf_coef": 0, "num_evals": 0, "eval_episodes": 1, "checkpoint_every": 1}.items():  # fmt: skip
+    positive = ["num_envs", "num_steps", "num_minibatches", "update_epochs"]
+    positive += ["threads", "eval_episodes", "checkpoint_every"]
+    for name in (*positive, "seed", "ent_coef", "vf_coef", "num_evals"):
+        least = int(name in positive)
         if getattr(args, name) < least:
             refuse(f"{flag(name)} {getattr(args, name)}: must be at least {least}")
     for name in ("learning_rate", "clip_coef", "max_grad_norm", "target_kl"):
@@ -666,6 +670,9 @@ def check(args: Args) -> None:
     for name in ("gamma", "gae_lambda", "lr_warmup"):
         if not 0 <= getattr(args, name) <= 1:
             refuse(f"{flag(name)} {getattr(args, name)}: must be between 0 and 1")
+    for name in ("actor_sizes", "critic_sizes"):
+        if min(getattr(args, name), default=1) < 1:
+            refuse(f"{flag(name)} {getattr(args, name)}: a layer must have at least 1 unit")
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
         rollout = f"a rollout of {args.num_envs} x {args.num_steps} = {batch_size} steps"
@@ -689,9 +696,7 @@ def check(args: Args) -> None:
     except Exception as error:
         refuse(f"--env-id {args.env_id}: {' '.join(str(error).split())}")
     if not isinstance(env.observation_space, gym.spaces.Box):
-        refuse(
-            f"--env-id {args.env_id}: observes {type(env.observation_space).__name__}; only Box observations can be learnt from"
-        )
+        refuse(f"--env-id {args.env_id}: observes a {type(env.observation_space).__name__}; this script needs a Box")
     if not isinstance(env.action_space, gym.spaces.Box):
         refuse(
             f"--env-id {args.env_id}: acts in {env.action_space}; this script is for Box, ppo_discrete.py for Discrete"
@@ -716,8 +721,9 @@ TABLES = {
 }
 
 
-def train(args: Args) -> Path:
-    args = replace(args, num_steps=args.num_steps or max(1, 2048 // args.num_envs))
+def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
+    """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
+    args = replace(args, num_steps=args.num_steps or max(1, 2048 // max(1, args.num_envs)))
     check(args)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
@@ -781,154 +787,153 @@ def train(args: Args) -> Path:
     fast_update = compile_update(args, agent, batch, run.say) if args.compile else update
     started = time.perf_counter() - elapsed
 
-    with interruptible() as interrupts:
-        for iteration in range(done + 1, iterations + 1):
-            step, earlier = iteration * B, seconds.copy()
-            learner.learning_rate.fill_(args.learning_rate * lr_factor(args, iteration, iterations))
+    for iteration in range(done + 1, iterations + 1):
+        step, earlier = iteration * B, seconds.copy()
+        learner.learning_rate.fill_(args.learning_rate * lr_factor(args, iteration, iterations))
 
-            # Collect T steps of every environment.
-            noise = agent.log_std.exp() * torch.randn((T, N, A), device=device)
-            last_at, last_observations, episodes = [], [], []
-            for t in range(T):
-                clock = time.perf_counter()
-                raw[t] = observations
-                normalised[t] = torch.from_numpy(moments.normalise(observations))
-                actions[t] = agent.actor(normalised[t]) + noise[t]
-                clipped = actions[t].cpu().numpy().clip(low.ravel(), high.ravel()).reshape(N, *low.shape)
-                seconds[1] += time.perf_counter() - clock
-
-                clock = time.perf_counter()
-                observations, rewards[t], terminated[t], truncated = envs.step(clipped)
-                ended[t] = terminated[t] | truncated
-                returns += rewards[t]
-                lengths += 1
-                if ended[t].any():
-                    for n in np.flatnonzero(ended[t]):
-                        last_at.append((t, n))
-                        last_observations.append(moments.normalise(observations[n]))
-                        now = {"step": step - B + (t + 1) * N, "wall_time": round(time.perf_counter() - started, 3)}
-                        episodes.append(now | {"return": returns[n], "length": lengths[n]})
-                    observations[ended[t]] = envs.reset(ended[t])
-                    returns[ended[t]], lengths[ended[t]] = 0, 0
-                seconds[0] += time.perf_counter() - clock
-            normalised[T] = torch.from_numpy(moments.normalise(observations))
-
-            # Scale the rewards by the deviation of the discounted return, which starts anew with every episode.
+        # Collect T steps of every environment.
+        noise = agent.log_std.exp() * torch.randn((T, N, A), device=device)
+        last_at, last_observations, episodes = [], [], []
+        for t in range(T):
             clock = time.perf_counter()
-            discounted_returns = np.empty((T, N))
-            for t in range(T):
-                discounted_returns[t] = discounted = discounted * args.gamma + rewards[t]
-                discounted = np.where(ended[t], 0.0, discounted)
-            return_moments.update(discounted_returns.ravel())
-            scaled = torch.from_numpy(return_moments.scale(rewards).astype(np.float32)).to(device)
-            is_terminated, is_ended = (torch.from_numpy(mask).to(device) for mask in (terminated, ended))
+            raw[t] = observations
+            normalised[t] = torch.from_numpy(moments.normalise(observations))
+            actions[t] = agent.actor(normalised[t]) + noise[t]
+            clipped = actions[t].cpu().numpy().clip(low.ravel(), high.ravel()).reshape(N, *low.shape)
+            seconds[1] += time.perf_counter() - clock
 
-            # Improve the policy.
-            batch.logprobs[:] = log_prob(agent.actor(batch.observations), agent.log_std, batch.actions)
-            measured = []
-            for epoch in range(args.update_epochs):
-                if epoch == 0 or args.recompute_advantages:
-                    values = agent.critic(normalised).squeeze(-1)  # (T + 1, N)
-                    next_values = values[1:].clone()
-                    if last_at:  # what an ended episode saw last, instead of what the next one saw first
-                        last = torch.from_numpy(np.stack(last_observations)).to(device)
-                        next_values[tuple(np.array(last_at).T)] = agent.critic(last).squeeze(-1)
-                    advantages = generalised_advantages(
-                        scaled, values[:-1], next_values, is_terminated, is_ended, args.gamma, args.gae_lambda
-                    )
-                    batch.advantages[:] = advantages.flatten()
-                    batch.returns[:] = (advantages + values[:-1]).flatten()
-                    if epoch == 0:
-                        batch.values[:] = values[:-1].flatten()
-                        explained = 1 - (batch.returns - batch.values).var() / batch.returns.var()
-                for indices in torch.randperm(B, device=device).split(B // args.num_minibatches):
-                    measured.append(fast_update(agent, args, learner, batch, indices))
-                    if args.target_kl and measured[-1][MEASURES.index("kl")] > args.target_kl:
-                        break
-                else:
-                    continue
-                break
-            moments.update(raw.reshape(B, D))
-            updates += len(measured)
-            measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist(), strict=True))
-            seconds[2] += time.perf_counter() - clock
+            clock = time.perf_counter()
+            observations, rewards[t], terminated[t], truncated = envs.step(clipped)
+            ended[t] = terminated[t] | truncated
+            returns += rewards[t]
+            lengths += 1
+            if ended[t].any():
+                for n in np.flatnonzero(ended[t]):
+                    last_at.append((t, n))
+                    last_observations.append(moments.normalise(observations[n]))
+                    now = {"step": step - B + (t + 1) * N, "wall_time": round(time.perf_counter() - started, 3)}
+                    episodes.append(now | {"return": returns[n].item(), "length": lengths[n].item()})
+                observations[ended[t]] = envs.reset(ended[t])
+                returns[ended[t]], lengths[ended[t]] = 0, 0
+            seconds[0] += time.perf_counter() - clock
+        normalised[T] = torch.from_numpy(moments.normalise(observations))
 
-            # Log.
-            if not all(map(math.isfinite, measures.values())):
-                run.say(f"stopped: a loss was not finite in the rollout that ended at step {step:,}: {measures}")
-                run.say(f"{directory / 'checkpoint.pt'} is from before that")
-                raise SystemExit(1)
-            elapsed, before = time.perf_counter() - started, elapsed
-            recent.extend(episode["return"] for episode in episodes)
-            row = {"step": step, "wall_time": round(elapsed, 3), "sps": round(B / (elapsed - before))} | measures
-            row |= {"explained_variance": explained.item(), "learning_rate": learner.learning_rate.item()}
-            row |= {"updates": updates, "std": agent.log_std.exp().mean().item()}
-            shares = ("seconds_stepping", "seconds_acting", "seconds_updating")
-            row |= dict(zip(shares, (seconds - earlier).round(4).tolist(), strict=True))
-            run.add("episodes", episodes)
-            run.add("progress", [row])
-            for episode in episodes:
-                run.tensorboard.add_scalar("charts/episodic_return", episode["return"], episode["step"])
-                run.tensorboard.add_scalar("charts/episodic_length", episode["length"], episode["step"])
-            for name, value in row.items():
-                group = "losses" if name in MEASURES else "charts"
-                run.tensorboard.add_scalar(f"{group}/{name}", value, step)
+        # Scale the rewards by the deviation of the discounted return, which starts anew with every episode.
+        clock = time.perf_counter()
+        discounted_returns = np.empty((T, N))
+        for t in range(T):
+            discounted_returns[t] = discounted = discounted * args.gamma + rewards[t]
+            discounted = np.where(ended[t], 0.0, discounted)
+        return_moments.update(discounted_returns.ravel())
+        scaled = torch.from_numpy(return_moments.scale(rewards).astype(np.float32)).to(device)
+        is_terminated, is_ended = (torch.from_numpy(mask).to(device) for mask in (terminated, ended))
 
-            # Evaluate.
-            policy_state = {
-                "script": Path(__file__).stem,
-                "args": asdict(args),
-                "step": step,
-                "agent": agent.state_dict(),
+        # Improve the policy.
+        batch.logprobs[:] = log_prob(agent.actor(batch.observations), agent.log_std, batch.actions)
+        measured = []
+        for epoch in range(args.update_epochs):
+            if epoch == 0 or args.recompute_advantages:
+                values = agent.critic(normalised).squeeze(-1)  # (T + 1, N)
+                next_values = values[1:].clone()
+                if last_at:  # what an ended episode saw last, instead of what the next one saw first
+                    last = torch.from_numpy(np.stack(last_observations)).to(device)
+                    next_values[tuple(np.array(last_at).T)] = agent.critic(last).squeeze(-1)
+                advantages = generalised_advantages(
+                    scaled, values[:-1], next_values, is_terminated, is_ended, args.gamma, args.gae_lambda
+                )
+                batch.advantages[:] = advantages.flatten()
+                batch.returns[:] = (advantages + values[:-1]).flatten()
+                if epoch == 0:
+                    batch.values[:] = values[:-1].flatten()
+                    explained = 1 - (batch.returns - batch.values).var() / batch.returns.var()
+            for indices in torch.randperm(B, device=device).split(B // args.num_minibatches):
+                measured.append(fast_update(agent, args, learner, batch, indices))
+                if args.target_kl and measured[-1][MEASURES.index("kl")] > args.target_kl:
+                    break
+            else:
+                continue
+            break
+        moments.update(raw.reshape(B, D))
+        updates += len(measured)
+        measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist(), strict=True))
+        seconds[2] += time.perf_counter() - clock
+
+        # Log.
+        if not all(map(math.isfinite, measures.values())):
+            run.say(f"stopped: a loss was not finite in the rollout that ended at step {step:,}: {measures}")
+            run.say(f"{directory / 'checkpoint.pt'} is from before that")
+            raise SystemExit(1)
+        elapsed, before = time.perf_counter() - started, elapsed
+        recent.extend(episode["return"] for episode in episodes)
+        row = {"step": step, "wall_time": round(elapsed, 3), "sps": round(B / (elapsed - before))} | measures
+        row |= {"explained_variance": explained.item(), "learning_rate": learner.learning_rate.item()}
+        row |= {"updates": updates, "std": agent.log_std.exp().mean().item()}
+        shares = ("seconds_stepping", "seconds_acting", "seconds_updating")
+        row |= dict(zip(shares, (seconds - earlier).round(4).tolist(), strict=True))
+        run.add("episodes", episodes)
+        run.add("progress", [row])
+        for episode in episodes:
+            run.tensorboard.add_scalar("charts/episodic_return", episode["return"], episode["step"])
+            run.tensorboard.add_scalar("charts/episodic_length", episode["length"], episode["step"])
+        for name, value in row.items():
+            group = "losses" if name in MEASURES else "charts"
+            run.tensorboard.add_scalar(f"{group}/{name}", value, step)
+
+        # Evaluate.
+        policy_state = {
+            "script": Path(__file__).stem,
+            "args": asdict(args),
+            "step": step,
+            "agent": agent.state_dict(),
+        }
+        policy_state |= {"moments": moments.state(), "action_bounds": torch.from_numpy(np.stack((low, high)))}
+        if iteration * args.num_evals // iterations > (iteration - 1) * args.num_evals // iterations:
+            scores, spans = evaluate(policy, eval_envs, eval_seeds)
+            rows = zip(range(len(scores)), eval_seeds, scores, spans, strict=True)
+            columns = TABLES["evaluations"]
+            run.add("evaluations", [dict(zip(columns, (step, *row), strict=True)) for row in rows])
+            run.tensorboard.add_scalar("charts/evaluation_return", scores.mean(), step)
+            evaluation = {"step": step, "mean": scores.mean().item(), "std": scores.std().item()}
+            if not best or evaluation["mean"] > best["mean"]:
+                best = evaluation
+                write_atomically(directory / "best.pt", partial(torch.save, policy_state))
+            if args.capture_video:
+                video = directory / "videos" / f"step-{step:09d}.mp4"
+                film(policy, make_eval_env(args, "rgb_array"), eval_seeds[scores.argmax()], video)
+
+        # Checkpoint.
+        due = step // args.checkpoint_every > (step - B) // args.checkpoint_every
+        if due or interrupts or iteration == iterations:
+            checkpoint = policy_state | {
+                "learner": list(learner[1:]),
+                "return_moments": return_moments.state(),
+                "environments": envs.state(),
+                "observations": torch.from_numpy(observations.copy()),
+                "returns": torch.from_numpy(returns),
+                "lengths": torch.from_numpy(lengths),
+                "discounted": torch.from_numpy(discounted),
+                "recent": list(recent),
+                "seconds": torch.from_numpy(seconds),
+                "iteration": iteration,
+                "elapsed": time.perf_counter() - started,
+                "updates": updates,
+                "evaluation": evaluation,
+                "best": best,
+                "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+                "sizes": run.sizes(),
             }
-            policy_state |= {"moments": moments.state(), "action_bounds": torch.from_numpy(np.stack((low, high)))}
-            if iteration * args.num_evals // iterations > (iteration - 1) * args.num_evals // iterations:
-                scores, spans = evaluate(policy, eval_envs, eval_seeds)
-                rows = zip(range(len(scores)), eval_seeds, scores, spans, strict=True)
-                columns = TABLES["evaluations"]
-                run.add("evaluations", [dict(zip(columns, (step, *row), strict=True)) for row in rows])
-                run.tensorboard.add_scalar("charts/evaluation_return", scores.mean(), step)
-                evaluation = {"step": step, "mean": scores.mean().item(), "std": scores.std().item()}
-                if not best or evaluation["mean"] > best["mean"]:
-                    best = evaluation
-                    write_atomically(directory / "best.pt", partial(torch.save, policy_state))
-                if args.capture_video:
-                    video = directory / "videos" / f"step-{step:09d}.mp4"
-                    film(policy, make_eval_env(args, "rgb_array"), eval_seeds[scores.argmax()], video)
+            save_checkpoint(directory / "checkpoint.pt", checkpoint)
 
-            # Checkpoint.
-            due = step // args.checkpoint_every > (step - B) // args.checkpoint_every
-            if due or interrupts or iteration == iterations:
-                checkpoint = policy_state | {
-                    "learner": list(learner[1:]),
-                    "return_moments": return_moments.state(),
-                    "environments": envs.state(),
-                    "observations": torch.from_numpy(observations.copy()),
-                    "returns": torch.from_numpy(returns),
-                    "lengths": torch.from_numpy(lengths),
-                    "discounted": torch.from_numpy(discounted),
-                    "recent": list(recent),
-                    "seconds": torch.from_numpy(seconds),
-                    "iteration": iteration,
-                    "elapsed": time.perf_counter() - started,
-                    "updates": updates,
-                    "evaluation": evaluation,
-                    "best": best,
-                    "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
-                    "sizes": run.sizes(),
-                }
-                save_checkpoint(directory / "checkpoint.pt", checkpoint)
-
-            left = elapsed / iteration * (iterations - iteration)
-            run.progress(
-                f"{step:>11,} {iteration / iterations:4.0%}  {row['sps']:,} steps/s  ETA {timedelta(seconds=round(left))}"
-                f"  return {np.mean(recent) if recent else math.nan:.1f}"
-                + (f"  evaluation {evaluation['mean']:.1f}" if evaluation else "")
-                + f"  KL {row['kl']:.4f}  std {row['std']:.2f}"
-            )
-            if interrupts:
-                run.say(f"stopped at step {step:,}; continue with\n  python {sys.argv[0]} --resume {directory}")
-                raise SystemExit(128 + interrupts[0])
+        left = elapsed / iteration * (iterations - iteration)
+        run.progress(
+            f"{step:>11,} {iteration / iterations:4.0%}  {row['sps']:,} steps/s  ETA {timedelta(seconds=round(left))}"
+            f"  return {np.mean(recent) if recent else math.nan:.1f}"
+            + (f"  evaluation {evaluation['mean']:.1f}" if evaluation else "")
+            + f"  KL {row['kl']:.4f}  std {row['std']:.2f}"
+        )
+        if interrupts:
+            run.say(f"stopped at step {step:,}; continue with\n  python {sys.argv[0]} --resume {directory}")
+            raise SystemExit(128 + interrupts[0])
 
     summary = {
         "script": Path(__file__).stem,
@@ -937,7 +942,7 @@ def train(args: Args) -> Path:
         "steps": iterations * B,
         "wall_time": elapsed,
         "sps": iterations * B / elapsed,
-        "training_return": np.mean(recent) if recent else None,
+        "training_return": sum(recent) / len(recent) if recent else None,
         "evaluation": evaluation,
         "best": best,
     } | dict(zip(("seconds_stepping", "seconds_acting", "seconds_updating"), seconds.tolist(), strict=True))
@@ -948,12 +953,12 @@ def train(args: Args) -> Path:
         f" stepping {stepping:.0%}, acting {acting:.0%}, updating {updating:.0%})"
     )
     if evaluation:
-        run.say(
-            f"evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}, best {best['mean']:.1f} at step {best['step']:,}"
-        )
+        final = f"evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}"
+        run.say(f"{final}, best {best['mean']:.1f} at step {best['step']:,}")
     run.close()
+    envs.envs.close()
     return directory
 
 
 if __name__ == "__main__":
-    train(parse())
+    train(interrupts=catch_interrupts(), args=parse())

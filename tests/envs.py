@@ -1,0 +1,57 @@
+"""Small environments whose right answers are known."""
+
+import gymnasium as gym
+import numpy as np
+
+
+class Clock(gym.Env):
+    """Pays 1 every step for 20 steps, and shows how many have passed. `cut` says whether it is cut then, or ends."""
+
+    observation_space = gym.spaces.Box(0, 1, (1,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, cut: bool = True, render_mode: str | None = None):
+        self.cut = cut
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        over = self.t == 20
+        return np.full(1, self.t / 20, np.float32), 1.0, over and not self.cut, over and self.cut, {}
+
+
+class Mirror(gym.Env):
+    """Pays most for an action equal to the observation, a matrix; bounded unevenly. Pays NaN at step `breaks`."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2, 2))
+    action_space = gym.spaces.Box(np.full((2, 2), -1, np.float32), np.full((2, 2), 2, np.float32))
+
+    def __init__(self, breaks: int | None = None, render_mode: str | None = None):
+        self.breaks, self.steps = breaks, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        self.target = self.np_random.uniform(-1, 1, (2, 2)).astype(np.float32)
+        return self.target, {}
+
+    def step(self, action):
+        assert self.action_space.contains(action.astype(np.float32))
+        self.t += 1
+        self.steps += 1
+        reward = np.nan if self.steps == self.breaks else -float(((action - self.target) ** 2).mean())
+        self.target = self.np_random.uniform(-1, 1, (2, 2)).astype(np.float32)
+        return self.target, reward, False, self.t == 10, {}
+
+
+class Pair(Clock):
+    observation_space = gym.spaces.Dict({"a": gym.spaces.Box(0, 1, (1,))})
+
+
+gym.register("Clock-v0", Clock)
+gym.register("Mirror-v0", Mirror)
+gym.register("Pair-v0", Pair)
