@@ -387,7 +387,7 @@ def compile_update(args: Args, agent: Agent, columns: Batch, say: Callable[[str]
     except Exception as error:
         say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
         return update
-    say(f"update compiled in {time.perf_counter() - started:.1f} s")
+    say(f"the update compiled in {time.perf_counter() - started:.1f} s")
     return fast
 
 

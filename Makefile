@@ -1,0 +1,22 @@
+# `make train` and `make test` need nothing but Python 3.11 or newer; they make a virtual environment of their own.
+PYTHON ?= python3
+VENV ?= .venv
+SCRIPT ?= ppo_continuous.py
+ARGS ?= --env-id HalfCheetah-v4 --num-envs 16
+
+.PHONY: train test
+train: $(VENV)/train
+	$(VENV)/bin/python $(SCRIPT) $(ARGS)
+
+test: $(VENV)/dev
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/python -m pytest
+
+$(VENV)/train: EXTRAS =
+$(VENV)/dev: EXTRAS = [dev]
+$(VENV)/train $(VENV)/dev: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)'
+	@touch $@

@@ -1,0 +1,150 @@
+"""Steps per second of a script beside other libraries', with equal settings, on this machine."""
+
+import csv
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+WARMUP = 2  # rollouts left out at the start of every measurement
+
+CASES = {
+    "ppo_continuous": {
+        "16 x 256, minibatch 64": {"num_envs": 16, "num_steps": 256, "num_minibatches": 64},
+        "1 x 2048, minibatch 64": {"num_envs": 1, "num_steps": 2048, "num_minibatches": 32},
+        "16 x 256, minibatch 1024": {"num_envs": 16, "num_steps": 256, "num_minibatches": 4},
+    }
+}
+COMMON = {"update_epochs": 10, "sizes": [64, 64]}
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    vec: str
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.vec}, {self.threads} thread{'s' * (self.threads > 1)})"
+
+
+def contenders(script: str) -> list[Contender]:
+    """Every way of stepping and thread count worth trying, of everything that is installed."""
+    ways = [Contender("ours", vec, n) for vec in ("sync", "envpool") for n in (1, 2) if vec == "sync" or find_spec(vec)]
+    for name, package in (("sb3", "stable_baselines3"), ("sbx", "sbx")):
+        if find_spec(package):
+            ways += [Contender(name, "sync", 1), Contender(name, "sync", 2), Contender(name, "async", 1)]
+    return ways
+
+
+def measure(script: str, contender: Contender, settings: dict) -> tuple[float, dict]:
+    """Steps per second after the warm-up; of ours also the shares of the time and the seconds of compiling."""
+    if contender.name != "ours":
+        words = [sys.executable, "-m", "benchmark.contenders", contender.name]
+        chosen = settings | {"vec": contender.vec, "threads": contender.threads, "warmup": WARMUP}
+        return float(run([*words, json.dumps(chosen)]).split()[-1]), {}
+    with tempfile.TemporaryDirectory() as runs:
+        total = settings["num_envs"] * settings["num_steps"] * settings["rollouts"]
+        words = [sys.executable, f"{script}.py", "--vec", contender.vec, "--threads", str(contender.threads)]
+        words += [
+            "--env-id",
+            settings["env_id"],
+            "--total-timesteps",
+            str(total),
+            "--runs-dir",
+            runs,
+            "--num-evals",
+            "0",
+        ]
+        for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs"):
+            words += [f"--{name.replace('_', '-')}", str(settings[name])]
+        sizes = [str(size) for size in settings["sizes"]]
+        words += ["--actor-sizes", *sizes, "--critic-sizes", *sizes, "--no-recompute-advantages"]
+        output = run(words)
+        with next(Path(runs).glob("*/progress.csv")).open() as file:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    first, last = rows[WARMUP - 1], rows[-1]
+    seconds = last["wall_time"] - first["wall_time"]
+    shares = {
+        name.removeprefix("seconds_"): sum(row[name] for row in rows[WARMUP:]) / seconds
+        for name in first
+        if name.startswith("seconds_")
+    }
+    compiling = re.search(r"compiled in ([\d.]+) s", output)
+    return (last["step"] - first["step"]) / seconds, shares | {"compiling": float(compiling[1]) if compiling else 0.0}
+
+
+def run(words: list[str]) -> str:
+    threads = {name: "" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}  # each contender sets its own
+    environment = {name: value for name, value in os.environ.items() if name not in threads}
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
+    if result.returncode:
+        sys.exit(f"{' '.join(words)} failed:\n{result.stderr[-2000:]}")
+    return result.stdout
+
+
+def speed(
+    script: Annotated[str, tyro.conf.Positional] = "ppo_continuous",
+    /,
+    env_id: str = "HalfCheetah-v4",
+    rounds: int = 3,
+    rollouts: int = 14,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Compare a script's steps per second with other libraries', with equal settings.
+
+    Every way of stepping and thread count is tried once; then the fastest of each library run in turn, so that all of
+    them meet the same machine. The first two rollouts, and so all compiling, are left out.
+
+    Args:
+        script: which script
+        env_id: the environment
+        rounds: how often the fastest of each library are run in turn
+        rollouts: length of a measurement
+        json_file: write all figures into this file
+    """
+    if script not in CASES:
+        print(f"no speed comparison for {script!r}; there is one for: {', '.join(CASES)}", file=sys.stderr)
+        sys.exit(2)
+    report = {}
+    for case, sizes in CASES[script].items():
+        settings = COMMON | sizes | {"env_id": env_id, "rollouts": rollouts}
+        print(f"\n{env_id}, {case}, {COMMON['update_epochs']} epochs", flush=True)
+        fastest: dict[str, tuple[float, Contender]] = {}
+        for contender in contenders(script):
+            rate, _ = measure(script, contender, settings | {"rollouts": 6})
+            print(f"  tried {contender!s:<28} {rate:>8,.0f} steps/s", flush=True)
+            fastest[contender.name] = max(
+                fastest.get(contender.name, (0.0, contender)), (rate, contender), key=lambda x: x[0]
+            )
+        rates: dict[str, list[float]] = {name: [] for name in fastest}
+        details = []
+        for _ in range(rounds):
+            for name, (_, contender) in fastest.items():
+                rate, detail = measure(script, contender, settings)
+                rates[name].append(rate)
+                details += [detail] if detail else []
+        for name, (_, contender) in fastest.items():
+            ratios = [ours / other for ours, other in zip(rates["ours"], rates[name], strict=True)]
+            low, middle, high = min(rates[name]), statistics.median(rates[name]), max(rates[name])
+            against = f"   ours is {statistics.median(ratios):.2f} x" if name != "ours" else ""
+            print(f"  {contender!s:<34} {middle:>8,.0f} steps/s ({low:,.0f} to {high:,.0f}){against}", flush=True)
+        shares = {name: statistics.median(detail[name] for detail in details) for name in details[0]}
+        compiling = shares.pop("compiling")
+        print("  ours: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()), end="")
+        print(f"; compiling took {compiling:.1f} s before that", flush=True)
+        ways = {name: str(contender) for name, (_, contender) in fastest.items()}
+        report[case] = {"settings": settings, "ways": ways, "steps_per_second": rates, "shares": shares}
+        report[case]["compile_seconds"] = compiling
+    if json_file:
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
