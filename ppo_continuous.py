@@ -21,13 +21,16 @@ What may surprise:
 import copy
 import csv
 import difflib
+import importlib
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -79,6 +82,8 @@ class Args:
     """steps of each environment per rollout; by default 2048 over all environments"""
     learning_rate: float = 3e-4
     """Adam's step size at the start"""
+    critic_lr_factor: float = 3.0
+    """the critic learns at this multiple of the learning rate"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """how the learning rate falls; linear and cosine end at 0"""
     lr_warmup: float = 0.0
@@ -339,19 +344,23 @@ class Learner(NamedTuple):
     """The parameters as one vector, of which the agent's are views, and the state of Adam."""
 
     theta: Tensor
+    factors: Tensor  # of the learning rate, for each parameter
     first_moment: Tensor
     second_moment: Tensor
     steps: Tensor
     learning_rate: Tensor
 
     @staticmethod
-    def of(agent: nn.Module) -> "Learner":
+    def of(agent: nn.Module, critic_lr_factor: float = 1.0) -> "Learner":
         theta = nn.utils.parameters_to_vector(agent.parameters()).detach()
+        factors = torch.ones_like(theta)
         sizes = [parameter.numel() for parameter in agent.parameters()]
-        for parameter, piece in zip(agent.parameters(), theta.split(sizes), strict=True):
+        pieces = zip(agent.named_parameters(), theta.split(sizes), factors.split(sizes), strict=True)
+        for (name, parameter), piece, factor in pieces:
             parameter.data = piece.view_as(parameter)
-        scalar = torch.zeros((), device=theta.device)
-        return Learner(theta, torch.zeros_like(theta), torch.zeros_like(theta), scalar, scalar.clone())
+            factor.fill_(critic_lr_factor if name.startswith("critic") else 1.0)
+        steps, learning_rate = torch.zeros(2, device=theta.device)
+        return Learner(theta, factors, torch.zeros_like(theta), torch.zeros_like(theta), steps, learning_rate)
 
     @torch.no_grad()
     def adam_step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5) -> None:
@@ -360,7 +369,7 @@ class Learner(NamedTuple):
         self.second_moment.lerp_(gradient**2, 1 - beta2)
         mean = self.first_moment / (1 - beta1**self.steps)
         deviation = (self.second_moment / (1 - beta2**self.steps)).sqrt()
-        self.theta.sub_(self.learning_rate * mean / (deviation + eps))
+        self.theta.sub_(self.learning_rate * self.factors * mean / (deviation + eps))
 
 
 def update(agent: Agent, args: Args, learner: Learner, batch: Batch, indices: Tensor) -> Tensor:
@@ -383,7 +392,7 @@ def compile_update(args: Args, agent: Agent, columns: Batch, say: Callable[[str]
     fast, started = torch.compile(update, fullgraph=True, dynamic=False), time.perf_counter()
     indices = torch.arange(len(columns.returns) // args.num_minibatches, device=columns.returns.device)
     try:
-        fast(agent, args, Learner.of(copy.deepcopy(agent)), columns, indices)
+        fast(agent, args, Learner.of(copy.deepcopy(agent), args.critic_lr_factor), columns, indices)
     except Exception as error:
         say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
         return update
@@ -408,9 +417,10 @@ class Policy:
         self.agent, self.moments, self.low, self.high = agent, moments, low, high
 
     def __call__(self, observations: np.ndarray) -> np.ndarray:
+        # Torch's own memory: a matrix product's last bits depend on the alignment, which numpy's memory lacks.
         flat = self.moments.normalise(observations.reshape(len(observations), -1))
         with torch.no_grad():
-            actions = self.agent.actor(torch.from_numpy(flat).to(self.agent.log_std.device)).cpu().numpy()
+            actions = self.agent.actor(torch.tensor(flat, device=self.agent.log_std.device)).cpu().numpy()
         return actions.reshape(-1, *self.low.shape).clip(self.low, self.high)
 
 
@@ -489,26 +499,24 @@ def load_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
-def git(*command: str) -> str | None:
-    result = subprocess.run(["git", *command], cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
-    return result.stdout.strip() if result.returncode == 0 else None
+def git(*words: str) -> str:
+    here = Path(__file__).resolve().parent
+    return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
 
 
 def create_run(args: Args, device: torch.device) -> Path:
-    """Made under another name and renamed, so that a run directory is never half there."""
+    """Filled under another name and then renamed: a run directory is never half there."""
     source, runs = Path(__file__).resolve(), Path(args.runs_dir)
     runs.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=".new-", dir=runs))
     new.chmod(0o755)
     shutil.copy(source, new)
-    write_atomically(
-        new / "config.yaml", lambda file: file.write(yaml.safe_dump(asdict(args), sort_keys=False).encode())
-    )
+    (new / "config.yaml").write_text(yaml.safe_dump(asdict(args), sort_keys=False))
     meta = {
         "script": source.stem,
         "command": shlex.join([sys.executable, *sys.argv]),
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": bool(git("status", "--porcelain")),
+        "git_commit": git("rev-parse", "HEAD") if shutil.which("git") else None,
+        "git_dirty": bool(git("status", "--porcelain")) if shutil.which("git") else None,
         "python": platform.python_version(),
         "packages": {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy") if find_spec(name)},
         "host": platform.node(),
@@ -516,7 +524,7 @@ def create_run(args: Args, device: torch.device) -> Path:
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
     (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{source.stem}__{args.seed}"
+    name = f"{re.sub('[/:]', '-', args.env_id)}__{source.stem}__{args.seed}"
     while (directory := runs / f"{name}__{datetime.now():%Y%m%d-%H%M%S}").exists():
         time.sleep(0.1)
     return new.rename(directory)
@@ -545,14 +553,19 @@ def find_run(args: Args) -> tuple[Path, dict]:
 class Run:
     """What a run directory collects while the run goes on; after a resume, from where the checkpoint left it."""
 
-    def __init__(self, directory: Path, tables: dict[str, list[str]], sizes: dict[str, int], step: int):
+    def __init__(self, args: Args, directory: Path, sizes: dict[str, int], step: int):
+        if args.track:
+            import wandb
+
+            name, project, config = directory.name, args.wandb_project_name, asdict(args)
+            wandb.init(project=project, name=name, id=name, resume="allow", config=config, sync_tensorboard=True)
         from torch.utils.tensorboard import SummaryWriter
 
         self.live, self.said = sys.stdout.isatty(), time.monotonic()
         self.log = (directory / "run.log").open("a")
         self.tensorboard = SummaryWriter(str(directory), purge_step=step + 1)
         self.tables = {}
-        for name, columns in tables.items():
+        for name, columns in TABLES.items():
             file = (directory / f"{name}.csv").open("a", newline="")
             file.truncate(sizes.get(name, 0))  # rows after the checkpoint will be written again
             self.tables[name] = csv.DictWriter(file, columns), file
@@ -563,6 +576,12 @@ class Run:
         writer, file = self.tables[table]
         writer.writerows(rows)
         file.flush()
+
+    def plot(self, prefix: str, rows: list[dict]) -> None:
+        for row in rows:
+            for name, value in row.items():
+                if name != "step":
+                    self.tensorboard.add_scalar(prefix + name, value, row["step"])
 
     def sizes(self) -> dict[str, int]:
         for _, file in self.tables.values():
@@ -658,21 +677,20 @@ def parse(argv: list[str] | None = None) -> Args:
 
 def check(args: Args) -> None:
     """Refuses what cannot work, before anything is written."""
-    positive = ["num_envs", "num_steps", "num_minibatches", "update_epochs"]
-    positive += ["threads", "eval_episodes", "checkpoint_every"]
-    for name in (*positive, "seed", "ent_coef", "vf_coef", "num_evals"):
-        least = int(name in positive)
-        if getattr(args, name) < least:
-            refuse(f"{flag(name)} {getattr(args, name)}: must be at least {least}")
-    for name in ("learning_rate", "clip_coef", "max_grad_norm", "target_kl"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            refuse(f"{flag(name)} {getattr(args, name)}: must be above 0")
-    for name in ("gamma", "gae_lambda", "lr_warmup"):
-        if not 0 <= getattr(args, name) <= 1:
-            refuse(f"{flag(name)} {getattr(args, name)}: must be between 0 and 1")
-    for name in ("actor_sizes", "critic_sizes"):
-        if min(getattr(args, name), default=1) < 1:
-            refuse(f"{flag(name)} {getattr(args, name)}: a layer must have at least 1 unit")
+    at_least_1 = ["num_envs", "num_steps", "num_minibatches", "update_epochs", "threads", "eval_episodes"]
+    at_least_1 += ["checkpoint_every", "actor_sizes", "critic_sizes"]
+    at_least_0 = ["seed", "ent_coef", "vf_coef", "num_evals"]
+    positive = ["learning_rate", "critic_lr_factor", "clip_coef", "max_grad_norm", "target_kl"]
+    shares = ["gamma", "gae_lambda", "lr_warmup"]
+    rules = {"must be at least 1": (at_least_1, lambda value: value >= 1)}
+    rules["must be at least 0"] = at_least_0, lambda value: 0 <= value < math.inf
+    rules["must be above 0"] = positive, lambda value: 0 < value < math.inf
+    rules["must be between 0 and 1"] = shares, lambda value: 0 <= value <= 1
+    for rule, (names, holds) in rules.items():
+        for name in names:
+            value = getattr(args, name)
+            if not all(map(holds, value if isinstance(value, tuple) else () if value is None else (value,))):
+                refuse(f"{flag(name)} {value}: {rule}")
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
         rollout = f"a rollout of {args.num_envs} x {args.num_steps} = {batch_size} steps"
@@ -683,7 +701,7 @@ def check(args: Args) -> None:
         refuse("--device cuda: torch finds no CUDA device here; use auto or cpu")
     for name, package, wanted in (("vec", "envpool", args.vec == "envpool"), ("track", "wandb", args.track)):
         if wanted and not find_spec(package):
-            refuse(f"{flag(name)}: {package} is not installed; pip install {package}")
+            refuse(f"{flag(name)} {getattr(args, name)}: {package} is not installed; pip install {package}")
     for name in ("env_kwargs", "eval_env_kwargs"):
         try:
             dict(**json.loads(getattr(args, name)))
@@ -691,32 +709,42 @@ def check(args: Args) -> None:
             refuse(f"{flag(name)} {getattr(args, name)}: must be a JSON object such as '{{\"frame_skip\": 4}}'")
     if args.capture_video and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")
+    problem = f"--env-id {args.env_id}"
     try:
         env = make_eval_env(args, "rgb_array" if args.capture_video else None)
-    except Exception as error:
-        refuse(f"--env-id {args.env_id}: {' '.join(str(error).split())}")
-    if not isinstance(env.observation_space, gym.spaces.Box):
-        refuse(f"--env-id {args.env_id}: observes a {type(env.observation_space).__name__}; this script needs a Box")
-    if not isinstance(env.action_space, gym.spaces.Box):
-        refuse(
-            f"--env-id {args.env_id}: acts in {env.action_space}; this script is for Box, ppo_discrete.py for Discrete"
-        )
-    if args.capture_video:
-        try:
+        if not isinstance(env.observation_space, gym.spaces.Box):
+            refuse(f"{problem}: observes a {type(env.observation_space).__name__}; this script needs a Box")
+        if not isinstance(env.action_space, gym.spaces.Box):
+            refuse(f"{problem}: acts in {env.action_space}; this script needs a Box, ppo_discrete.py is for Discrete")
+        if args.capture_video:
+            problem = f"--capture-video: {args.env_id} cannot be rendered here"
             env.reset(seed=0)
             env.render()
-        except Exception as error:
-            refuse(f"--capture-video: {args.env_id} cannot be rendered here: {' '.join(str(error).split())}")
-    env.close()
+        if args.vec == "envpool":
+            problem = f"--vec envpool: {args.env_id} is not in EnvPool; use sync"
+            importlib.import_module("envpool").make_spec(args.env_id)
+        env.close()
+    except Exception as error:
+        refuse(f"{problem}: {' '.join(str(error).split())}")
 
 
 # -------------------------------------------------------------------------------------------------------- training
 
-MEASURES = ("policy_loss", "value_loss", "entropy", "kl", "clip_fraction", "grad_norm")
+MEASURES = ["policy_loss", "value_loss", "entropy", "kl", "clip_fraction", "grad_norm"]
+SECONDS = ["seconds_stepping", "seconds_acting", "seconds_updating"]
 TABLES = {
     "episodes": ["step", "wall_time", "return", "length"],
-    "progress": ["step", "wall_time", "sps", *MEASURES, "explained_variance", "learning_rate", "updates", "std"]
-    + ["seconds_stepping", "seconds_acting", "seconds_updating"],
+    "progress": [
+        "step",
+        "wall_time",
+        "sps",
+        *MEASURES,
+        "explained_variance",
+        "learning_rate",
+        "updates",
+        "std",
+        *SECONDS,
+    ],
     "evaluations": ["step", "episode", "seed", "return", "length"],
 }
 
@@ -731,14 +759,14 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     torch.manual_seed(args.seed)
 
     eval_envs = [make_eval_env(args) for _ in range(args.eval_episodes)]
-    eval_seeds = [10_000 + i for i in range(args.eval_episodes)]
+    eval_seeds = range(10_000, 10_000 + args.eval_episodes)
     low, high = eval_envs[0].action_space.low, eval_envs[0].action_space.high
     N, T, D, A = args.num_envs, args.num_steps, math.prod(eval_envs[0].observation_space.shape), low.size
     B = N * T
     iterations = args.total_timesteps // B
 
     agent = Agent(args, D, A).requires_grad_(False).to(device)
-    learner = Learner.of(agent)
+    learner = Learner.of(agent, args.critic_lr_factor)
     moments, return_moments = RunningMoments((D,), args.norm_obs), RunningMoments((), args.norm_reward)
     policy = Policy(agent, moments, low, high)
     envs = Environments(args)
@@ -746,16 +774,11 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     returns, lengths, discounted = np.zeros(N), np.zeros(N, int), np.zeros(N)  # of the running episodes
     recent: deque[float] = deque(maxlen=100)  # returns of the last finished episodes
     seconds = np.zeros(3)  # stepping, acting, updating
-    done, elapsed, updates, evaluation, best = 0, 0.0, 0, {}, {}
-    run = Run(directory, TABLES, saved.get("sizes", {}), saved.get("step", 0))
-    if args.track:
-        import wandb
-
-        wandb.init(project=args.wandb_project_name, name=directory.name, id=directory.name, resume="allow",
-                   config=asdict(args), sync_tensorboard=True, save_code=True)  # fmt: skip
+    done = {"iteration": 0, "elapsed": 0.0, "updates": 0, "evaluation": {}, "best": {}}
+    run = Run(args, directory, saved.get("sizes", {}), saved.get("step", 0))
     if saved:
         agent.load_state_dict(saved["agent"])
-        for tensor, value in zip(learner[1:], saved["learner"], strict=True):
+        for tensor, value in zip(learner[2:], saved["learner"], strict=True):
             tensor.copy_(value)
         moments.restore(saved["moments"])
         return_moments.restore(saved["return_moments"])
@@ -766,17 +789,14 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             run.say(f"--vec {args.vec} cannot restore the running episodes; they begin anew, all else continues")
             observations = envs.reset(np.ones(N, bool))
         recent.extend(saved["recent"])
-        seconds = saved["seconds"].numpy()
-        done, elapsed, updates = saved["iteration"], saved["elapsed"], saved["updates"]
-        evaluation, best = saved["evaluation"], saved["best"]
+        seconds, done = saved["seconds"].numpy(), saved["done"]
         torch.set_rng_state(saved["random"][0])
         torch.cuda.set_rng_state_all(saved["random"][1:])
 
     run.say(
         f"{Path(__file__).stem}  {args.env_id}  {D} observations, {A} actions in {low.min():g} to {high.max():g}\n"
         f"{N} environments ({args.vec}) x {T} steps, {args.update_epochs} epochs of {args.num_minibatches} minibatches"
-        f" of {B // args.num_minibatches}, {learner.theta.numel():,} parameters, {device}, {args.threads} thread(s)\n"
-        f"{directory}"
+        f" of {B // args.num_minibatches}, {learner.theta.numel():,} parameters, {device}\n{directory}"
     )
 
     raw = np.empty((T, N, D))
@@ -785,10 +805,10 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     rewards, terminated, ended = np.empty((T, N)), np.empty((T, N), bool), np.empty((T, N), bool)
     batch = Batch(normalised[:T].view(B, D), actions.view(B, A), *(torch.zeros(B, device=device) for _ in range(4)))
     fast_update = compile_update(args, agent, batch, run.say) if args.compile else update
-    started = time.perf_counter() - elapsed
+    started = time.perf_counter() - done["elapsed"]
 
-    for iteration in range(done + 1, iterations + 1):
-        step, earlier = iteration * B, seconds.copy()
+    for iteration in range(done["iteration"] + 1, iterations + 1):
+        step, before, seconds_before = iteration * B, time.perf_counter(), seconds.copy()
         learner.learning_rate.fill_(args.learning_rate * lr_factor(args, iteration, iterations))
 
         # Collect T steps of every environment.
@@ -799,7 +819,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             raw[t] = observations
             normalised[t] = torch.from_numpy(moments.normalise(observations))
             actions[t] = agent.actor(normalised[t]) + noise[t]
-            clipped = actions[t].cpu().numpy().clip(low.ravel(), high.ravel()).reshape(N, *low.shape)
+            clipped = actions[t].cpu().numpy().reshape(N, *low.shape).clip(low, high)
             seconds[1] += time.perf_counter() - clock
 
             clock = time.perf_counter()
@@ -811,7 +831,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                 for n in np.flatnonzero(ended[t]):
                     last_at.append((t, n))
                     last_observations.append(moments.normalise(observations[n]))
-                    now = {"step": step - B + (t + 1) * N, "wall_time": round(time.perf_counter() - started, 3)}
+                    now = {"step": step - B + (t + 1) * N, "wall_time": round(clock - started, 3)}
                     episodes.append(now | {"return": returns[n].item(), "length": lengths[n].item()})
                 observations[ended[t]] = envs.reset(ended[t])
                 returns[ended[t]], lengths[ended[t]] = 0, 0
@@ -826,135 +846,106 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             discounted = np.where(ended[t], 0.0, discounted)
         return_moments.update(discounted_returns.ravel())
         scaled = torch.from_numpy(return_moments.scale(rewards).astype(np.float32)).to(device)
-        is_terminated, is_ended = (torch.from_numpy(mask).to(device) for mask in (terminated, ended))
+        stops = torch.from_numpy(terminated).to(device), torch.from_numpy(ended).to(device)
 
-        # Improve the policy.
+        # Improve the policy, and the critic with it.
         batch.logprobs[:] = log_prob(agent.actor(batch.observations), agent.log_std, batch.actions)
-        measured = []
+        measured, kl = [], 0.0
         for epoch in range(args.update_epochs):
             if epoch == 0 or args.recompute_advantages:
                 values = agent.critic(normalised).squeeze(-1)  # (T + 1, N)
-                next_values = values[1:].clone()
+                next_values, values = values[1:].clone(), values[:-1]
                 if last_at:  # what an ended episode saw last, instead of what the next one saw first
-                    last = torch.from_numpy(np.stack(last_observations)).to(device)
+                    last = torch.tensor(np.stack(last_observations), device=device)
                     next_values[tuple(np.array(last_at).T)] = agent.critic(last).squeeze(-1)
-                advantages = generalised_advantages(
-                    scaled, values[:-1], next_values, is_terminated, is_ended, args.gamma, args.gae_lambda
-                )
+                advantages = generalised_advantages(scaled, values, next_values, *stops, args.gamma, args.gae_lambda)
                 batch.advantages[:] = advantages.flatten()
-                batch.returns[:] = (advantages + values[:-1]).flatten()
-                if epoch == 0:
-                    batch.values[:] = values[:-1].flatten()
-                    explained = 1 - (batch.returns - batch.values).var() / batch.returns.var()
+                batch.returns[:] = (advantages + values).flatten()
+            if epoch == 0:
+                batch.values[:] = values.flatten()
+                explained_variance = 1 - (batch.returns - batch.values).var() / batch.returns.var()
             for indices in torch.randperm(B, device=device).split(B // args.num_minibatches):
                 measured.append(fast_update(agent, args, learner, batch, indices))
-                if args.target_kl and measured[-1][MEASURES.index("kl")] > args.target_kl:
+                if args.target_kl and (kl := measured[-1][MEASURES.index("kl")]) > args.target_kl:
                     break
-            else:
-                continue
-            break
+            if args.target_kl and kl > args.target_kl:
+                break
         moments.update(raw.reshape(B, D))
-        updates += len(measured)
         measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist(), strict=True))
         seconds[2] += time.perf_counter() - clock
-
-        # Log.
         if not all(map(math.isfinite, measures.values())):
             run.say(f"stopped: a loss was not finite in the rollout that ended at step {step:,}: {measures}")
             run.say(f"{directory / 'checkpoint.pt'} is from before that")
+            run.close()
             raise SystemExit(1)
-        elapsed, before = time.perf_counter() - started, elapsed
+
+        # Log.
+        done |= {"iteration": iteration, "elapsed": time.perf_counter() - started}
+        done["updates"] += len(measured)
         recent.extend(episode["return"] for episode in episodes)
-        row = {"step": step, "wall_time": round(elapsed, 3), "sps": round(B / (elapsed - before))} | measures
-        row |= {"explained_variance": explained.item(), "learning_rate": learner.learning_rate.item()}
-        row |= {"updates": updates, "std": agent.log_std.exp().mean().item()}
-        shares = ("seconds_stepping", "seconds_acting", "seconds_updating")
-        row |= dict(zip(shares, (seconds - earlier).round(4).tolist(), strict=True))
-        run.add("episodes", episodes)
+        row = {"step": step, "wall_time": round(done["elapsed"], 3), "sps": round(B / (time.perf_counter() - before))}
+        row |= measures | {"explained_variance": explained_variance.item(), "updates": done["updates"]}
+        row |= {"learning_rate": learner.learning_rate.item(), "std": agent.log_std.exp().mean().item()}
+        row |= dict(zip(SECONDS, (seconds - seconds_before).round(4).tolist(), strict=True))
         run.add("progress", [row])
-        for episode in episodes:
-            run.tensorboard.add_scalar("charts/episodic_return", episode["return"], episode["step"])
-            run.tensorboard.add_scalar("charts/episodic_length", episode["length"], episode["step"])
-        for name, value in row.items():
-            group = "losses" if name in MEASURES else "charts"
-            run.tensorboard.add_scalar(f"{group}/{name}", value, step)
+        run.add("episodes", episodes)
+        run.plot("charts/episodic_", episodes)
+        run.plot("losses/", [{name: row[name] for name in ("step", *MEASURES)}])
+        run.plot("charts/", [{name: value for name, value in row.items() if name not in MEASURES}])
 
         # Evaluate.
-        policy_state = {
-            "script": Path(__file__).stem,
-            "args": asdict(args),
-            "step": step,
-            "agent": agent.state_dict(),
-        }
+        policy_state = {"script": Path(__file__).stem, "args": asdict(args), "step": step, "agent": agent.state_dict()}
         policy_state |= {"moments": moments.state(), "action_bounds": torch.from_numpy(np.stack((low, high)))}
         if iteration * args.num_evals // iterations > (iteration - 1) * args.num_evals // iterations:
-            scores, spans = evaluate(policy, eval_envs, eval_seeds)
-            rows = zip(range(len(scores)), eval_seeds, scores, spans, strict=True)
-            columns = TABLES["evaluations"]
-            run.add("evaluations", [dict(zip(columns, (step, *row), strict=True)) for row in rows])
-            run.tensorboard.add_scalar("charts/evaluation_return", scores.mean(), step)
-            evaluation = {"step": step, "mean": scores.mean().item(), "std": scores.std().item()}
-            if not best or evaluation["mean"] > best["mean"]:
-                best = evaluation
+            scores, spans = (result.tolist() for result in evaluate(policy, eval_envs, eval_seeds))
+            rows = zip([step] * len(scores), range(len(scores)), eval_seeds, scores, spans, strict=True)
+            run.add("evaluations", [dict(zip(TABLES["evaluations"], row, strict=True)) for row in rows])
+            done["evaluation"] = {"step": step, "mean": statistics.fmean(scores), "std": statistics.pstdev(scores)}
+            run.plot("charts/evaluation_", [done["evaluation"]])
+            if not done["best"] or done["evaluation"]["mean"] > done["best"]["mean"]:
+                done["best"] = done["evaluation"]
                 write_atomically(directory / "best.pt", partial(torch.save, policy_state))
             if args.capture_video:
-                video = directory / "videos" / f"step-{step:09d}.mp4"
-                film(policy, make_eval_env(args, "rgb_array"), eval_seeds[scores.argmax()], video)
+                seed = eval_seeds[np.argmax(scores)]
+                film(policy, make_eval_env(args, "rgb_array"), seed, directory / "videos" / f"step-{step:09d}.mp4")
 
         # Checkpoint.
         due = step // args.checkpoint_every > (step - B) // args.checkpoint_every
         if due or interrupts or iteration == iterations:
-            checkpoint = policy_state | {
-                "learner": list(learner[1:]),
-                "return_moments": return_moments.state(),
-                "environments": envs.state(),
-                "observations": torch.from_numpy(observations.copy()),
-                "returns": torch.from_numpy(returns),
-                "lengths": torch.from_numpy(lengths),
-                "discounted": torch.from_numpy(discounted),
-                "recent": list(recent),
-                "seconds": torch.from_numpy(seconds),
-                "iteration": iteration,
-                "elapsed": time.perf_counter() - started,
-                "updates": updates,
-                "evaluation": evaluation,
-                "best": best,
-                "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
-                "sizes": run.sizes(),
-            }
+            arrays = {"observations": observations, "returns": returns, "lengths": lengths, "discounted": discounted}
+            checkpoint = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()} | policy_state
+            checkpoint |= {"learner": list(learner[2:]), "return_moments": return_moments.state(), "done": done}
+            checkpoint |= {"environments": envs.state(), "recent": list(recent), "seconds": torch.from_numpy(seconds)}
+            checkpoint |= {"random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()], "sizes": run.sizes()}
             save_checkpoint(directory / "checkpoint.pt", checkpoint)
 
-        left = elapsed / iteration * (iterations - iteration)
+        left = timedelta(seconds=round(done["elapsed"] / iteration * (iterations - iteration)))
+        mean_return = statistics.fmean(recent) if recent else math.nan
+        evaluated = f"  evaluation {done['evaluation']['mean']:.1f}" if done["evaluation"] else ""
         run.progress(
-            f"{step:>11,} {iteration / iterations:4.0%}  {row['sps']:,} steps/s  ETA {timedelta(seconds=round(left))}"
-            f"  return {np.mean(recent) if recent else math.nan:.1f}"
-            + (f"  evaluation {evaluation['mean']:.1f}" if evaluation else "")
-            + f"  KL {row['kl']:.4f}  std {row['std']:.2f}"
+            f"{step:>11,} {iteration / iterations:4.0%}  {row['sps']:,} steps/s  ETA {left}  return {mean_return:.1f}"
+            f"{evaluated}  KL {row['kl']:.4f}  std {row['std']:.2f}"
         )
         if interrupts:
             run.say(f"stopped at step {step:,}; continue with\n  python {sys.argv[0]} --resume {directory}")
+            run.close()
             raise SystemExit(128 + interrupts[0])
 
-    summary = {
-        "script": Path(__file__).stem,
-        "env_id": args.env_id,
-        "seed": args.seed,
-        "steps": iterations * B,
-        "wall_time": elapsed,
-        "sps": iterations * B / elapsed,
-        "training_return": sum(recent) / len(recent) if recent else None,
-        "evaluation": evaluation,
-        "best": best,
-    } | dict(zip(("seconds_stepping", "seconds_acting", "seconds_updating"), seconds.tolist(), strict=True))
-    write_atomically(directory / "result.json", lambda file: file.write(json.dumps(summary, indent=2).encode()))
-    stepping, acting, updating = seconds / elapsed
-    run.say(
-        f"{iterations * B:,} steps in {timedelta(seconds=round(elapsed))} ({summary['sps']:,.0f} steps/s:"
-        f" stepping {stepping:.0%}, acting {acting:.0%}, updating {updating:.0%})"
+    summary = {"script": Path(__file__).stem, "env_id": args.env_id, "seed": args.seed, "steps": iterations * B}
+    summary |= {"wall_time": done["elapsed"], "sps": iterations * B / done["elapsed"]}
+    summary |= {"training_return": statistics.fmean(recent) if recent else None}
+    summary |= {"evaluation": done["evaluation"], "best": done["best"]} | dict(
+        zip(SECONDS, seconds.tolist(), strict=True)
     )
-    if evaluation:
-        final = f"evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}"
-        run.say(f"{final}, best {best['mean']:.1f} at step {best['step']:,}")
+    write_atomically(directory / "result.json", lambda file: file.write(json.dumps(summary, indent=2).encode()))
+    shares = dict(zip(("stepping", "acting", "updating"), seconds / done["elapsed"], strict=True))
+    run.say(
+        f"{iterations * B:,} steps in {timedelta(seconds=round(done['elapsed']))}, {summary['sps']:,.0f} steps/s: "
+        + ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    )
+    if done["evaluation"]:
+        (mean, std), best = (done["evaluation"][name] for name in ("mean", "std")), done["best"]
+        run.say(f"evaluation {mean:.1f} ± {std:.1f}, best {best['mean']:.1f} at step {best['step']:,}")
     run.close()
     envs.envs.close()
     return directory

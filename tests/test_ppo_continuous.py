@@ -234,6 +234,21 @@ def test_async_steps_like_sync(small):
     assert same(train(small), train(replace(small, vec="async")))
 
 
+def test_a_policy_does_not_depend_on_where_its_observations_lie():
+    """Products of two or three rows differ in the last bits with their alignment in memory."""
+    torch.manual_seed(0)
+    bounds = np.ones(2, np.float32)
+    policy = ppo.Policy(ppo.Agent(Args(), 17, 2), RunningMoments((17,), enabled=False), -bounds, bounds)
+    data, answers = np.random.default_rng(0).normal(size=(2, 17)).astype(np.float32), set()
+    for offset in range(0, 64, 4):
+        memory = np.empty(data.nbytes + 128, np.uint8)
+        start = -memory.ctypes.data % 64 + offset
+        observations = memory[start : start + data.nbytes].view(np.float32).reshape(2, 17)
+        observations[:] = data
+        answers.add(policy(observations).tobytes())
+    assert len(answers) == 1
+
+
 def test_statistics_are_frozen_within_a_rollout(small):
     once = train(replace(small, total_timesteps=128, num_evals=0, checkpoint_every=128))
     assert torch.load(once / "checkpoint.pt", weights_only=True)["moments"]["count"] == 128
