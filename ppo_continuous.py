@@ -920,10 +920,10 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             save_checkpoint(directory / "checkpoint.pt", checkpoint)
 
         left = timedelta(seconds=round(done["elapsed"] / iteration * (iterations - iteration)))
-        mean_return = statistics.fmean(recent) if recent else math.nan
+        mean_return = f"{statistics.fmean(recent):.1f}" if recent else "-"
         evaluated = f"  evaluation {done['evaluation']['mean']:.1f}" if done["evaluation"] else ""
         run.progress(
-            f"{step:>11,} {iteration / iterations:4.0%}  {row['sps']:,} steps/s  ETA {left}  return {mean_return:.1f}"
+            f"{step:>11,} {iteration / iterations:4.0%}  {row['sps']:,} steps/s  ETA {left}  return {mean_return}"
             f"{evaluated}  KL {row['kl']:.4f}  std {row['std']:.2f}"
         )
         if interrupts:

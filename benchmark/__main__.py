@@ -2,7 +2,9 @@
 
 import tyro
 
+from benchmark.returns import returns
 from benchmark.speed import speed
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"speed": speed}, prog="python -m benchmark", description=__doc__)
+    commands = {"returns": returns, "speed": speed}
+    tyro.extras.subcommand_cli_from_dict(commands, prog="python -m benchmark", description=__doc__)
