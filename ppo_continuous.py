@@ -13,7 +13,7 @@ Schulman et al. 2017, https://arxiv.org/abs/1707.06347; advantages: https://arxi
 
 What may surprise:
 - An episode cut by a time limit bootstraps from the value of its true last observation; only termination ends a return.
-- Observations are normalised and rewards scaled by statistics which change once per rollout, after the update.
+- The statistics that normalise observations change once per rollout, after its update; nothing shifts within it.
 - All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
 - Advantages are recomputed with the current critic at every epoch (`--no-recompute-advantages` for the usual once).
 """
@@ -163,8 +163,8 @@ class WithoutInfo(gym.Wrapper):
         return *self.env.step(action)[:4], {}
 
 
-def make_train_env(env_id: str, env_kwargs: dict) -> gym.Env:
-    return WithoutInfo(make_env(env_id, env_kwargs))
+def make_train_env(args: Args) -> gym.Env:
+    return WithoutInfo(make_env(args.env_id, json.loads(args.env_kwargs)))
 
 
 class Environments:
@@ -181,7 +181,7 @@ class Environments:
             self.envs = envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=args.seed, **kwargs)
         else:
             vector = {"sync": gym.vector.SyncVectorEnv, "async": gym.vector.AsyncVectorEnv}[args.vec]
-            one = partial(make_train_env, args.env_id, kwargs)
+            one = partial(make_train_env, args)
             self.envs = vector([one] * args.num_envs, copy=False, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
         self.num_envs, self.kind = args.num_envs, args.vec
         self.random = np.random.default_rng(args.seed)
@@ -191,7 +191,8 @@ class Environments:
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The true next observations (N, D), rewards, terminated, truncated."""
-        self.actions.append(actions)
+        if self.kind != "envpool":
+            self.actions.append(actions.copy())
         observations, rewards, terminated, truncated, _ = self.envs.step(actions)
         return observations.reshape(self.num_envs, -1), rewards, terminated, truncated
 
@@ -206,6 +207,9 @@ class Environments:
             return self.envs.reset(np.flatnonzero(which))[0].reshape(which.sum(), -1)
         observations, _ = self.envs.reset(seed=self.seeds.tolist(), options={"reset_mask": which})
         return observations.reshape(self.num_envs, -1)[which]
+
+    def close(self) -> None:
+        self.envs.close()
 
     def state(self) -> dict:
         oldest = self.began.min()
@@ -224,9 +228,10 @@ class Environments:
         restored = self._reset(np.ones(self.num_envs, bool)).copy()
         for t, actions in enumerate(self.actions, start=1):
             restored, _, terminated, truncated, _ = self.envs.step(actions)
-            restored = restored.reshape(self.num_envs, -1).copy()
-            # An episode that begins here, or one that only passes the time until it does.
-            again = (self.began == t) | ((terminated | truncated) & (self.began > t))
+            restored, over = restored.reshape(self.num_envs, -1).copy(), terminated | truncated
+            if (over & (self.began < t)).any():
+                return False
+            again = (self.began == t) | over  # begins here, or only passes the time until it does
             if again.any():
                 restored[again] = self._reset(again)
         return np.array_equal(restored, observations)
@@ -298,7 +303,7 @@ def generalised_advantages(
 
     All (T, N). Solved for every t at once by doubling: after k rounds, A_t spans 2^k steps.
     """
-    advantages = rewards + gamma * next_values * ~terminated - values
+    advantages = rewards + gamma * next_values.masked_fill(terminated, 0) - values
     carry = gamma * lam * ~ended
     span = 1
     while span < len(rewards):
@@ -388,10 +393,11 @@ def update(agent: Agent, args: Args, learner: Learner, batch: Batch, indices: Te
 
 def compile_update(args: Args, agent: Agent, columns: Batch, say: Callable[[str], None]) -> Callable:
     """Compiles by a call on copies of everything. Where that is impossible, says so and returns what there is."""
-    torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
-    fast, started = torch.compile(update, fullgraph=True, dynamic=False), time.perf_counter()
+    started = time.perf_counter()
     indices = torch.arange(len(columns.returns) // args.num_minibatches, device=columns.returns.device)
     try:
+        torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
+        fast = torch.compile(update, fullgraph=True, dynamic=False)
         fast(agent, args, Learner.of(copy.deepcopy(agent), args.critic_lr_factor), columns, indices)
     except Exception as error:
         say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
@@ -484,8 +490,10 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """The one before stays as `checkpoint.previous.pt`."""
     following = path.with_name(f"{path.stem}.next.pt")
     write_atomically(following, lambda file: torch.save(checkpoint, file))
+    previous = path.with_name(f"{path.stem}.previous.pt")
     if path.exists():
-        path.replace(path.with_name(f"{path.stem}.previous.pt"))
+        previous.unlink(missing_ok=True)
+        os.link(path, previous)
     following.replace(path)
 
 
@@ -494,31 +502,41 @@ def load_checkpoint(path: Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["args"]["env_id"], checkpoint["script"], checkpoint["agent"]
+    except FileNotFoundError:
+        raise
     except Exception as error:
         raise ValueError(f"{path} is torn or not a checkpoint ({type(error).__name__})") from None
     return checkpoint
 
 
-def git(*words: str) -> str:
-    here = Path(__file__).resolve().parent
-    return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
+def git(*words: str) -> str | None:
+    try:
+        here = Path(__file__).resolve().parent
+        result = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
 
 
 def create_run(args: Args, device: torch.device) -> Path:
     """Filled under another name and then renamed: a run directory is never half there."""
     source, runs = Path(__file__).resolve(), Path(args.runs_dir)
-    runs.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=".new-", dir=runs))
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=".new-", dir=runs))
+    except OSError as error:
+        refuse(f"--runs-dir {runs}: {error.strerror}; name a folder that can be written to")
     new.chmod(0o755)
+    packages = ["torch", "gymnasium", "mujoco", "numpy", *(["envpool"] if args.vec == "envpool" else [])]
     shutil.copy(source, new)
     (new / "config.yaml").write_text(yaml.safe_dump(asdict(args), sort_keys=False))
     meta = {
         "script": source.stem,
         "command": shlex.join([sys.executable, *sys.argv]),
-        "git_commit": git("rev-parse", "HEAD") if shutil.which("git") else None,
-        "git_dirty": bool(git("status", "--porcelain")) if shutil.which("git") else None,
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": git("status", "--porcelain") != "",
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy") if find_spec(name)},
+        "packages": {name: version(name) for name in packages if find_spec(name)},
         "host": platform.node(),
         "device": str(device),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -532,21 +550,25 @@ def create_run(args: Args, device: torch.device) -> Path:
 
 def find_run(args: Args) -> tuple[Path, dict]:
     """The run to resume and its last good checkpoint, which is empty if the run was killed before its first."""
-    directory = Path(args.resume)
-    mine = Path(__file__).stem, args.env_id
-    found = [path for name in ("", ".previous") if (path := directory / f"checkpoint{name}.pt").exists()]
-    for path in found:
+    directory, problems = Path(args.resume), []
+    checkpoint_path = directory / "checkpoint.pt"
+    for path in (checkpoint_path, directory / "checkpoint.previous.pt"):
         try:
             checkpoint = load_checkpoint(path)
-            if (checkpoint["script"], checkpoint["args"]["env_id"]) == mine:
-                return directory, checkpoint
-            problem = f"{path} is of {checkpoint['script']} on {checkpoint['args']['env_id']}"
+        except FileNotFoundError:
+            continue
         except ValueError as error:
-            problem = str(error)
-        print(f"--resume: {problem}; set aside", file=sys.stderr)
-        path.replace(path.with_suffix(".bad"))
-    if found:
-        refuse(f"--resume {directory}: no good checkpoint is left in it; start a new run")
+            problems.append(str(error))
+            continue
+        script, env_id = checkpoint["script"], checkpoint["args"]["env_id"]
+        if (script, env_id) != (Path(__file__).stem, args.env_id):
+            refuse(f"--resume {directory}: {path.name} is of {script} on {env_id}, not of this run")
+        if path != checkpoint_path:
+            print(f"--resume: {problems[0] if problems else 'no checkpoint.pt'}; using {path.name}", file=sys.stderr)
+            path.replace(checkpoint_path)
+        return directory, checkpoint
+    if problems:
+        refuse(f"--resume {directory}: {problems[0]}, and there is no good one before it; start a new run")
     return directory, {}
 
 
@@ -568,6 +590,7 @@ class Run:
         for name, columns in TABLES.items():
             file = (directory / f"{name}.csv").open("a", newline="")
             file.truncate(sizes.get(name, 0))  # rows after the checkpoint will be written again
+            file.seek(0, os.SEEK_END)
             self.tables[name] = csv.DictWriter(file, columns), file
             if not sizes.get(name):
                 self.tables[name][0].writeheader()
@@ -699,7 +722,9 @@ def check(args: Args) -> None:
         refuse(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {batch_size} steps")
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: torch finds no CUDA device here; use auto or cpu")
-    for name, package, wanted in (("vec", "envpool", args.vec == "envpool"), ("track", "wandb", args.track)):
+    needs = [("vec", "envpool", args.vec == "envpool"), ("track", "wandb", args.track)]
+    needs += [("capture_video", "moviepy", args.capture_video)]
+    for name, package, wanted in needs:
         if wanted and not find_spec(package):
             refuse(f"{flag(name)} {getattr(args, name)}: {package} is not installed; pip install {package}")
     for name in ("env_kwargs", "eval_env_kwargs"):
@@ -707,25 +732,30 @@ def check(args: Args) -> None:
             dict(**json.loads(getattr(args, name)))
         except (ValueError, TypeError):
             refuse(f"{flag(name)} {getattr(args, name)}: must be a JSON object such as '{{\"frame_skip\": 4}}'")
-    if args.capture_video and "DISPLAY" not in os.environ:
+    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")
     problem = f"--env-id {args.env_id}"
     try:
-        env = make_eval_env(args, "rgb_array" if args.capture_video else None)
+        env, eval_env = make_train_env(args), make_eval_env(args, "rgb_array" if args.capture_video else None)
         if not isinstance(env.observation_space, gym.spaces.Box):
             refuse(f"{problem}: observes a {type(env.observation_space).__name__}; this script needs a Box")
         if not isinstance(env.action_space, gym.spaces.Box):
             refuse(f"{problem}: acts in {env.action_space}; this script needs a Box, ppo_discrete.py is for Discrete")
+        if env.observation_space.shape != eval_env.observation_space.shape or env.action_space != eval_env.action_space:
+            refuse("--eval-env-kwargs: the evaluation environment must have the training environment's spaces")
         if args.capture_video:
             problem = f"--capture-video: {args.env_id} cannot be rendered here"
-            env.reset(seed=0)
-            env.render()
+            eval_env.reset(seed=0)
+            eval_env.render()
         if args.vec == "envpool":
-            problem = f"--vec envpool: {args.env_id} is not in EnvPool; use sync"
-            importlib.import_module("envpool").make_spec(args.env_id)
-        env.close()
+            problem = f"--vec envpool: EnvPool cannot make {args.env_id}; use sync"
+            spec = importlib.import_module("envpool").make_spec(args.env_id, **json.loads(args.env_kwargs))
+            if spec.observation_space.shape != env.observation_space.shape:
+                refuse(f"--vec envpool: its {args.env_id} does not observe what Gymnasium's does; use sync")
     except Exception as error:
         refuse(f"{problem}: {' '.join(str(error).split())}")
+    env.close()
+    eval_env.close()
 
 
 # -------------------------------------------------------------------------------------------------------- training
@@ -749,9 +779,16 @@ TABLES = {
 }
 
 
+def default_steps(num_envs: int, num_minibatches: int) -> int:
+    """Steps of each environment for rollouts of 2048, or as near as the minibatches divide them."""
+    unit = num_minibatches // math.gcd(num_envs, num_minibatches)
+    return max(1, round(2048 / num_envs / unit)) * unit
+
+
 def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
-    args = replace(args, num_steps=args.num_steps or max(1, 2048 // max(1, args.num_envs)))
+    if args.num_steps is None and args.num_envs > 0 and args.num_minibatches > 0:
+        args = replace(args, num_steps=default_steps(args.num_envs, args.num_minibatches))
     check(args)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
@@ -774,9 +811,10 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     returns, lengths, discounted = np.zeros(N), np.zeros(N, int), np.zeros(N)  # of the running episodes
     recent: deque[float] = deque(maxlen=100)  # returns of the last finished episodes
     seconds = np.zeros(3)  # stepping, acting, updating
-    done = {"iteration": 0, "elapsed": 0.0, "updates": 0, "evaluation": {}, "best": {}}
+    done = {"iteration": 0, "elapsed": 0.0, "updates": 0, "evaluation": {}, "best": {}, "saved": False}
     run = Run(args, directory, saved.get("sizes", {}), saved.get("step", 0))
     if saved:
+        (directory / "result.json").unlink(missing_ok=True)
         agent.load_state_dict(saved["agent"])
         for tensor, value in zip(learner[2:], saved["learner"], strict=True):
             tensor.copy_(value)
@@ -790,8 +828,9 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             observations = envs.reset(np.ones(N, bool))
         recent.extend(saved["recent"])
         seconds, done = saved["seconds"].numpy(), saved["done"]
-        torch.set_rng_state(saved["random"][0])
-        torch.cuda.set_rng_state_all(saved["random"][1:])
+        torch.set_rng_state(saved["random"])
+        if device.type == "cuda" and "cuda_random" in saved:
+            torch.cuda.set_rng_state(saved["cuda_random"], device)
 
     run.say(
         f"{Path(__file__).stem}  {args.env_id}  {D} observations, {A} actions in {low.min():g} to {high.max():g}\n"
@@ -849,6 +888,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         stops = torch.from_numpy(terminated).to(device), torch.from_numpy(ended).to(device)
 
         # Improve the policy, and the critic with it.
+        if last_at:
+            where, last = tuple(np.array(last_at).T), torch.tensor(np.stack(last_observations), device=device)
         batch.logprobs[:] = log_prob(agent.actor(batch.observations), agent.log_std, batch.actions)
         measured, kl = [], 0.0
         for epoch in range(args.update_epochs):
@@ -856,8 +897,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                 values = agent.critic(normalised).squeeze(-1)  # (T + 1, N)
                 next_values, values = values[1:].clone(), values[:-1]
                 if last_at:  # what an ended episode saw last, instead of what the next one saw first
-                    last = torch.tensor(np.stack(last_observations), device=device)
-                    next_values[tuple(np.array(last_at).T)] = agent.critic(last).squeeze(-1)
+                    next_values[where] = agent.critic(last).squeeze(-1)
                 advantages = generalised_advantages(scaled, values, next_values, *stops, args.gamma, args.gae_lambda)
                 batch.advantages[:] = advantages.flatten()
                 batch.returns[:] = (advantages + values).flatten()
@@ -873,10 +913,11 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         moments.update(raw.reshape(B, D))
         measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist(), strict=True))
         seconds[2] += time.perf_counter() - clock
-        if not all(map(math.isfinite, measures.values())):
-            run.say(f"stopped: a loss was not finite in the rollout that ended at step {step:,}: {measures}")
-            run.say(f"{directory / 'checkpoint.pt'} is from before that")
+        if not all(map(math.isfinite, (*measures.values(), moments.var.sum(), return_moments.var))):
+            run.say(f"stopped: not finite in the rollout that ended at step {step:,}: {measures}")
+            run.say("the last checkpoint is from before that" if done["saved"] else "there is no checkpoint yet")
             run.close()
+            envs.close()
             raise SystemExit(1)
 
         # Log.
@@ -905,18 +946,18 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             if not done["best"] or done["evaluation"]["mean"] > done["best"]["mean"]:
                 done["best"] = done["evaluation"]
                 write_atomically(directory / "best.pt", partial(torch.save, policy_state))
-            if args.capture_video:
-                seed = eval_seeds[np.argmax(scores)]
-                film(policy, make_eval_env(args, "rgb_array"), seed, directory / "videos" / f"step-{step:09d}.mp4")
 
         # Checkpoint.
         due = step // args.checkpoint_every > (step - B) // args.checkpoint_every
         if due or interrupts or iteration == iterations:
             arrays = {"observations": observations, "returns": returns, "lengths": lengths, "discounted": discounted}
+            done["saved"] = True
             checkpoint = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()} | policy_state
             checkpoint |= {"learner": list(learner[2:]), "return_moments": return_moments.state(), "done": done}
             checkpoint |= {"environments": envs.state(), "recent": list(recent), "seconds": torch.from_numpy(seconds)}
-            checkpoint |= {"random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()], "sizes": run.sizes()}
+            checkpoint |= {"random": torch.get_rng_state(), "sizes": run.sizes()}
+            if device.type == "cuda":
+                checkpoint["cuda_random"] = torch.cuda.get_rng_state(device)
             save_checkpoint(directory / "checkpoint.pt", checkpoint)
 
         left = timedelta(seconds=round(done["elapsed"] / iteration * (iterations - iteration)))
@@ -926,9 +967,18 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             f"{step:>11,} {iteration / iterations:4.0%}  {row['sps']:,} steps/s  ETA {left}  return {mean_return}"
             f"{evaluated}  KL {row['kl']:.4f}  std {row['std']:.2f}"
         )
+        if args.capture_video and done["evaluation"].get("step") == step:
+            try:
+                env, seed = make_eval_env(args, "rgb_array"), eval_seeds[np.argmax(scores)]
+                film(policy, env, seed, directory / "videos" / f"step-{step:09d}.mp4")
+                env.close()
+            except OSError as error:
+                run.say(f"no video of step {step:,}: {str(error).splitlines()[0]}")
         if interrupts:
-            run.say(f"stopped at step {step:,}; continue with\n  python {sys.argv[0]} --resume {directory}")
+            command = shlex.join(["python", sys.argv[0], "--resume", str(directory)])
+            run.say(f"stopped at step {step:,}; continue with\n  {command}")
             run.close()
+            envs.close()
             raise SystemExit(128 + interrupts[0])
 
     summary = {"script": Path(__file__).stem, "env_id": args.env_id, "seed": args.seed, "steps": iterations * B}
@@ -947,7 +997,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         (mean, std), best = (done["evaluation"][name] for name in ("mean", "std")), done["best"]
         run.say(f"evaluation {mean:.1f} ± {std:.1f}, best {best['mean']:.1f} at step {best['step']:,}")
     run.close()
-    envs.envs.close()
+    envs.close()
     return directory
 
 

@@ -84,6 +84,11 @@ def test_advantages_equal_the_recursion(steps):
     np.testing.assert_allclose(ppo.generalised_advantages(*tensors, gamma, lam), expected, atol=1e-5)
 
 
+def test_nothing_follows_a_termination_not_even_nan():
+    one, no = torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.bool)
+    assert ppo.generalised_advantages(one, one, one * torch.nan, ~no, ~no, 0.9, 0.9).item() == 0
+
+
 def test_moments_equal_those_of_all_data():
     data = np.random.default_rng(0).normal(5, 3, (1000, 4))
     moments = RunningMoments((4,), enabled=True)
@@ -167,6 +172,12 @@ def test_learning_rate_schedules():
     assert factors(lr_schedule="linear") == [1, 0.75, 0.5, 0.25]
     np.testing.assert_allclose(factors(lr_schedule="cosine"), [1, 0.853553, 0.5, 0.146447], rtol=1e-5)
     assert factors(lr_schedule="constant", lr_warmup=0.5) == [0.5, 1, 1, 1]
+
+
+@pytest.mark.parametrize("num_envs", [1, 3, 16, 24, 64, 100, 128, 5000])
+def test_default_rollouts_divide(num_envs):
+    steps = ppo.default_steps(num_envs, 32)
+    assert num_envs * steps % 32 == 0 and (num_envs > 100 or 1500 < num_envs * steps < 3500)
 
 
 # --------------------------------------------------------------------------------------------------------- learning
@@ -339,25 +350,60 @@ def test_an_interrupted_run_says_how_to_go_on(small, number):
 
 
 def test_a_torn_checkpoint_gives_way_to_the_one_before(small, capsys):
-    whole = train(small)
-    torn = train(replace(small, total_timesteps=512))
-    checkpoint = torn / "checkpoint.pt"
-    content = checkpoint.read_bytes()
-    for damage in (content[: len(content) // 2], content[:3000] + bytes(200) + content[3200:], b""):
-        checkpoint.write_bytes(damage)
-        (torn / "result.json").unlink(missing_ok=True)
-        train(parse(["--resume", str(torn)]))
+    args = replace(small, total_timesteps=512)
+    run = train(args)
+    checkpoint, previous = run / "checkpoint.pt", run / "checkpoint.previous.pt"
+    for damage in (
+        lambda good: good[: len(good) // 2],
+        lambda good: good[:3000] + bytes(200) + good[3200:],
+        lambda _: b"",
+    ):
+        good = checkpoint.read_bytes()
+        checkpoint.write_bytes(damage(good))
+        train(parse(["--resume", str(run)]))
         assert "checkpoint.pt is torn" in capsys.readouterr().err
-    assert same(train(replace(small, total_timesteps=512)), torn)
-    checkpoint.write_bytes((train(replace(small, env_id="Pendulum-v1")) / "checkpoint.pt").read_bytes())
-    train(parse(["--resume", str(torn)]))
-    assert "is of ppo_continuous on Pendulum-v1" in capsys.readouterr().err
-    for path in torn.glob("checkpoint*.pt"):
+        assert json.loads((run / "result.json").read_text())["steps"] == 512
+        previous.write_bytes(checkpoint.read_bytes())  # a resumed run may have saved only once
+    assert same(train(args), run)
+
+    for path in run.glob("checkpoint*.pt"):
         path.write_bytes(b"nothing")
+    before = (run / "episodes.csv").read_text()
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            train(parse(["--resume", str(run)]))
+        assert stop.value.code == 2 and "no good one before it" in capsys.readouterr().err
+    assert (run / "episodes.csv").read_text() == before
+
+
+def test_rows_that_were_cut_off_leave_no_hole(small):
+    """A checkpoint straight after a resume must not count rows that the resume dropped."""
+    run = train(replace(small, num_evals=1))
+    with (run / "evaluations.csv").open("a") as file:
+        file.write("a row from after the checkpoint\n" * 5)
+    sizes = torch.load(run / "checkpoint.pt", weights_only=True)["sizes"]
+    resumed = ppo.Run(small, run, sizes, 1024)
+    assert resumed.sizes() == sizes
+    resumed.close()
+
+
+def test_an_episode_that_does_not_replay_begins_anew(small):
+    envs = ppo.Environments(replace(small, env_id="Pendulum-v1"))
+    observations = envs.reset(np.ones(4, bool))
+    for _ in range(5):
+        observations = envs.step(np.ones((4, 1), np.float32))[0]
+    state = envs.state()
+    assert envs.restore(state, observations.copy())
+    assert not envs.restore(state | {"actions": -state["actions"]}, observations.copy())
+    over = {"actions": torch.ones(300, 4, 1)}  # an episode that would have ended on the way
+    assert not envs.restore(state | over, observations.copy())
+
+
+def test_a_runs_dir_that_cannot_be(small, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as stop:
-        train(parse(["--resume", str(torn)]))
-    assert stop.value.code == 2 and "no good checkpoint" in capsys.readouterr().err
-    assert whole.exists()
+        train(replace(small, runs_dir=str(tmp_path / "file")))
+    assert stop.value.code == 2 and "--runs-dir" in capsys.readouterr().err
 
 
 def test_config_and_command_line(tmp_path):
@@ -386,8 +432,10 @@ MISTAKES = {
     "--env-kwargs {'a':1}": "JSON",
     '--env-kwargs {"wings":2}': "wings",
     "--num-envs 0": "--num-envs 0",
-    "--num-envs 3": "2046",
-    "--num-minibatches 7": "--num-minibatches 7",
+    "--num-steps 0": "--num-steps 0",
+    "--num-envs 3 --num-steps 100": "300",
+    '--env-id Ant-v4 --eval-env-kwargs {"use_contact_forces":true}': "--eval-env-kwargs",
+    "--num-minibatches 7 --num-steps 16": "--num-minibatches 7",
     "--learning-rate -1": "--learning-rate",
     "--learning-rate nan": "--learning-rate",
     "--gamma 1.5": "--gamma",
@@ -425,6 +473,10 @@ def test_mistakes_about_other_runs(small, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "--env-id" in error("--resume", str(run), "--env-id", "Hopper-v4")
+    own, foreign = (run / "checkpoint.pt").read_bytes(), train(replace(small, env_id="Pendulum-v1")) / "checkpoint.pt"
+    (run / "checkpoint.pt").write_bytes(foreign.read_bytes())
+    assert "Pendulum-v1" in error("--resume", str(run))
+    (run / "checkpoint.pt").write_bytes(own)
     assert "--learning-rate" in error("--resume", str(run), "--learning-rate", "1")
     meta = json.loads((run / "meta.json").read_text())
     (run / "meta.json").write_text(json.dumps(meta | {"script": "sac_continuous"}))
