@@ -63,7 +63,7 @@ class Args:
     """arguments of the environment, as JSON: '{"reset_noise_scale": 0.15}'"""
     eval_env_kwargs: str = "{}"
     """arguments of the evaluation environment that differ, as JSON"""
-    num_envs: int = 128
+    num_envs: int = 64
     """environments stepped together"""
     vec: Literal["sync", "async", "envpool"] = "sync"
     """how they are stepped: in turn, in a process each, or by EnvPool"""
@@ -122,6 +122,8 @@ class Args:
     """hidden layers of the value function"""
     log_std_init: float = -0.5
     """logarithm of the policy's first standard deviation"""
+    log_std_min: float = -2.0
+    """the logarithm stays above this: a policy that no longer varies no longer learns to recover"""
 
     num_evals: int = 10
     """evaluations during the run, evenly spaced, the last at its end; 0 for none"""
@@ -761,20 +763,11 @@ def check(args: Args) -> None:
 # -------------------------------------------------------------------------------------------------------- training
 
 MEASURES = ["policy_loss", "value_loss", "entropy", "kl", "clip_fraction", "grad_norm"]
+STATE = ["explained_variance", "learning_rate", "updates", "std"]
 SECONDS = ["seconds_stepping", "seconds_acting", "seconds_updating"]
 TABLES = {
     "episodes": ["step", "wall_time", "return", "length"],
-    "progress": [
-        "step",
-        "wall_time",
-        "sps",
-        *MEASURES,
-        "explained_variance",
-        "learning_rate",
-        "updates",
-        "std",
-        *SECONDS,
-    ],
+    "progress": ["step", "wall_time", "sps", *MEASURES, *STATE, *SECONDS],
     "evaluations": ["step", "episode", "seed", "return", "length"],
 }
 
@@ -910,6 +903,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                     break
             if args.target_kl and kl > args.target_kl:
                 break
+        agent.log_std.clamp_(min=args.log_std_min)
         moments.update(raw.reshape(B, D))
         measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist(), strict=True))
         seconds[2] += time.perf_counter() - clock
@@ -981,21 +975,20 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             envs.close()
             raise SystemExit(128 + interrupts[0])
 
+    elapsed, evaluation, best = done["elapsed"], done["evaluation"], done["best"]
     summary = {"script": Path(__file__).stem, "env_id": args.env_id, "seed": args.seed, "steps": iterations * B}
-    summary |= {"wall_time": done["elapsed"], "sps": iterations * B / done["elapsed"]}
+    summary |= {"wall_time": elapsed, "sps": iterations * B / elapsed, "evaluation": evaluation, "best": best}
     summary |= {"training_return": statistics.fmean(recent) if recent else None}
-    summary |= {"evaluation": done["evaluation"], "best": done["best"]} | dict(
-        zip(SECONDS, seconds.tolist(), strict=True)
-    )
+    summary |= dict(zip(SECONDS, seconds.tolist(), strict=True))
     write_atomically(directory / "result.json", lambda file: file.write(json.dumps(summary, indent=2).encode()))
-    shares = dict(zip(("stepping", "acting", "updating"), seconds / done["elapsed"], strict=True))
+    stepping, acting, updating = seconds / elapsed
     run.say(
-        f"{iterations * B:,} steps in {timedelta(seconds=round(done['elapsed']))}, {summary['sps']:,.0f} steps/s: "
-        + ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        f"{iterations * B:,} steps in {timedelta(seconds=round(elapsed))}, {summary['sps']:,.0f} steps/s:"
+        f" stepping {stepping:.0%}, acting {acting:.0%}, updating {updating:.0%}"
     )
-    if done["evaluation"]:
-        (mean, std), best = (done["evaluation"][name] for name in ("mean", "std")), done["best"]
-        run.say(f"evaluation {mean:.1f} ± {std:.1f}, best {best['mean']:.1f} at step {best['step']:,}")
+    if evaluation:
+        final = f"evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}"
+        run.say(f"{final}, best {best['mean']:.1f} at step {best['step']:,}")
     run.close()
     envs.close()
     return directory
