@@ -22,6 +22,7 @@ import copy
 import csv
 import difflib
 import importlib
+import io
 import json
 import math
 import os
@@ -38,6 +39,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -658,6 +660,21 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def read_flags(words: list[str] | None, origin: str = "", **default: Args) -> Args:
+    """By tyro; what it writes about a mistake into a box of several parts becomes one line."""
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            return tyro.cli(Args, args=words, description=__doc__, **default)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        text = re.sub(r"\033\[[\d;]*m", "", printed.getvalue())
+        lines = [line.strip("│|") for line in text.splitlines() if line.startswith(("│", "|"))]
+        parts = re.split("─+|-{5,}", "".join(lines))
+        refuse(origin + "; ".join(" ".join(part.split()) for part in parts[:-1]))
+
+
 def read_config(path: Path) -> list[str]:
     """A file of arguments as a command line."""
     try:
@@ -681,7 +698,7 @@ def read_config(path: Path) -> list[str]:
 
 def parse(argv: list[str] | None = None) -> Args:
     """The defaults, or the file of `--config`, or the run of `--resume`; the command line wins."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = read_flags(argv)
     if args.resume:
         run = Path(args.resume)
         if not (run / "meta.json").is_file():
@@ -689,14 +706,14 @@ def parse(argv: list[str] | None = None) -> Args:
         script = json.loads((run / "meta.json").read_text())["script"]
         if script != Path(__file__).stem:
             refuse(f"--resume {run}: this is a run of {script}; resume it with {script}.py")
-        started = tyro.cli(Args, args=read_config(run / "config.yaml"))
-        args = tyro.cli(Args, args=argv, default=started)
+        started = read_flags(read_config(run / "config.yaml"), f"--resume {run}: ")
+        args = read_flags(argv, default=started)
         free = "resume device threads compile num_evals eval_episodes checkpoint_every capture_video track runs_dir"
         for name, value in asdict(started).items():
             if getattr(args, name) != value and name not in free.split():
                 refuse(f"--resume {run}: {flag(name)} is {value} in that run and cannot become {getattr(args, name)}")
     elif args.config:
-        args = tyro.cli(Args, args=argv, default=tyro.cli(Args, args=read_config(Path(args.config))))
+        args = read_flags(argv, default=read_flags(read_config(Path(args.config)), f"--config {args.config}: "))
     return args
 
 
@@ -943,7 +960,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
         # Checkpoint.
         due = step // args.checkpoint_every > (step - B) // args.checkpoint_every
-        if due or interrupts or iteration == iterations:
+        stop = list(interrupts)  # looked at once: what stops the run has been saved
+        if due or stop or iteration == iterations:
             arrays = {"observations": observations, "returns": returns, "lengths": lengths, "discounted": discounted}
             done["saved"] = True
             checkpoint = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()} | policy_state
@@ -968,12 +986,12 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                 env.close()
             except OSError as error:
                 run.say(f"no video of step {step:,}: {str(error).splitlines()[0]}")
-        if interrupts:
+        if stop:
             command = shlex.join(["python", sys.argv[0], "--resume", str(directory)])
             run.say(f"stopped at step {step:,}; continue with\n  {command}")
             run.close()
             envs.close()
-            raise SystemExit(128 + interrupts[0])
+            raise SystemExit(128 + stop[0])
 
     elapsed, evaluation, best = done["elapsed"], done["evaluation"], done["best"]
     summary = {"script": Path(__file__).stem, "env_id": args.env_id, "seed": args.seed, "steps": iterations * B}

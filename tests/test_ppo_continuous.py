@@ -438,6 +438,9 @@ MISTAKES = {
     "--num-minibatches 7 --num-steps 16": "--num-minibatches 7",
     "--learning-rate -1": "--learning-rate",
     "--learning-rate nan": "--learning-rate",
+    "--learning-rate fast": "Error parsing --learning-rate",
+    "--lerning-rate 1": "Perhaps you meant: --learning-rate",
+    "--vec threads": "sync",
     "--gamma 1.5": "--gamma",
     "--ent-coef -0.1": "--ent-coef",
     "--total-timesteps 100": "2048",
@@ -484,6 +487,8 @@ def test_mistakes_about_other_runs(small, tmp_path, capsys):
     config = tmp_path / "typo.yaml"
     config.write_text("learning_rat: 1")
     assert "learning_rate" in error("--config", str(config))
+    config.write_text("learning_rate: quick")
+    assert f"--config {config}: Error parsing --learning-rate" in error("--config", str(config))
 
 
 def test_episodes_are_restored_exactly_in_processes_too(small):
