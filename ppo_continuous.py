@@ -669,10 +669,9 @@ def read_flags(words: list[str] | None, origin: str = "", **default: Args) -> Ar
     except SystemExit as stop:
         if not stop.code:
             raise
-        text = re.sub(r"\033\[[\d;]*m", "", printed.getvalue())
-        lines = [line.strip("│|") for line in text.splitlines() if line.startswith(("│", "|"))]
-        parts = re.split("─+|-{5,}", "".join(lines))
-        refuse(origin + "; ".join(" ".join(part.split()) for part in parts[:-1]))
+        text = re.sub(r"\033\[[\d;]*m|[│╭╮╰╯]", " ", printed.getvalue())
+        _, *parts = (" ".join(part.split()) for part in re.split("─{5,}|-{5,}", text))
+        refuse(origin + "; ".join(part for part in parts if part and not part.startswith("For full helptext")))
 
 
 def read_config(path: Path) -> list[str]:
