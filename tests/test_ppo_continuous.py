@@ -510,3 +510,22 @@ def test_environments_never_pay_for_a_reset():
         if truncated.all():
             assert envs.reset(truncated).shape == (4, 3)
     assert isinstance(envs.envs, gym.vector.SyncVectorEnv)
+
+
+def test_envpool_learns_from_true_last_observations_and_says_what_it_cannot_restore(small, capsys):
+    pytest.importorskip("envpool")
+    args = replace(small, env_id="Hopper-v4", vec="envpool", total_timesteps=2048)
+    envs = ppo.Environments(args)
+    observations = envs.reset(np.ones(4, bool))
+    for _ in range(100):
+        observations, _, terminated, truncated = envs.step(np.ones((4, 3), np.float32))
+        over = terminated | truncated
+        if over.any():
+            assert (observations[over, 0] < 0.8).any() or (np.abs(observations[over, 1]) > 0.15).any()  # has fallen
+            assert np.abs(envs.reset(over) - [1.25, *np.zeros(10)]).max() < 0.01  # stands again
+    envs.close()
+
+    run = train(replace(args, total_timesteps=1024, lr_schedule="constant"))
+    (run / "checkpoint.pt").unlink()
+    train(parse(["--resume", str(run)]))
+    assert "--vec envpool cannot restore the running episodes" in capsys.readouterr().out
