@@ -16,7 +16,7 @@ def main(library: str, settings: dict) -> None:
     import torch
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
-    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
     if library == "sb3":
         from stable_baselines3 import PPO
@@ -44,8 +44,7 @@ def main(library: str, settings: dict) -> None:
             self.starts.append(time.perf_counter())
 
     torch.set_num_threads(threads)
-    vec = {"sync": DummyVecEnv, "async": SubprocVecEnv}[settings["vec"]]
-    env = VecNormalize(make_vec_env(settings["env_id"], settings["num_envs"], seed=1, vec_env_cls=vec))
+    env = VecNormalize(make_vec_env(settings["env_id"], settings["num_envs"], seed=1, vec_env_cls=DummyVecEnv))
     model = PPO(
         "MlpPolicy",
         env,
