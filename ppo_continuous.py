@@ -532,7 +532,7 @@ def create_run(args: Args, device: torch.device) -> Path:
         "script": source.stem,
         "command": shlex.join([sys.executable, *sys.argv]),
         "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": git("status", "--porcelain") != "",
+        "git_dirty": bool(git("status", "--porcelain")),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages if find_spec(name)},
         "host": platform.node(),

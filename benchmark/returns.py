@@ -25,7 +25,7 @@ def summarise(runs: list[Run]) -> dict:
     results = [run.result for run in runs]
     final = np.array([result["evaluation"]["mean"] for result in results])
     low, high = interval(final)
-    commits = {f"{run.meta['git_commit'][:7]}{'+' if run.meta['git_dirty'] else ''}" for run in runs}
+    commits = {f"{(run.meta['git_commit'] or 'none')[:7]}{'+' if run.meta['git_dirty'] else ''}" for run in runs}
     return {
         "script": runs[0].meta["script"],
         "environment": runs[0].config["env_id"],

@@ -495,10 +495,11 @@ def test_episodes_are_restored_exactly_in_processes_too(small):
     args = replace(small, env_id="Hopper-v4", vec="async", num_evals=0)
     half = train(replace(args, total_timesteps=512, lr_schedule="constant"))
     whole = train(replace(args, lr_schedule="constant"))
-    envs = ppo.Environments(replace(args, vec="sync"))
+    envs = ppo.Environments(args)
     saved = torch.load(half / "checkpoint.pt", weights_only=True)
     assert envs.restore(saved["environments"], saved["observations"].numpy())
     assert len(rows(half, "episodes")) < len(rows(whole, "episodes"))
+    envs.close()
 
 
 def test_environments_never_pay_for_a_reset():
