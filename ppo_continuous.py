@@ -252,8 +252,11 @@ class RunningMoments:
         self.mean = self.mean + delta * count / total
         self.count = total
 
+    def deviation(self) -> np.ndarray:
+        return np.sqrt(self.var + 1e-8) if self.enabled else np.ones_like(self.var)
+
     def scale(self, batch: np.ndarray) -> np.ndarray:
-        return (batch / np.sqrt(self.var + 1e-8)).clip(-10, 10) if self.enabled else batch
+        return (batch / self.deviation()).clip(-10, 10) if self.enabled else batch
 
     def normalise(self, batch: np.ndarray) -> np.ndarray:
         return self.scale(batch - self.mean if self.enabled else batch).astype(np.float32)
@@ -417,27 +420,39 @@ def lr_factor(args: Args, iteration: int, iterations: int) -> float:
 class Policy:
     """What is deployed: a batch of observations to actions, deterministic, with the normaliser frozen inside."""
 
-    def __init__(self, agent: Agent, moments: RunningMoments, low: np.ndarray, high: np.ndarray):
-        self.agent, self.moments, self.low, self.high = agent, moments, low, high
+    def __init__(self, agent: Agent, moments: RunningMoments, return_moments: RunningMoments, bounds: np.ndarray):
+        self.agent, self.moments, self.return_moments = agent, moments, return_moments
+        self.low, self.high = bounds
 
     def __call__(self, observations: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            actions = self.agent.actor(self._input(observations)).cpu().numpy()
+        return actions.reshape(-1, *self.low.shape).clip(self.low, self.high)
+
+    def value(self, observations: np.ndarray) -> np.ndarray:
+        """The discounted return that the critic expects, in the environment's own rewards."""
+        with torch.no_grad():
+            values = self.agent.critic(self._input(observations)).squeeze(-1).cpu().numpy()
+        return values * self.return_moments.deviation()
+
+    def _input(self, observations: np.ndarray) -> Tensor:
         # Torch's own memory: a matrix product's last bits depend on the alignment, which numpy's memory lacks.
         flat = self.moments.normalise(observations.reshape(len(observations), -1))
-        with torch.no_grad():
-            actions = self.agent.actor(torch.tensor(flat, device=self.agent.log_std.device)).cpu().numpy()
-        return actions.reshape(-1, *self.low.shape).clip(self.low, self.high)
+        return torch.tensor(flat, device=self.agent.log_std.device)
 
 
 def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:
-    """The policy of a `checkpoint.pt` or a `best.pt`."""
+    """The policy of a checkpoint, of `best.pt`, or of one in `policies/`."""
     checkpoint = load_checkpoint(Path(checkpoint_path))
     args = Args(**checkpoint["args"])
-    low, high = checkpoint["action_bounds"].numpy()
+    bounds = checkpoint["action_bounds"].numpy()
     moments = RunningMoments(checkpoint["moments"]["mean"].shape, args.norm_obs)
     moments.restore(checkpoint["moments"])
-    agent = Agent(args, moments.mean.size, low.size)
+    return_moments = RunningMoments((), args.norm_reward)
+    return_moments.restore(checkpoint["return_moments"])
+    agent = Agent(args, moments.mean.size, bounds[0].size)
     agent.load_state_dict(checkpoint["agent"])
-    return Policy(agent.to(device), moments, low, high)
+    return Policy(agent.to(device), moments, return_moments, bounds)
 
 
 def evaluate(policy: Policy, envs: list[gym.Env], seeds: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -476,6 +491,7 @@ def film(policy: Policy, env: gym.Env, seed: int, path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    path.parent.mkdir(exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     with unfinished.open("wb") as file:
         write(file)
@@ -808,7 +824,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     agent = Agent(args, D, A).requires_grad_(False).to(device)
     learner = Learner.of(agent)
     moments, return_moments = RunningMoments((D,), args.norm_obs), RunningMoments((), args.norm_reward)
-    policy = Policy(agent, moments, low, high)
+    policy = Policy(agent, moments, return_moments, np.stack((low, high)))
     envs = Environments(args)
     observations = envs.reset(np.ones(N, bool))
     returns, lengths, discounted = np.zeros(N), np.zeros(N, int), np.zeros(N)  # of the running episodes
@@ -940,16 +956,20 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
         # Evaluate.
         policy_state = {"script": Path(__file__).stem, "args": asdict(args), "step": step, "agent": agent.state_dict()}
-        policy_state |= {"moments": moments.state(), "action_bounds": torch.from_numpy(np.stack((low, high)))}
+        policy_state |= {"moments": moments.state(), "return_moments": return_moments.state()}
+        policy_state |= {"action_bounds": torch.from_numpy(np.stack((low, high)))}
         if iteration * args.num_evals // iterations > (iteration - 1) * args.num_evals // iterations:
             scores, spans = (result.tolist() for result in evaluate(policy, eval_envs, eval_seeds))
             rows = zip([step] * len(scores), range(len(scores)), eval_seeds, scores, spans, strict=True)
             run.add("evaluations", [dict(zip(TABLES["evaluations"], row, strict=True)) for row in rows])
             done["evaluation"] = {"step": step, "mean": statistics.fmean(scores), "std": statistics.pstdev(scores)}
             run.plot("charts/evaluation_", [done["evaluation"]])
+            names = [f"policies/step-{step:09d}.pt"]
             if not done["best"] or done["evaluation"]["mean"] > done["best"]["mean"]:
                 done["best"] = done["evaluation"]
-                write_atomically(directory / "best.pt", partial(torch.save, policy_state))
+                names.append("best.pt")
+            for name in names:
+                write_atomically(directory / name, partial(torch.save, policy_state))
 
         # Checkpoint.
         due = step // args.checkpoint_every > (step - B) // args.checkpoint_every
@@ -958,7 +978,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             arrays = {"observations": observations, "returns": returns, "lengths": lengths, "discounted": discounted}
             done["saved"] = True
             checkpoint = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()} | policy_state
-            checkpoint |= {"learner": list(learner[1:]), "return_moments": return_moments.state(), "done": done}
+            checkpoint |= {"learner": list(learner[1:]), "done": done}
             checkpoint |= {"environments": envs.state(), "recent": list(recent), "seconds": torch.from_numpy(seconds)}
             checkpoint |= {"random": torch.get_rng_state(), "sizes": run.sizes()}
             if device.type == "cuda":

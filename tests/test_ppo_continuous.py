@@ -195,15 +195,12 @@ def test_truncation_bootstraps_and_termination_does_not(small, cut):
         learning_rate=3e-3,
         vf_coef=1.0,
         update_epochs=5,
-        norm_reward=False,
         norm_obs=False,
     )
-    agent = ppo.Agent(args, 1, 1)
-    agent.load_state_dict(weights(train(args)))
-    t = torch.arange(20)
-    values = agent.critic(t[:, None] / 20).squeeze(-1).detach()
-    expected = torch.full((20,), 10.0) if cut else (1 - 0.9 ** (20 - t)) / 0.1
-    torch.testing.assert_close(values, expected, atol=0.5, rtol=0)
+    t = np.arange(20)
+    values = load_policy(train(args) / "checkpoint.pt").value(t[:, None] / 20)  # in the rewards' own units
+    expected = np.full(20, 10.0) if cut else (1 - 0.9 ** (20 - t)) / 0.1
+    np.testing.assert_allclose(values, expected, atol=0.5)
 
 
 def test_learns_to_mirror(small):
@@ -249,7 +246,8 @@ def test_a_policy_does_not_depend_on_where_its_observations_lie():
     """Products of two or three rows differ in the last bits with their alignment in memory."""
     torch.manual_seed(0)
     bounds = np.ones(2, np.float32)
-    policy = ppo.Policy(ppo.Agent(Args(), 17, 2), RunningMoments((17,), enabled=False), -bounds, bounds)
+    still = RunningMoments((17,), enabled=False)
+    policy = ppo.Policy(ppo.Agent(Args(), 17, 2), still, still, np.stack((-bounds, bounds)))
     data, answers = np.random.default_rng(0).normal(size=(2, 17)).astype(np.float32), set()
     for offset in range(0, 64, 4):
         memory = np.empty(data.nbytes + 128, np.uint8)
@@ -280,7 +278,11 @@ def test_what_a_run_leaves(small):
     assert {"command", "git_commit", "packages", "host", "device", "started"} <= json.loads(
         (run / "meta.json").read_text()
     ).keys()
-    assert list(run.glob("events.out.tfevents*")) and not list(run.glob("*unfinished*"))
+    assert list(run.glob("events.out.tfevents*")) and not list(run.rglob("*unfinished*"))
+    policies = [load_policy(path) for path in sorted((run / "policies").iterdir())]
+    observations = np.random.default_rng(0).normal(size=(5, 2, 2))
+    np.testing.assert_array_equal(policies[1](observations), load_policy(run / "checkpoint.pt")(observations))
+    assert len(policies) == 2 and (policies[0](observations) != policies[1](observations)).any()
 
     again = train(parse(["--config", str(run / "config.yaml"), "--runs-dir", small.runs_dir]))
     assert same(run, again)
