@@ -1,10 +1,55 @@
 """The harness: `python -m benchmark <command> --help` explains each command."""
 
+import io
+import re
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from functools import partial, wraps
+
 import tyro
 
+from benchmark.errors import refuse
+from benchmark.random_policy import random
 from benchmark.returns import returns
 from benchmark.speed import speed
+from benchmark.sweep import sweep
+
+COMMANDS = {"sweep": sweep, "returns": returns, "random": random, "speed": speed}
+WITH_WORDS = ["sweep"]  # what stands after -- goes to the scripts that these run
+
+
+def later(function: Callable) -> Callable:
+    @wraps(function)
+    def chosen(*args, **kwargs) -> Callable:
+        return partial(function, *args, **kwargs)
+
+    return chosen
+
+
+def main(arguments: list[str]) -> None:
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    arguments, words = arguments[:at], tuple(arguments[at + 1 :])
+    commands = {name: later(function) for name, function in COMMANDS.items()}
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            chosen = tyro.extras.subcommand_cli_from_dict(
+                commands, args=arguments, prog="python -m benchmark", description=__doc__
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        text = re.sub(r"\033\[[\d;]*m|[│╭╮╰╯]", " ", printed.getvalue())  # tyro's box of several parts
+        _, *parts = (" ".join(part.split()) for part in re.split("─{5,}|-{5,}", text))
+        refuse("; ".join(part for part in parts if part and not part.startswith("For full helptext")))
+    if chosen.func.__name__ in WITH_WORDS:
+        chosen(words=words)
+    elif words:
+        refuse(f"--: {chosen.func.__name__} runs no script; {', '.join(WITH_WORDS)} do")
+    else:
+        chosen()
+
 
 if __name__ == "__main__":
-    commands = {"returns": returns, "speed": speed}
-    tyro.extras.subcommand_cli_from_dict(commands, prog="python -m benchmark", description=__doc__)
+    main(sys.argv[1:])

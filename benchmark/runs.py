@@ -1,13 +1,20 @@
 """Reads run directories. Nothing else in the harness knows their layout."""
 
 import csv
+import importlib.util
+import io
 import json
+import os
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import yaml
+
+MARK = "meta.json"  # what makes a folder a run directory
 
 
 @dataclass(frozen=True)
@@ -16,25 +23,92 @@ class Run:
 
     @cached_property
     def config(self) -> dict:
-        return yaml.safe_load((self.directory / "config.yaml").read_text())
+        return yaml.load((self.directory / "config.yaml").read_text(), FAST_LOADER)
 
     @cached_property
     def meta(self) -> dict:
-        return json.loads((self.directory / "meta.json").read_text())
+        return json.loads((self.directory / MARK).read_text())
 
-    @cached_property
+    @property
     def result(self) -> dict | None:
         """The summary; none while the run is unfinished."""
         path = self.directory / "result.json"
         return json.loads(path.read_text()) if path.exists() else None
 
+    @property
+    def script(self) -> str:
+        return self.meta["script"]
+
+    @property
+    def source(self) -> Path:
+        """The copy of the script that the run made, which also resumes it."""
+        return self.directory / f"{self.script}.py"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        return self.directory / "checkpoint.pt"
+
+    @property
+    def best_policy(self) -> Path:
+        return self.directory / "best.pt"
+
+    def policies(self) -> dict[int, Path]:
+        """The policy of each evaluation, by its step."""
+        return {int(path.stem.split("-")[1]): path for path in sorted((self.directory / "policies").glob("step-*.pt"))}
+
+    def videos(self) -> dict[int, Path]:
+        """The film of each evaluation, by its step."""
+        return {int(path.stem.split("-")[1]): path for path in sorted((self.directory / "videos").glob("step-*.mp4"))}
+
     def table(self, name: str) -> dict[str, np.ndarray]:
-        with (self.directory / f"{name}.csv").open(newline="") as file:
-            header, *rows = csv.reader(file)
-        return dict(zip(header, np.array(rows, float).reshape(-1, len(header)).T, strict=True))
+        """A CSV file as a column per name; a last row that is still being written is left out."""
+        text = (self.directory / f"{name}.csv").read_text()
+        header, _, body = text[: text.rfind("\n") + 1].partition("\n")
+        names = header.split(",")
+        rows = np.loadtxt(io.StringIO(body), delimiter=",", ndmin=2) if body else np.empty((0, len(names)))
+        return dict(zip(names, rows.T, strict=True))
+
+    def last_rows(self, name: str, most: int) -> list[dict[str, float]]:
+        """The last rows of a table that may be long and is still being written."""
+        try:
+            with (self.directory / f"{name}.csv").open("rb") as file:
+                names = file.readline().decode().strip().split(",")
+                body, end = file.tell(), file.seek(0, io.SEEK_END)
+                file.seek(max(body, end - 400 * most - 400))
+                if file.tell() > body:
+                    file.readline()  # begun in its middle
+                lines = file.read().decode().split("\n")[:-1]
+        except FileNotFoundError:
+            return []
+        return [dict(zip(names, map(float, row), strict=True)) for row in csv.reader(lines[-most:])]
+
+    def module(self) -> ModuleType:
+        """The script that ran, imported from the run directory, so that forks are evaluated just as well."""
+        name = f"{self.script}__{abs(hash(self.directory.resolve()))}"
+        spec = importlib.util.spec_from_file_location(name, self.source)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+
+
+FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
 
 
 def find_runs(paths: list[Path]) -> list[Run]:
-    """The run directories among the paths and one level below them, in order."""
-    found = {path.parent for where in paths for path in (*where.glob("meta.json"), *where.glob("*/meta.json"))}
+    """The run directories among the paths and in them, however deep, in order; hidden folders are unfinished."""
+    found: set[Path] = set()
+    waiting = list(paths)
+    while waiting:
+        path = waiting.pop()
+        if (path / MARK).is_file():
+            found.add(path)
+        elif path.is_dir():
+            waiting += [below for below in path.iterdir() if below.is_dir() and not below.name.startswith(".")]
     return [Run(directory) for directory in sorted(found)]

@@ -1,0 +1,68 @@
+"""Where jobs run: in processes of this machine, or on a Ray cluster.
+
+Both yield every job that has ended, with how ("done", "failed", "interrupted"), and None about once a second. After
+`stop` is set, running jobs are stopped where they can be resumed, and none begins.
+"""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+
+from benchmark.errors import refuse
+from benchmark.jobs import ROOT, Job, run_job
+
+
+def run_locally(jobs: list[Job], workers: int, silence: float, stop: threading.Event) -> Iterator:
+    def work(job: Job) -> str:
+        try:
+            return "interrupted" if stop.is_set() else run_job(job, stop.is_set, silence)
+        except OSError:
+            return "failed"
+
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = {pool.submit(work, job): job for job in jobs}
+        while waiting:
+            ended, _ = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
+            for future in ended:
+                yield waiting.pop(future), future.result()
+            if not ended:
+                yield None
+
+
+def run_on_ray(
+    jobs: list[Job], address: str | None, cpus: float, gpus: float, silence: float, stop: threading.Event
+) -> Iterator:
+    """A job whose node dies begins again on another node, where its run is found and resumed.
+
+    The nodes must see this folder and the jobs' directories under the same paths.
+    """
+    try:
+        import ray
+        from ray.exceptions import RayError
+    except ImportError:
+        refuse("--executor ray: Ray is not installed; pip install -e '.[ray]'")
+    try:
+        ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        refuse(f"--address {address}: {' '.join(str(error).split())[:200]}")
+
+    work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=-1)(run_job)
+    waiting = {work.options(name=job.name).remote(job, silence=silence): job for job in jobs}
+    cancelled = False
+    try:
+        while waiting:
+            if stop.is_set() and not cancelled:
+                cancelled = True
+                for reference in waiting:
+                    ray.cancel(reference)
+            ended, _ = ray.wait(list(waiting), timeout=1)
+            for reference in ended:
+                job = waiting.pop(reference)
+                try:
+                    yield job, ray.get(reference)
+                except RayError:
+                    yield job, "interrupted" if cancelled else "failed"
+            if not ended:
+                yield None
+    finally:
+        ray.shutdown()

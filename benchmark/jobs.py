@@ -1,0 +1,163 @@
+"""Jobs: one training run each, as a subprocess that can be stopped, found again and resumed."""
+
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from benchmark.runs import Run, find_runs
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBC = ctypes.CDLL(None)
+PATIENCE = 60  # seconds in which a job that is told to stop may write its checkpoint
+
+
+@dataclass(frozen=True)
+class Job:
+    script: str  # a path
+    env_id: str
+    seed: int
+    words: tuple[str, ...]  # all other arguments, as on a command line
+    setting: str  # what sets it apart from other jobs, besides script, environment and seed: "learning-rate=0.001"
+    directory: str  # its own: holds the run directory, job.json, log.txt and perhaps failed.json
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        return Path(self.directory).name
+
+    @property
+    def log(self) -> Path:
+        return Path(self.directory) / "log.txt"
+
+    @property
+    def failure(self) -> Path:
+        return Path(self.directory) / "failed.json"
+
+    def run(self) -> Run | None:
+        """The run directory that it made, once there is one."""
+        return next(iter(find_runs([Path(self.directory)])), None)
+
+    def state(self) -> str:
+        run = self.run()
+        if run and run.result:
+            return "done"
+        if self.failure.exists():
+            return "failed"
+        return "interrupted" if run else "new"
+
+    def command(self) -> list[str]:
+        """Begins the run, or goes on with it by the source that began it."""
+        if run := self.run():
+            return [sys.executable, str(run.source), "--resume", str(run.directory), "--threads", str(self.threads)]
+        own = ["--env-id", self.env_id, "--seed", self.seed, "--threads", self.threads, "--runs-dir", self.directory]
+        return [sys.executable, self.script, *map(str, own), *self.words]
+
+    def describes_itself_as(self) -> dict | None:
+        """What an earlier sweep wrote about the job in this directory."""
+        try:
+            return json.loads((Path(self.directory) / "job.json").read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def description(self) -> dict:
+        described = asdict(self) | {"words": list(self.words)}
+        del described["directory"], described["threads"]  # may change from one start to the next
+        return described
+
+
+def tail(path: Path, lines: int) -> list[str]:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 20_000))
+            return file.read().decode(errors="replace").splitlines()[-lines:]
+    except FileNotFoundError:
+        return []
+
+
+def die_with_parent() -> None:
+    """In the child: the kernel ends it with the process that began it, however that ends (Linux)."""
+    if sys.platform == "linux":
+        LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def lock(job: Job) -> IO:
+    """Held by the job's process too, so nobody begins the job elsewhere while it is alive."""
+    file = (Path(job.directory) / "lock").open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
+def run_job(job: Job, stopped: Callable[[], bool] = lambda: False, silence: float = 1800.0) -> str:
+    """Runs a job to its end: "done", "failed" or, once `stopped` says so, "interrupted".
+
+    A job that writes nothing for `silence` seconds is ended; that is a failure too.
+    """
+    directory = Path(job.directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with lock(job) as held, job.log.open("ab") as log:
+        if job.state() == "done":
+            return "done"
+        job.failure.unlink(missing_ok=True)
+        (directory / "job.json").write_text(json.dumps(job.description(), indent=2) + "\n")
+        started = time.monotonic()
+        process = subprocess.Popen(
+            job.command(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": str(job.threads), "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,  # Ctrl-C reaches the sweep alone, which stops its jobs in order
+            pass_fds=[held.fileno()],
+            preexec_fn=die_with_parent,
+        )
+        reason = None
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                if stopped():
+                    end(process)
+                    break
+                if time.monotonic() - started > silence and time.time() - last_sign(job, log) > silence:
+                    reason = f"wrote nothing for {silence:.0f} s, and was ended"
+                    end(process)
+        finally:
+            end(process)
+    if job.state() == "done":
+        return "done"
+    if stopped() and reason is None:
+        return "interrupted"
+    reason = reason or (
+        f"ended by {signal.Signals(-process.returncode).name}"
+        if process.returncode < 0
+        else f"exit status {process.returncode}"
+    )
+    failure = {"reason": reason, "seconds": time.monotonic() - started, "log": tail(job.log, 20)}
+    job.failure.write_text(json.dumps(failure, indent=2) + "\n")
+    return "failed"
+
+
+def last_sign(job: Job, log: IO) -> float:
+    """When the job last wrote something."""
+    run = job.run()
+    files = [path for path in run.directory.iterdir() if path.suffix == ".csv"] if run else []
+    return max([os.fstat(log.fileno()).st_mtime, *(path.stat().st_mtime for path in files)])
+
+
+def end(process: subprocess.Popen) -> None:
+    """Asks it to stop where it can be resumed, and after a while insists."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

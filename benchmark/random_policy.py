@@ -1,0 +1,95 @@
+"""What a policy earns that acts at random: the lower end of every scale."""
+
+import hashlib
+import inspect
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import gymnasium as gym
+import numpy as np
+import tyro
+
+from benchmark.errors import refuse
+from benchmark.runs import Run, write_atomically
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "solorl" / "random"
+
+
+def play_at_random(env: gym.Env, seed: int) -> tuple[float, int]:
+    """Return and length of an episode."""
+    env.action_space.seed(seed)
+    env.reset(seed=seed)
+    total, length, over = 0.0, 0, False
+    while not over:
+        _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+        total, length, over = total + float(reward), length + 1, terminated or truncated
+    return total, length
+
+
+def random_baseline(make_env: Callable[[], gym.Env], key: dict, seeds: list[int]) -> dict[str, np.ndarray]:
+    """Returns and lengths of random episodes; played once for each `key` and list of seeds, and then remembered."""
+    key = key | {"seeds": seeds, "gymnasium": gym.__version__}
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    path = cache_folder() / f"{name}.json"
+    if path.exists():
+        remembered = json.loads(path.read_text())
+    else:
+        env = make_env()
+        returns, lengths = zip(*(play_at_random(env, seed) for seed in seeds), strict=True)
+        env.close()
+        remembered = {"key": key, "return": returns, "length": lengths}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(remembered, indent=2) + "\n")
+    return {name: np.array(remembered[name], float) for name in ("return", "length")}
+
+
+def baseline_of(run: Run, episodes: int = 10) -> dict[str, np.ndarray]:
+    """The baseline in the environment that the run's evaluation plays, on as many of its seeds."""
+    module = run.module()
+    args = module.Args(**run.config)
+    kwargs = json.loads(args.env_kwargs) | json.loads(args.eval_env_kwargs)
+    key = {"env_id": args.env_id, "kwargs": kwargs, "made_by": inspect.getsource(module.make_eval_env)}
+    return random_baseline(lambda: module.make_eval_env(args), key, list(range(10_000, 10_000 + episodes)))
+
+
+def random(
+    env_ids: Annotated[list[str], tyro.conf.Positional],
+    /,
+    env_kwargs: str = "{}",
+    episodes: int = 10,
+    first_seed: int = 10_000,
+) -> None:
+    """Print the returns of a policy that acts at random. Played once per environment and seeds, then remembered.
+
+    Args:
+        env_ids: Gymnasium ids
+        env_kwargs: arguments of the environments, as JSON
+        episodes: how many episodes, each with its own seed
+        first_seed: seed of the first; the scripts evaluate with 10000 and those after it
+    """
+    try:
+        kwargs = dict(json.loads(env_kwargs))
+    except (ValueError, TypeError):
+        refuse(f"--env-kwargs {env_kwargs}: must be a JSON object")
+    if episodes < 1:
+        refuse(f"--episodes {episodes}: must be at least 1")
+    for env_id in env_ids:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*is out of date")
+                env = gym.make(env_id, disable_env_checker=True, **kwargs)
+        except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
+            refuse(f"{env_id}: {' '.join(str(error).split())}")
+        seeds = list(range(first_seed, first_seed + episodes))
+        played = random_baseline(lambda env=env: env, {"env_id": env_id, "kwargs": kwargs}, seeds)
+        returns = played["return"]
+        print(
+            f"{env_id}: return {returns.mean():.1f} ± {returns.std():.1f} ({returns.min():.1f} to {returns.max():.1f}),"
+            f" length {played['length'].mean():.1f}, {episodes} episodes"
+        )

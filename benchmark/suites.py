@@ -1,0 +1,103 @@
+"""Suites: which scripts, environments, seeds and arguments a sweep runs, and the jobs that follow."""
+
+import difflib
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from benchmark.errors import refuse
+from benchmark.jobs import ROOT, Job
+
+
+@dataclass(frozen=True)
+class Suite:
+    scripts: list[str]  # names of ours, or paths
+    env_ids: list[str]
+    seeds: list[int]
+    args: dict[str, object] = field(default_factory=dict)  # the same for every job
+    grid: dict[str, list] = field(default_factory=dict)  # every combination of these
+    words: tuple[str, ...] = ()  # as `args`, but as given on the command line
+
+
+def find_script(name: str) -> Path:
+    """A script of ours by its name, or any by its path."""
+    ours = {path.stem: path for path in ROOT.glob("*.py")}
+    if name in ours:
+        return ours[name]
+    path = Path(name)
+    if path.suffix == ".py" and path.is_file():
+        return path.resolve()
+    near = difflib.get_close_matches(name, ours, 1)
+    refuse(f"script {name}: " + (f"unknown; did you mean {near[0]}?" if near else f"unknown; ours are {sorted(ours)}"))
+
+
+def as_words(name: str, value: object) -> list[str]:
+    """An argument as it stands on a command line."""
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def read_suite(path: Path) -> Suite:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        refuse(f"{path}: {' '.join(str(error).split())}")
+    if not isinstance(content, dict):
+        refuse(f"{path}: a suite is a mapping with scripts, env_ids and seeds")
+    content = {str(key).replace("-", "_"): value for key, value in content.items()}
+    known = [f.name for f in fields(Suite) if f.name != "words"]
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            refuse(f"{path}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else f"; there are {known}"))
+    seeds = content.get("seeds", 1)
+    content["seeds"] = list(range(1, seeds + 1)) if isinstance(seeds, int) else seeds
+    content = {"scripts": [], "env_ids": []} | content
+    kinds = {"scripts": list, "env_ids": list, "seeds": list, "args": dict, "grid": dict}
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key, kind()), kind):
+            refuse(f"{path}: {key} must be a {'list' if kind is list else 'mapping'}")
+    if not all(isinstance(seed, int) for seed in content["seeds"]):
+        refuse(f"{path}: seeds must be a number of seeds, or a list of them")
+    for name, values in content.get("grid", {}).items():
+        if not isinstance(values, list) or not values:
+            refuse(f"{path}: grid: {name} must be a list of values")
+    return Suite(**content)
+
+
+def jobs_of(suite: Suite, directory: Path, threads: int) -> list[Job]:
+    """Every combination, the first seed of all of them before the second."""
+    for name in ("scripts", "env_ids", "seeds"):
+        if not getattr(suite, name):
+            refuse(f"nothing to run: no {name.replace('_', ' ')} selected")
+    scripts = [find_script(name) for name in suite.scripts]
+    common = [word for name, value in suite.args.items() for word in as_words(name, value)]
+    points = [tuple(zip(suite.grid, values, strict=True)) for values in itertools.product(*suite.grid.values())]
+    jobs = []
+    for seed, script, env_id, point in itertools.product(suite.seeds, scripts, suite.env_ids, points):
+        setting = " ".join(f"{name.replace('_', '-')}={str(value).replace(' ', '')}" for name, value in point)
+        chosen = [word for name, value in point for word in as_words(name, value)]
+        name = "__".join([env_id, script.stem, *([setting] if setting else []), str(seed)])
+        name = "".join(letter if letter.isalnum() or letter in "-_.=" else "-" for letter in name)
+        if len(name) > 150:
+            name = f"{name[:120]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+        words = (*common, *suite.words, *chosen)
+        jobs.append(Job(str(script), env_id, seed, words, setting, str(directory / name), threads))
+    if len({job.directory for job in jobs}) < len(jobs):
+        refuse("two jobs have the same name: scripts, environments and seeds must differ from each other")
+    return jobs
+
+
+def default_directory(suite: Suite) -> Path:
+    """The same for the same selection, so that the same command goes on with what it began."""
+    text = json.dumps([suite.scripts, suite.env_ids, suite.args, suite.grid, suite.words], sort_keys=True)
+    scripts = "+".join(Path(script).stem for script in suite.scripts)
+    return Path("sweeps") / f"{scripts}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

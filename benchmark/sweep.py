@@ -1,0 +1,260 @@
+"""Sweeps: many runs as subprocesses, that go on where they were stopped and hide no failure."""
+
+import json
+import shlex
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from benchmark.errors import refuse
+from benchmark.executors import run_locally, run_on_ray
+from benchmark.jobs import Job
+from benchmark.suites import Suite, default_directory, jobs_of, read_suite
+
+
+class Watch:
+    """What the jobs' files say about how far the sweep is."""
+
+    def __init__(self, jobs: list[Job], ended: dict[Job, str]):
+        self.jobs, self.ended = jobs, ended
+        self.began, self.started = time.monotonic(), time.time()
+        self.first: dict[Job, float] = {}  # share of each job that was done before it ran here
+        self.returns: dict[Job, float] = {}  # final ones
+
+    def end(self, job: Job, how: str) -> None:
+        self.ended[job] = how
+
+    def running(self) -> dict[Job, dict]:
+        """The running jobs with their last progress."""
+        found = {}
+        for job in self.jobs:
+            description = Path(job.directory) / "job.json"
+            if job in self.ended or not description.exists() or description.stat().st_mtime < self.started - 1:
+                continue
+            found[job] = {"share": 0.0, "sps": 0.0, "return": None}
+            if (run := job.run()) and (rows := run.last_rows("progress", 1)):
+                episodes = run.last_rows("episodes", 100)
+                found[job] = {
+                    "share": rows[0]["step"] / run.config["total_timesteps"],
+                    "sps": rows[0]["sps"],
+                    "return": statistics.fmean(row["return"] for row in episodes) if episodes else None,
+                }
+            self.first.setdefault(job, found[job]["share"])
+        return found
+
+    def final_return(self, job: Job) -> float | None:
+        if job not in self.returns and self.ended.get(job) == "done":
+            result = job.run().result
+            self.returns[job] = (result["evaluation"] or {}).get("mean", result["training_return"])
+        return self.returns.get(job)
+
+    def left(self, running: dict[Job, dict]) -> str:
+        """Time to the end, from what was done since the start."""
+        done = sum(1 - self.first[job] for job in self.first if self.ended.get(job) == "done")
+        done += sum(progress["share"] - self.first[job] for job, progress in running.items())
+        waiting = len(self.jobs) - len(self.ended) - sum(progress["share"] for progress in running.values())
+        if done < 1e-3:
+            return "-"
+        return str(timedelta(seconds=round((time.monotonic() - self.began) / done * waiting)))
+
+    def headline(self, running: dict[Job, dict]) -> str:
+        counts = Counter(self.ended.values())
+        sps = sum(progress["sps"] for progress in running.values())
+        waiting = len(self.jobs) - len(self.ended) - len(running)
+        return (
+            f"{counts['done']} of {len(self.jobs)} done, {len(running)} running, {waiting} waiting,"
+            f" {counts['failed']} failed   {sps:,.0f} steps/s   ETA {self.left(running)}"
+        )
+
+    def groups(self) -> dict[tuple[str, str, str], list[Job]]:
+        found: dict[tuple[str, str, str], list[Job]] = {}
+        for job in self.jobs:
+            found.setdefault((Path(job.script).stem, job.env_id, job.setting), []).append(job)
+        return found
+
+    def table(self, running: dict[Job, dict]):
+        """For the terminal: a row per script, environment and setting, then one per running job."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(self.headline(running)), title_justify="left", title_style="bold", box=None)
+        for column, side in (("", "left"), ("done", "right"), ("failed", "right"), ("return", "right")):
+            table.add_column(column, justify=side, overflow="fold" if column == "" else "ellipsis")
+        for column in ("steps/s", "progress"):
+            table.add_column(column, justify="right")
+        for (script, env_id, setting), jobs in self.groups().items():
+            finals = [value for job in jobs if (value := self.final_return(job)) is not None]
+            counts = Counter(self.ended.get(job) for job in jobs)
+            mean = f"{statistics.fmean(finals):,.1f}" if finals else "-"
+            failed = Text(str(counts["failed"]), style="bold red" if counts["failed"] else "")
+            done = f"{counts['done']}/{len(jobs)}"
+            table.add_row(Text(f"{script}  {env_id}  {setting}"), done, failed, mean, "", "")
+            for job in jobs:
+                if progress := running.get(job):
+                    now = "-" if progress["return"] is None else f"{progress['return']:,.1f}"
+                    row = Text(f"  seed {job.seed}", style="dim"), "", "", now, f"{progress['sps']:,.0f}"
+                    table.add_row(*row, f"{progress['share']:.0%}")
+        return table
+
+
+def previous_states(jobs: list[Job], retry_failed: bool) -> dict[Job, str]:
+    """The jobs that need not run, and why; refuses what belongs to another sweep."""
+    settled = {}
+    for job in jobs:
+        earlier = job.describes_itself_as()
+        if earlier not in (None, job.description()):
+            differing = [name for name in earlier if earlier[name] != job.description()[name]]
+            refuse(f"{job.directory}: holds a job with other {', '.join(differing)}; choose another --output")
+        state = job.state()
+        if state == "done" or (state == "failed" and not retry_failed):
+            settled[job] = state
+    return settled
+
+
+def run_sweep(jobs: list[Job], settled: dict[Job, str], execute) -> dict[Job, str]:
+    """Runs what is not settled, shows how it goes, and returns how each job ended. `execute(jobs, stop)` runs them."""
+    stop, caught = threading.Event(), []
+
+    def catch(number: int, _: object) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        stop.set()
+
+    handlers = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    watch = Watch(jobs, dict(settled))
+    todo = sorted((job for job in jobs if job not in settled), key=lambda job: job.state() != "interrupted")
+    live = nullcontext()
+    if sys.stdout.isatty() and find_spec("rich"):
+        from rich.live import Live
+
+        live = Live(refresh_per_second=2)
+    said = 0.0
+    try:
+        with live as screen:
+            for event in execute(todo, stop):
+                if event:
+                    watch.end(*event)
+                    if event[1] != "interrupted":
+                        value = watch.final_return(event[0])
+                        line = f"{event[1]}: {event[0].name}" + ("" if value is None else f"  return {value:,.1f}")
+                        screen.console.print(line, highlight=False) if screen else print(line, flush=True)
+                running = watch.running()
+                if screen:
+                    screen.update(watch.table(running))
+                elif time.monotonic() - said > 60:
+                    said = time.monotonic()
+                    print(watch.headline(running), flush=True)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if caught:
+        print(f"stopped; the same command goes on: {watch.headline({})}")
+        raise SystemExit(128 + caught[0])
+    return watch.ended
+
+
+def tell_failures(ended: dict[Job, str]) -> None:
+    failed = [job for job, how in ended.items() if how == "failed"]
+    if failed:
+        print(f"\n{len(failed)} of {len(ended)} failed; --retry-failed tries them again:")
+    for job in failed:
+        failure = (
+            json.loads(job.failure.read_text())
+            if job.failure.exists()
+            else {"reason": "its files cannot be written", "log": []}
+        )
+        print(f"\n{job.name}: {failure['reason']}; {job.log}")
+        print("\n".join(f"    {line}" for line in failure["log"][-8:]))
+
+
+def sweep(
+    suite: Annotated[Path | None, tyro.conf.Positional] = None,
+    /,
+    scripts: tuple[str, ...] = (),
+    env_ids: tuple[str, ...] = (),
+    seeds: int = 1,
+    workers: int = 1,
+    threads: int = 1,
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    retry_failed: bool = False,
+    silence: float = 30.0,
+    dry_run: bool = False,
+    executor: Literal["local", "ray"] = "local",
+    address: str | None = None,
+    cpus: float = 1.0,
+    gpus: float = 0.0,
+    words: Annotated[tuple[str, ...], tyro.conf.Suppress] = (),
+) -> None:
+    """Train many runs. Started again, it skips what is finished and resumes what was interrupted.
+
+    python -m benchmark sweep --scripts ppo_continuous --env-ids HalfCheetah-v4 Hopper-v4 --seeds 5 --workers 2
+        -- --total-timesteps 1_000_000
+    python -m benchmark sweep suites/mujoco-1m.yaml
+
+    Arguments after -- go to every run. A suite is a YAML file with scripts, env_ids, seeds (how many, or a list), args
+    (the same for all) and grid (a list of values for each argument; every combination is run).
+
+    Args:
+        suite: a suite, instead of --scripts, --env-ids and --seeds
+        scripts: names of ours, or paths of others
+        env_ids: Gymnasium ids
+        seeds: seeds 1 to this
+        workers: runs at the same time on this machine
+        threads: torch threads of each run
+        output: folder of the runs and their logs; by default sweeps/ and a name that follows from the selection
+        retry_failed: also run again what failed before
+        silence: minutes without a sign of life after which a run is ended, as failed
+        dry_run: print the commands and end
+        executor: this machine, or a Ray cluster
+        address: of the Ray cluster; by default the one of this machine, which is started if there is none
+        cpus: what a run reserves on the cluster
+        gpus: what a run reserves on the cluster
+        words: everything after --
+    """
+    if suite and (scripts or env_ids):
+        refuse("--scripts and --env-ids: a suite names its own")
+    for name, value in (("seeds", seeds), ("workers", workers), ("threads", threads)):
+        if value < 1:
+            refuse(f"--{name} {value}: must be at least 1")
+    chosen = read_suite(suite) if suite else Suite(list(scripts), list(env_ids), list(range(1, seeds + 1)))
+    chosen = replace(chosen, words=words)
+    directory = output or (Path("sweeps") / suite.stem if suite else default_directory(chosen))
+    jobs = jobs_of(chosen, directory.resolve(), threads)
+    if not dry_run:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            refuse(f"--output {directory}: {error.strerror}")
+    settled = previous_states(jobs, retry_failed)
+    if dry_run:
+        print("\n".join(shlex.join(job.command()) for job in jobs if job not in settled))
+        return
+    print(f"{len(jobs)} jobs in {directory}" + (f", {len(settled)} of them settled before" if settled else ""))
+
+    def execute(todo: list[Job], stop: threading.Event):
+        if executor == "ray":
+            return run_on_ray(todo, address, cpus, gpus, silence * 60, stop)
+        return run_locally(todo, workers, silence * 60, stop)
+
+    ended = run_sweep(jobs, settled, execute)
+    for (script, env_id, setting), group in Watch(jobs, ended).groups().items():
+        finals = [run.result["evaluation"].get("mean") for job in group if ended[job] == "done" and (run := job.run())]
+        finals = [value for value in finals if value is not None]
+        mean = f"{statistics.fmean(finals):,.1f}" if finals else "-"
+        print(f"{script}  {env_id}  {setting}  {len(finals)} of {len(group)} seeds  final return {mean}")
+    print(f"report: python -m benchmark report {directory}")
+    tell_failures(ended)
+    if "failed" in ended.values():
+        raise SystemExit(1)
