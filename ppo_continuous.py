@@ -418,15 +418,21 @@ def lr_factor(args: Args, iteration: int, iterations: int) -> float:
 
 
 class Policy:
-    """What is deployed: a batch of observations to actions, deterministic, with the normaliser frozen inside."""
+    """What is deployed: a batch of observations to actions, with the normaliser frozen inside.
+
+    Deterministic, unless asked for a `sample` of the actions as in training.
+    """
 
     def __init__(self, agent: Agent, moments: RunningMoments, return_moments: RunningMoments, bounds: np.ndarray):
         self.agent, self.moments, self.return_moments = agent, moments, return_moments
         self.low, self.high = bounds
 
-    def __call__(self, observations: np.ndarray) -> np.ndarray:
+    def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
         with torch.no_grad():
-            actions = self.agent.actor(self._input(observations)).cpu().numpy()
+            actions = self.agent.actor(self._input(observations))
+            if sample:
+                actions += self.agent.log_std.exp() * torch.randn_like(actions)
+        actions = actions.cpu().numpy()
         return actions.reshape(-1, *self.low.shape).clip(self.low, self.high)
 
     def value(self, observations: np.ndarray) -> np.ndarray:

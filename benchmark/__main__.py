@@ -10,12 +10,13 @@ from functools import partial, wraps
 import tyro
 
 from benchmark.errors import refuse
+from benchmark.evaluate import evaluate
 from benchmark.random_policy import random
 from benchmark.returns import returns
 from benchmark.speed import speed
 from benchmark.sweep import sweep
 
-COMMANDS = {"sweep": sweep, "returns": returns, "random": random, "speed": speed}
+COMMANDS = {"sweep": sweep, "evaluate": evaluate, "returns": returns, "random": random, "speed": speed}
 WITH_WORDS = ["sweep"]  # what stands after -- goes to the scripts that these run
 
 

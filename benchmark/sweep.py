@@ -139,7 +139,7 @@ def run_sweep(jobs: list[Job], settled: dict[Job, str], execute) -> dict[Job, st
     if sys.stdout.isatty() and find_spec("rich"):
         from rich.live import Live
 
-        live = Live(refresh_per_second=2)
+        live = Live(refresh_per_second=2, transient=True)
     said = 0.0
     try:
         with live as screen:
@@ -253,7 +253,7 @@ def sweep(
         finals = [run.result["evaluation"].get("mean") for job in group if ended[job] == "done" and (run := job.run())]
         finals = [value for value in finals if value is not None]
         mean = f"{statistics.fmean(finals):,.1f}" if finals else "-"
-        print(f"{script}  {env_id}  {setting}  {len(finals)} of {len(group)} seeds  final return {mean}")
+        print(f"{script:<16} {env_id:<26} {setting}  {len(finals)} of {len(group)} seeds  final return {mean}")
     print(f"report: python -m benchmark report {directory}")
     tell_failures(ended)
     if "failed" in ended.values():

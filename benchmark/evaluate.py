@@ -1,0 +1,239 @@
+"""Plays the policies of run directories in the environments of their evaluations."""
+
+import csv
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+
+from benchmark.errors import refuse
+from benchmark.runs import Run, find_runs
+
+AT_ONCE = 20  # environments played side by side
+
+
+@dataclass
+class Episode:
+    seed: int
+    rewards: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)  # of every observation; where it was cut, of the last too
+    terminated: bool = False
+
+
+def play(policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool, values: bool) -> list[Episode]:
+    """An episode in each environment."""
+    observations = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
+    episodes = [Episode(seed) for seed in seeds]
+    running = list(range(len(envs)))
+    while running:
+        batch = np.stack([observations[i] for i in running])
+        actions = policy(batch, sample=True) if sample else policy(batch)
+        expected = policy.value(batch) if values else [None] * len(running)
+        for i, action, value in zip(tuple(running), actions, expected, strict=True):
+            observations[i], reward, terminated, truncated, _ = envs[i].step(action)
+            episodes[i].rewards.append(float(reward))
+            if values:
+                episodes[i].values.append(float(value))
+                if truncated and not terminated:
+                    episodes[i].values.append(float(policy.value(np.asarray(observations[i])[None])[0]))
+            if terminated or truncated:
+                episodes[i].terminated = bool(terminated)
+                running.remove(i)
+    return episodes
+
+
+def film(policy: Callable, env: gym.Env, seed: int, sample: bool, path: Path) -> None:
+    """Plays an episode into an mp4."""
+    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
+
+    (observation, _), over = env.reset(seed=seed), False
+    height, width, _ = env.render().shape
+    with FFMPEG_VideoWriter(str(path), (width, height), env.metadata.get("render_fps", 30)) as video:
+        while not over:
+            video.write_frame(env.render())
+            batch = observation[None]
+            action = policy(batch, sample=True)[0] if sample else policy(batch)[0]
+            observation, _, terminated, truncated, _ = env.step(action)
+            over = terminated or truncated
+
+
+def to_gif(video: Path) -> Path:
+    """Small enough to be shown on a page: at most 10 s, 320 pixels wide, 15 frames a second."""
+    from moviepy import VideoFileClip
+
+    with VideoFileClip(str(video)) as clip:
+        clip.subclipped(0, min(clip.duration, 10)).resized(width=320).with_fps(15).write_gif(
+            video.with_suffix(".gif"), logger=None
+        )
+    return video.with_suffix(".gif")
+
+
+def realised_returns(episode: Episode, gamma: float) -> np.ndarray:
+    """The discounted return from every step on; where the episode was cut, with the last value in the rest's place."""
+    following = 0.0 if episode.terminated else episode.values[-1]
+    returns = np.empty(len(episode.rewards))
+    for t in reversed(range(len(returns))):
+        returns[t] = following = episode.rewards[t] + gamma * following
+    return returns
+
+
+def explained_variance(predicted: np.ndarray, realised: np.ndarray) -> float:
+    return float(1 - (realised - predicted).var() / realised.var()) if realised.var() else float("nan")
+
+
+def plot_values(run: Run, episodes: list[Episode], gamma: float, path: Path) -> float:
+    """Scatter of predicted against realised returns, and both along the first episodes; the explained variance."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    realised = [realised_returns(episode, gamma) for episode in episodes]
+    predicted = [np.array(episode.values[: len(episode.rewards)]) for episode in episodes]
+    explained = explained_variance(np.concatenate(predicted), np.concatenate(realised))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left.scatter(np.concatenate(realised), np.concatenate(predicted), s=4, alpha=0.3, color="#0072B2", lw=0)
+    ends = [min(left.get_xlim()[0], left.get_ylim()[0]), max(left.get_xlim()[1], left.get_ylim()[1])]
+    left.plot(ends, ends, color="0.4", lw=1, ls="--")
+    left.set(xlabel="realised discounted return", ylabel="predicted value", title=f"explained variance {explained:.3f}")
+    for color, values, returns in zip(("#0072B2", "#D55E00", "#009E73"), predicted, realised, strict=False):
+        right.plot(values, color=color, lw=1.2)
+        right.plot(returns, color=color, lw=1.2, ls=":")
+    right.plot([], color="0.3", label="predicted")
+    right.plot([], color="0.3", ls=":", label="realised")
+    right.legend(frameon=False)
+    right.set(xlabel="step of the episode", title=f"along {min(3, len(episodes))} episodes")
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{run.script} on {run.config['env_id']}, seed {run.config['seed']}")
+    for suffix in (".png", ".svg"):
+        figure.savefig(path.with_suffix(suffix), dpi=150)
+    plt.close(figure)
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["seed", "step", "predicted", "realised"])
+        for episode, values, returns in zip(episodes, predicted, realised, strict=True):
+            writer.writerows(zip([episode.seed] * len(returns), range(len(returns)), values, returns, strict=True))
+    return explained
+
+
+def find_policy(run: Run, which: str) -> Path:
+    """The file of the policy: "last", "best", or the step of an evaluation."""
+    paths = {"last": run.last_checkpoint, "best": run.best_policy} | {str(s): p for s, p in run.policies().items()}
+    if which not in paths or not paths[which].exists():
+        steps = ", ".join(map(str, run.policies())) or "none"
+        refuse(f"--policy {which}: {run.directory} has no such policy; last, best, or a step of these: {steps}")
+    return paths[which]
+
+
+def evaluate(
+    runs: Annotated[list[Path], tyro.conf.Positional],
+    /,
+    policy: str = "last",
+    episodes: int = 10,
+    seeds: tuple[int, ...] = (),
+    stochastic: bool = False,
+    env_kwargs: str = "{}",
+    video: bool = False,
+    gif: bool = False,
+    render: bool = False,
+    analyze_value: bool = False,
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("evaluation"),
+) -> None:
+    """Play the policies of runs, each in the environment of its own evaluation, and print and keep the returns.
+
+    The script's copy in the run directory is what loads the policy, so forks are evaluated just as well.
+
+    Args:
+        runs: run directories, or folders of them
+        policy: the last, the best, or that of the evaluation at a step
+        episodes: how many, with the seeds of the run's own evaluations and those after them
+        seeds: the episodes' seeds, instead
+        stochastic: sample the actions, as in training
+        env_kwargs: arguments of the environment that differ, as JSON
+        video: film the best episode of each run
+        gif: and make a small animation of it
+        render: show the episodes in a window, one after the other
+        analyze_value: compare the critic's values with the discounted returns that followed
+        output: a folder for episodes.csv and what the other options ask for
+    """
+    found = find_runs(runs)
+    if not found:
+        refuse(f"no run directory in {', '.join(map(str, runs))}")
+    if episodes < 1:
+        refuse(f"--episodes {episodes}: must be at least 1")
+    try:
+        kwargs = dict(**json.loads(env_kwargs))
+    except (ValueError, TypeError):
+        refuse(f"--env-kwargs {env_kwargs}: must be a JSON object")
+    if sys.platform == "linux" and "DISPLAY" not in os.environ and "WAYLAND_DISPLAY" not in os.environ:
+        if render:
+            refuse("--render: there is no display here; --video makes a film")
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    seeds = list(seeds or range(10_000, 10_000 + episodes))
+    loaded = []
+    for run in found:
+        path = find_policy(run, policy)
+        module = run.module()
+        args = module.Args(**run.config)
+        if kwargs:
+            args = replace(args, eval_env_kwargs=json.dumps(json.loads(args.eval_env_kwargs) | kwargs))
+        try:
+            chosen = module.load_policy(path, "cpu")
+            module.make_eval_env(args, "rgb_array" if video or gif else "human" if render else None).close()
+        except Exception as error:
+            refuse(f"{run.directory}: {' '.join(str(error).split())}")
+        if analyze_value and not hasattr(chosen, "value"):
+            refuse(f"--analyze-value: the policy of {run.script} has no value(observations)")
+        if stochastic and "sample" not in inspect.signature(chosen).parameters:
+            refuse(f"--stochastic: the policy of {run.script} takes no sample=True")
+        loaded.append((run, module, args, chosen))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(f"--output {output}: {error.strerror}")
+
+    rows = []
+    print(f"{'run':<60} {'episodes':>8} {'return':>22} {'lowest':>10} {'highest':>10} {'length':>8}")
+    for run, module, args, chosen in loaded:
+        torch.manual_seed(seeds[0])  # stochastic episodes, too, are the same each time
+        played: list[Episode] = []
+        side_by_side = 1 if render else AT_ONCE
+        for first in range(0, len(seeds), side_by_side):
+            some = seeds[first : first + side_by_side]
+            envs = [module.make_eval_env(args, "human" if render else None) for _ in some]
+            played += play(chosen, envs, some, stochastic, analyze_value)
+            for env in envs:
+                env.close()
+        returns = np.array([sum(episode.rewards) for episode in played])
+        lengths = np.array([len(episode.rewards) for episode in played])
+        print(
+            f"{run.directory.name[-60:]:<60} {len(played):>8} {f'{returns.mean():,.1f} ± {returns.std():,.1f}':>22}"
+            f" {returns.min():>10,.1f} {returns.max():>10,.1f} {lengths.mean():>8,.1f}"
+        )
+        for episode, value, length in zip(played, returns, lengths, strict=True):
+            rows.append([run.directory.name, policy, episode.seed, value, length, int(episode.terminated)])
+        if video or gif:
+            path = output / f"{run.directory.name}.mp4"
+            env = module.make_eval_env(args, "rgb_array")
+            film(chosen, env, seeds[int(returns.argmax())], stochastic, path)
+            env.close()
+            print(f"  {path}" + (f"  {to_gif(path)}" if gif else ""))
+        if analyze_value:
+            path = output / f"{run.directory.name}-value.png"
+            print(f"  explained variance {plot_values(run, played, run.config['gamma'], path):.3f}  {path}")
+    with (output / "episodes.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", "policy", "seed", "return", "length", "terminated"])
+        writer.writerows(rows)
+    print(f"{output / 'episodes.csv'}")

@@ -1,0 +1,141 @@
+"""Evaluation by the harness, of real runs."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ppo_continuous as ppo
+from benchmark.__main__ import main
+from benchmark.evaluate import Episode, explained_variance, realised_returns
+from benchmark.random_policy import random_baseline
+from benchmark.runs import Run
+from tests.envs import Clock
+
+SETTINGS = ["--total-timesteps", "2048", "--num-envs", "4", "--num-steps", "64", "--num-minibatches", "4"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    words = ["--env-id", "Pendulum-v1", "--no-compile", "--num-evals", "2", "--eval-episodes", "3"]
+    runs = tmp_path_factory.mktemp("runs")
+    return Run(ppo.train(ppo.parse([*words, *SETTINGS, "--runs-dir", str(runs)])))
+
+
+def evaluate(*arguments: object) -> int:
+    try:
+        main(["evaluate", *map(str, arguments)])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_it_plays_what_the_run_itself_evaluated(run, tmp_path):
+    assert evaluate(run.directory, "--episodes", 3, "-o", tmp_path) == 0
+    final = run.table("evaluations")["return"][-3:]
+    np.testing.assert_allclose([float(row["return"]) for row in rows(tmp_path / "episodes.csv")], final, rtol=1e-4)
+    assert evaluate(run.directory, "--episodes", 3, "--policy", 1024, "-o", tmp_path) == 0
+    earlier = run.table("evaluations")["return"][:3]
+    np.testing.assert_allclose([float(row["return"]) for row in rows(tmp_path / "episodes.csv")], earlier, rtol=1e-4)
+
+
+def test_stochastic_episodes_differ_and_repeat(run, tmp_path):
+    played = []
+    for more in ([], ["--stochastic"], ["--stochastic"]):
+        assert evaluate(run.directory, "--seeds", 7, 8, *more, "-o", tmp_path) == 0
+        played.append([row["return"] for row in rows(tmp_path / "episodes.csv")])
+    assert played[0] != played[1] == played[2]
+
+
+def test_films_and_animations(run, tmp_path):
+    assert evaluate(run.directory, "--episodes", 1, "--gif", "-o", tmp_path) == 0
+    from moviepy import VideoFileClip
+
+    with VideoFileClip(str(tmp_path / f"{run.directory.name}.mp4")) as clip:
+        assert clip.n_frames in (200, 201) and clip.get_frame(1).std() > 5
+    with VideoFileClip(str(tmp_path / f"{run.directory.name}.gif")) as clip:
+        assert clip.size[0] == 320 and clip.get_frame(1).std() > 5
+
+
+def test_values_are_compared_with_what_followed(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert evaluate(run.directory, "--episodes", 2, "--analyze-value", "-o", tmp_path) == 0
+    path = tmp_path / f"{run.directory.name}-value.csv"
+    assert path.with_suffix(".png").stat().st_size > 10_000 and path.with_suffix(".svg").exists()
+    compared = rows(path)
+    predicted, realised = (np.array([float(row[name]) for row in compared]) for name in ("predicted", "realised"))
+    assert len(compared) == 400
+    assert f"explained variance {explained_variance(predicted, realised):.3f}" in capsys.readouterr().out
+    policy, env = ppo.load_policy(run.last_checkpoint), ppo.make_eval_env(ppo.Args(**run.config))
+    assert predicted[0] == pytest.approx(policy.value(env.reset(seed=10_000)[0][None])[0], rel=1e-4)
+
+
+def test_realised_returns():
+    ended = Episode(0, rewards=[1.0, 2.0, 4.0], values=[0.0] * 3, terminated=True)
+    cut = Episode(0, rewards=[1.0, 2.0, 4.0], values=[0.0, 0.0, 0.0, 8.0], terminated=False)
+    np.testing.assert_allclose(realised_returns(ended, 0.5), [3.0, 4.0, 4.0])
+    np.testing.assert_allclose(realised_returns(cut, 0.5), [4.0, 6.0, 8.0])
+
+
+def test_a_fork_is_evaluated_by_its_own_copy(run, tmp_path):
+    fork = tmp_path / run.directory.name
+    fork.mkdir()
+    for path in run.directory.glob("*.*"):
+        (fork / path.name).write_bytes(path.read_bytes())
+    source = (fork / "ppo_continuous.py").read_text()
+    changed = source.replace("return gym.make(", "return gym.wrappers.TransformReward(gym.make(", 1)
+    changed = changed.replace("disable_env_checker=True, **env_kwargs)", "**env_kwargs), lambda reward: 1.0)", 1)
+    assert changed != source
+    (fork / "ppo_continuous.py").write_text(changed)
+    assert evaluate(fork, "--episodes", 2, "-o", tmp_path) == 0
+    assert [float(row["return"]) for row in rows(tmp_path / "episodes.csv")] == [200.0, 200.0]
+
+
+def test_other_arguments_of_the_environment(run, tmp_path):
+    assert evaluate(run.directory, "--episodes", 1, "--env-kwargs", '{"g": 0.1}', "-o", tmp_path) == 0
+    light = float(rows(tmp_path / "episodes.csv")[0]["return"])
+    assert light != pytest.approx(run.table("evaluations")["return"][-3], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nowhere"], "no run directory in nowhere"),
+        (["RUN", "--policy", "77"], "last, best, or a step of these: 1024, 2048"),
+        (["RUN", "--episodes", "0"], "--episodes 0: must be at least 1"),
+        (["RUN", "--env-kwargs", "[1]"], "--env-kwargs [1]: must be a JSON object"),
+        (["RUN", "--env-kwargs", '{"gg": 1}'], "unexpected keyword argument 'gg'"),
+        (["RUN", "-o", "/dev/null/x"], "--output /dev/null/x: Not a directory"),
+        (["RUN", "--render"], "--render: there is no display"),
+    ],
+)
+def test_bad_input_is_one_line(run, capsys, monkeypatch, arguments, told):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    assert evaluate(*(str(run.directory) if word == "RUN" else word for word in arguments)) == 2
+    printed = capsys.readouterr()
+    assert told in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_the_random_baseline_is_played_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = []
+
+    def make() -> Clock:
+        made.append(Clock())
+        return made[-1]
+
+    for _ in range(2):
+        played = random_baseline(make, {"env_id": "Clock-v0"}, [1, 2, 3])
+        np.testing.assert_array_equal(played["return"], [20.0, 20.0, 20.0])
+    assert len(made) == 1
+    random_baseline(make, {"env_id": "Clock-v0"}, [1, 2, 4])
+    random_baseline(make, {"env_id": "Clock-v0", "kwargs": {"cut": False}}, [1, 2, 4])
+    assert len(made) == 3 and all(json.loads(path.read_text())["return"] for path in tmp_path.rglob("*.json"))
