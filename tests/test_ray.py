@@ -1,0 +1,51 @@
+"""Sweeps on a Ray cluster of several nodes, one of which dies."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmark.runs import Run, find_runs
+
+pytest.importorskip("ray")
+ROOT = Path(__file__).parent.parent
+SETTINGS = ["--env-id", "Pendulum-v1", "--total-timesteps", "20480", "--num-envs", "4", "--num-steps", "64"]
+SETTINGS += ["--num-minibatches", "8", "--num-evals", "0", "--checkpoint-every", "512", "--no-compile"]
+
+
+def last_step(run: Run) -> float:
+    return next((row["step"] for row in run.last_rows("progress", 1)), 0.0)
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own, in this process
+def test_the_jobs_of_a_node_that_dies_go_on_elsewhere(tmp_path):
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    words = [sys.executable, "-m", "benchmark", "sweep", "--scripts", "ppo_continuous", "--env-ids", "Pendulum-v1"]
+    words += ["--seeds", "2", "--executor", "ray", "--address", cluster.address, "-o", str(tmp_path / "out")]
+    sweep = subprocess.Popen([*words, "--", *SETTINGS[2:]], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        while sum(last_step(run) > 2000 for run in find_runs([tmp_path / "out"])) < 2:
+            assert sweep.poll() is None, sweep.stdout.read()
+            time.sleep(0.1)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        told = sweep.communicate(timeout=120)[0]
+    finally:
+        sweep.kill()
+        cluster.shutdown()
+    assert sweep.returncode == 0, told
+    runs = find_runs([tmp_path / "out"])
+    assert [run.result["steps"] for run in runs] == [20480, 20480]
+    assert sum((run.directory.parent / "log.txt").read_text().count("parameters") for run in runs) == 3  # headers
+
+    for run in runs:
+        alone = [sys.executable, "ppo_continuous.py", *SETTINGS, "--seed", str(run.config["seed"])]
+        subprocess.run([*alone, "--runs-dir", str(tmp_path / "alone")], cwd=ROOT, check=True, capture_output=True)
+    for run, other in zip(runs, find_runs([tmp_path / "alone"]), strict=True):
+        one, two = (torch.load(r.last_checkpoint, weights_only=True)["agent"] for r in (run, other))
+        assert all(torch.equal(one[name], two[name]) for name in one)
