@@ -29,6 +29,7 @@ class Job:
     setting: str  # what sets it apart from other jobs, besides script, environment and seed: "learning-rate=0.001"
     directory: str  # its own: holds the run directory, job.json, log.txt and perhaps failed.json
     threads: int = 1
+    started_in: str = "."  # the folder that relative paths among its arguments are meant from
 
     @property
     def name(self) -> str:
@@ -70,7 +71,8 @@ class Job:
 
     def description(self) -> dict:
         described = asdict(self) | {"words": list(self.words)}
-        del described["directory"], described["threads"]  # may change from one start to the next
+        for name in ("directory", "threads", "started_in"):  # may change from one start to the next
+            del described[name]
         return described
 
 
@@ -111,6 +113,7 @@ def run_job(job: Job, stopped: Callable[[], bool] = lambda: False, silence: floa
         started = time.monotonic()
         process = subprocess.Popen(
             job.command(),
+            cwd=job.started_in,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def jobs_of(suite: Suite, directory: Path, threads: int) -> list[Job]:
         if len(name) > 150:
             name = f"{name[:120]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
         words = (*common, *suite.words, *chosen)
-        jobs.append(Job(str(script), env_id, seed, words, setting, str(directory / name), threads))
+        jobs.append(Job(str(script), env_id, seed, words, setting, str(directory / name), threads, os.getcwd()))
     if len({job.directory for job in jobs}) < len(jobs):
         refuse("two jobs have the same name: scripts, environments and seeds must differ from each other")
     return jobs
