@@ -596,11 +596,12 @@ class Run:
     """What a run directory collects while the run goes on; after a resume, from where the checkpoint left it."""
 
     def __init__(self, args: Args, directory: Path, sizes: dict[str, int], step: int):
+        self.tracker = None
         if args.track:
             import wandb
 
-            name, project, config = directory.name, args.wandb_project_name, asdict(args)
-            wandb.init(project=project, name=name, id=name, resume="allow", config=config, sync_tensorboard=True)
+            settings = {"project": args.wandb_project_name, "name": directory.name, "id": directory.name}
+            self.tracker = wandb.init(**settings, resume="allow", config=asdict(args), sync_tensorboard=True)
         from torch.utils.tensorboard import SummaryWriter
 
         self.live, self.said = sys.stdout.isatty(), time.monotonic()
@@ -646,6 +647,8 @@ class Run:
 
     def close(self) -> None:
         self.tensorboard.close()
+        if self.tracker:
+            self.tracker.finish()
         for file in (self.log, *(file for _, file in self.tables.values())):
             file.close()
 
