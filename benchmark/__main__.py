@@ -12,11 +12,11 @@ import tyro
 from benchmark.errors import refuse
 from benchmark.evaluate import evaluate
 from benchmark.random_policy import random
-from benchmark.returns import returns
+from benchmark.report import report
 from benchmark.speed import speed
 from benchmark.sweep import sweep
 
-COMMANDS = {"sweep": sweep, "evaluate": evaluate, "returns": returns, "random": random, "speed": speed}
+COMMANDS = {"sweep": sweep, "evaluate": evaluate, "report": report, "random": random, "speed": speed}
 WITH_WORDS = ["sweep"]  # what stands after -- goes to the scripts that these run
 
 

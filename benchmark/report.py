@@ -1,0 +1,356 @@
+"""Reports: what finished runs reached, with intervals, as tables, figures and one page."""
+
+import csv
+import itertools
+import math
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from benchmark import page
+from benchmark.errors import refuse
+from benchmark.random_policy import baseline_of
+from benchmark.runs import Run, write_atomically
+
+FILMS_LIMIT = 40e6  # bytes of films in the page
+MOST_METHODS = 12  # in one figure
+
+
+@dataclass(frozen=True)
+class Table:
+    header: list[str]
+    rows: list[list]  # numbers as they are
+
+    def cells(self) -> list[list[str]]:
+        return [[cell(value) for value in row] for row in self.rows]
+
+    def textual(self) -> set[str]:
+        return {name for k, name in enumerate(self.header) if all(isinstance(row[k], str) for row in self.rows)}
+
+    def markdown(self) -> str:
+        rule = [":--" if name in self.textual() else "--:" for name in self.header]
+        return "".join("| " + " | ".join(line) + " |\n" for line in (self.header, rule, *self.cells()))
+
+    def html(self) -> str:
+        return page.table(self.header, self.cells(), self.textual())
+
+    def write(self, path: Path) -> None:
+        columns = [expanded(name, [row[k] for row in self.rows]) for k, name in enumerate(self.header)]
+        with path.with_suffix(".csv").open("w", newline="") as file:
+            csv.writer(file).writerows(zip(*itertools.chain(*columns), strict=True))
+        path.with_suffix(".md").write_text(self.markdown())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    middle: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{cell(self.middle)} [{cell(self.low)}, {cell(self.high)}]"
+
+
+def expanded(name: str, values: list) -> list[list]:
+    """A column, or the three of estimates with intervals, each under its name."""
+    if not any(isinstance(value, Estimate) for value in values):
+        return [[name, *values]]
+    parts = zip(*((value.middle, value.low, value.high) for value in values), strict=True)
+    return [[title, *part] for title, part in zip((name, f"{name} low", f"{name} high"), parts, strict=True)]
+
+
+def cell(value: object) -> str:
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    if not math.isfinite(value):
+        return "-" if math.isnan(value) else "never"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def summary(groups: list, baselines: dict[str, np.ndarray]) -> Table:
+    from benchmark.stats import interquartile_mean, mean, with_interval
+
+    header = [
+        "environment",
+        "method",
+        "seeds",
+        "steps",
+        "final mean",
+        "final IQM",
+        "best",
+        "training",
+        "random",
+        "minutes",
+    ]
+    rows = []
+    for group in groups:
+        middle, quartiles = (Estimate(*e) for e in with_interval(group.final[:, None], [mean, interquartile_mean]))
+        best, training = (Estimate(*with_interval(s[:, None], [mean])[0]) for s in (group.best, group.training))
+        random = float(baselines[group.env_id].mean()) if group.env_id in baselines else math.nan
+        minutes = float(np.mean([run.result["wall_time"] for run in group.runs]) / 60)
+        steps = int(group.curves[0][-1])
+        rows.append(
+            [group.env_id, group.method, len(group.runs), steps, middle, quartiles, best, training, random, minutes]
+        )
+    return Table(header, rows)
+
+
+def per_seed(groups: list) -> Table:
+    header = ["environment", "method", "seed", "final", "best", "training", "minutes", "run"]
+    rows = []
+    for group in groups:
+        for run, *numbers in zip(group.runs, group.final, group.best, group.training, strict=True):
+            numbers = [*map(float, numbers), run.result["wall_time"] / 60]
+            rows.append([group.env_id, group.method, run.config["seed"], *numbers, run.directory.name])
+    return Table(header, rows)
+
+
+def thresholds(groups: list, baselines: dict[str, np.ndarray], asked: dict[str, float]) -> Table:
+    """Where none is asked for: half and nine tenths of the way from the random policy to the best mean."""
+    header = ["environment", "threshold", "return", "method", "reached by", "median steps", "median minutes"]
+    rows = []
+    for env_id in sorted({group.env_id for group in groups}):
+        here = [group for group in groups if group.env_id == env_id]
+        top = max(group.final.mean() for group in here)
+        named = {"asked for": asked[env_id]} if env_id in asked else {}
+        if not named and env_id in baselines:
+            bottom = baselines[env_id].mean()
+            named = {f"{share:.0%} of the way": bottom + share * (top - bottom) for share in (0.5, 0.9)}
+        for (name, value), group in itertools.product(named.items(), here):
+            steps, minutes = group.reached(value)
+            reached = f"{int(np.isfinite(steps).sum())} of {len(steps)}"
+            medians = [float(np.median(numbers)) for numbers in (steps, minutes)]
+            rows.append([env_id, name, float(value), group.method, reached, *medians])
+    return Table(header, rows)
+
+
+def normalised_scores(groups: list, baselines: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Final returns (seeds, environments) of the methods that were run on all environments: 0 random, 1 best mean."""
+    environments = sorted({group.env_id for group in groups})
+    scores = {}
+    for method in sorted({group.method for group in groups}):
+        own = {group.env_id: group for group in groups if group.method == method}
+        if list(sorted(own)) != environments:
+            continue
+        seeds = min(len(group.runs) for group in own.values())  # the bootstrap needs as many everywhere
+        columns = []
+        for env_id in environments:
+            bottom = baselines[env_id].mean()
+            top = max(group.final.mean() for group in groups if group.env_id == env_id)
+            columns.append((own[env_id].final[:seeds] - bottom) / (top - bottom))
+        scores[method] = np.stack(columns, 1)
+    return scores
+
+
+def improvements(groups: list) -> Table:
+    """Of each method over each other, on the environments that they share."""
+    from benchmark.stats import probability_of_improvement
+
+    by_method: dict[str, dict[str, np.ndarray]] = {}
+    for group in groups:
+        by_method.setdefault(group.method, {})[group.env_id] = group.final
+    rows = []
+    for one, other in itertools.combinations(sorted(by_method), 2):
+        shared = sorted(by_method[one].keys() & by_method[other].keys())
+        if shared:
+            pair = []
+            for method in (one, other):
+                seeds = min(len(by_method[method][env_id]) for env_id in shared)
+                pair.append(np.stack([by_method[method][env_id][:seeds] for env_id in shared], 1))
+            rows.append([one, other, ", ".join(shared), Estimate(*probability_of_improvement(*pair))])
+    return Table(["method", "is better than", "on", "with probability"], rows)
+
+
+def provenance(groups: list) -> Table:
+    header = ["environment", "method", "seeds", "commit", "versions", "host", "device", "command of the first"]
+    rows = []
+    for group in groups:
+        metas = [run.meta for run in group.runs]
+        commits = {f"{(m.get('git_commit') or 'none')[:7]}{'+' if m.get('git_dirty') else ''}" for m in metas}
+        versions = {" ".join(f"{k} {v}" for k, v in m.get("packages", {}).items()) for m in metas}
+        places = [", ".join(sorted({str(m.get(name, "-")) for m in metas})) for name in ("host", "device")]
+        seeds = " ".join(str(run.config["seed"]) for run in group.runs)
+        told = [", ".join(sorted(commits)), "; ".join(sorted(versions)), *places, metas[0].get("command", "-")]
+        rows.append([group.env_id, group.method, seeds, *told])
+    return Table(header, rows)
+
+
+def find_baselines(groups: list) -> dict[str, np.ndarray]:
+    baselines = {}
+    for group in groups:
+        if group.env_id not in baselines:
+            try:
+                baselines[group.env_id] = baseline_of(group.runs[0])["return"]
+            except Exception as error:  # whatever the environment or a fork's code raises
+                print(f"no random baseline on {group.env_id}: {' '.join(str(error).split())[:150]}")
+    return baselines
+
+
+def choose_films(groups: list) -> tuple[dict[str, Path], int]:
+    """The last film of the best run on each environment, as far as the page may hold them; how many it may not."""
+    films, size, left_out = {}, 0, 0
+    for env_id in sorted({group.env_id for group in groups}):
+        runs = [(value, run) for g in groups if g.env_id == env_id for value, run in zip(g.final, g.runs, strict=True)]
+        filmed: list[tuple[float, Run]] = [(value, run) for value, run in runs if run.videos()]
+        if filmed:
+            _, run = max(filmed, key=lambda pair: pair[0])
+            step, path = list(run.videos().items())[-1]
+            size += path.stat().st_size
+            if size > FILMS_LIMIT:
+                size, left_out = size - path.stat().st_size, left_out + 1
+            else:
+                films[f"{env_id}: {run.script}, seed {run.config['seed']}, at step {step:,}"] = path
+    return films, left_out
+
+
+def make_report(material, asked: dict[str, float], output: Path, random: bool) -> Table:
+    """Writes everything into `output`; returns the main table."""
+    from benchmark import figures, stats
+
+    groups = material.groups
+    baselines = find_baselines(groups) if random else {}
+    main = summary(groups, baselines)
+    tables = {"results": main, "seeds": per_seed(groups), "provenance": provenance(groups)}
+    tables["thresholds"] = thresholds(groups, baselines, asked)
+    if (compared := improvements(groups)).rows:
+        tables["improvements"] = compared
+
+    methods = figures.methods_of(groups)
+    drawn = [group for group in groups if group.method in methods[:MOST_METHODS]]
+    made = {
+        "curves-steps": figures.learning_curves(drawn, baselines, "steps"),
+        "curves-time": figures.learning_curves(drawn, baselines, "minutes"),
+        "checkpoints": figures.checkpoint_bars(drawn, baselines),
+        "boxes": figures.boxes(drawn, baselines),
+        "histograms": figures.histograms(drawn, baselines),
+    }
+    environments = figures.environments_of(groups)
+    if len(environments) > 1 and len(baselines) == len(environments):
+        scores = {
+            method: s for method, s in normalised_scores(groups, baselines).items() if method in methods[:MOST_METHODS]
+        }
+        if scores:
+            levels = np.linspace(0, 1.5, 61)
+            made["profiles"] = figures.profiles(scores, levels, *stats.performance_profiles(scores, levels))
+            rows: dict[str, list] = {"interquartile mean": [], "mean": []}
+            for method, score in scores.items():
+                estimates = stats.with_interval(score, [stats.interquartile_mean, stats.mean])
+                for title, estimate in zip(rows, estimates, strict=True):
+                    rows[title].append((method, *estimate))
+            made["aggregates"] = figures.intervals(rows, figures.colours(methods), "normalised score")
+    if "improvements" in tables and len(compared.rows) <= MOST_METHODS:
+        rows = {
+            "probability of improvement": [(f"{a}\nover {b}", e.middle, e.low, e.high) for a, b, _, e in compared.rows]
+        }
+        made["improvements"] = figures.intervals(rows, {}, "", within=(0, 1))
+
+    output.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        table.write(output / name)
+    for name, figure in made.items():
+        for suffix in ("png", "svg"):
+            figure.savefig(output / f"{name}.{suffix}")
+        figures.plt.close(figure)
+
+    about = (
+        "Final: the mean over seeds of the deterministic evaluation after the last step. Best: of each seed's best"
+        " evaluation, which flatters. Training: of the last 100 training episodes. IQM: interquartile mean. In brackets"
+        " the 95% interval of a bootstrap over seeds."
+    )
+    shown = {
+        "Learning curves": ["curves-steps", "curves-time"],
+        "Along the run": ["checkpoints", "boxes", "histograms"],
+        "Over all environments": ["aggregates", "profiles"],
+        "Comparisons": ["improvements"],
+    }
+    captions = {
+        "curves-steps": "Mean evaluation return over environment steps, with its 95% interval over seeds.",
+        "curves-time": "The same over training time, evaluation left out.",
+        "checkpoints": "Mean return at 25, 50 and 100% of the run; a dot for each seed.",
+        "boxes": "All evaluation episodes at these points, beside the random policy's.",
+        "histograms": "The same as histograms.",
+        "aggregates": "Normalised scores: 0 is the random policy, 1 the best method's mean, on each environment.",
+        "profiles": "Share of runs above each normalised score.",
+        "improvements": "That a seed of the one method ends higher than one of the other.",
+    }
+    sections = {"Results": page.paragraph(about) + main.html()}
+    for title, names in shown.items():
+        pictures = [
+            page.paragraph(captions[n], soft=True) + page.picture(output / f"{n}.png", captions[n])
+            for n in names
+            if n in made
+        ]
+        if pictures:
+            sections[title] = "".join(pictures)
+    if len(methods) > MOST_METHODS:
+        note = f"The figures show the first {MOST_METHODS} of {len(methods)} methods; the tables show all."
+        sections["Results"] += page.paragraph(note)
+    if tables["thresholds"].rows:
+        sections["Time to a threshold"] = tables["thresholds"].html()
+    films, left_out = choose_films(groups)
+    if films or left_out:
+        note = f"{left_out} more would make this page larger than {FILMS_LIMIT / 1e6:.0f} MB." if left_out else ""
+        sections["Films"] = page.films(films) + page.paragraph(note)
+    sections["Every seed"] = (
+        tables["seeds"].html() if len(tables["seeds"].rows) <= 200 else page.paragraph("In seeds.csv.")
+    )
+    sections["Where it comes from"] = tables["provenance"].html()
+    if material.unfinished or material.unreadable:
+        rows = [[str(run.directory), "unfinished"] for run in material.unfinished]
+        rows += [[str(path), reason] for path, reason in material.unreadable.items()]
+        sections["Left out"] = Table(["directory", "why"], rows).html()
+    count = sum(len(group.runs) for group in groups)
+    subtitle = f"{count} runs of {len(methods)} methods on {len(environments)} environments"
+    write_atomically(output / "index.html", page.page("SoloRL report", subtitle, sections))
+    return main
+
+
+def report(
+    runs: Annotated[list[Path], tyro.conf.Positional],
+    /,
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report"),
+    threshold: tuple[str, ...] = (),
+    random: bool = True,
+) -> None:
+    """Write what finished runs reached, with intervals: tables, figures, and a page that needs nothing else.
+
+    Runs are grouped by script, environment and the settings in which they differ. Everything is in the output folder:
+    index.html, and the tables (Markdown, CSV) and figures (PNG, SVG) by themselves.
+
+    Args:
+        runs: run directories, or folders of them
+        output: a folder
+        threshold: ENVIRONMENT=RETURN, to tell the steps and minutes until a seed reached it
+        random: compare with a policy that acts at random, which is played once and remembered
+    """
+    for package in ("matplotlib", "rliable"):
+        if not find_spec(package):
+            refuse(f"{package} is not installed; pip install -e '.[benchmark]'")
+    from benchmark.groups import gather
+
+    material = gather(runs)
+    if not material.groups:
+        left = [*material.unreadable.items(), *((run.directory, "unfinished") for run in material.unfinished)]
+        why = "".join(f"; {path.name}: {reason}" for path, reason in left[:1])
+        refuse(f"no finished run in {', '.join(map(str, runs))}{why}")
+    asked, environments = {}, {group.env_id for group in material.groups}
+    for pair in threshold:
+        env_id, _, value = pair.partition("=")
+        try:
+            asked[env_id] = float(value)
+        except ValueError:
+            refuse(f"--threshold {pair}: must be ENVIRONMENT=RETURN")
+        if env_id not in environments:
+            refuse(f"--threshold {pair}: no run on {env_id}; there are {', '.join(sorted(environments))}")
+    if output.exists() and not output.is_dir():
+        refuse(f"--output {output}: is a file; name a folder")
+    print(make_report(material, asked, output, random).markdown())
+    for run in material.unfinished:
+        print(f"left out: {run.directory} is unfinished")
+    for path, reason in material.unreadable.items():
+        print(f"left out: {path}: {reason}")
+    print(output / "index.html")
