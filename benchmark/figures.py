@@ -110,7 +110,7 @@ def checkpoint_bars(groups: list[Group], baselines: Baselines) -> Figure:
             steps, curves = group.curves
             for place, share in enumerate(SHARES):
                 returns = curves[:, np.abs(steps - share * steps[-1]).argmin()]
-                ((middle, low, high),) = with_interval(returns[:, None], [mean])
+                middle, low, high = with_interval(returns[:, None], mean)
                 x = place + (k - (len(here) - 1) / 2) * width
                 label = group.method if place == 0 else None
                 axis.bar(x, middle, width * 0.9, color=colour[group.method], alpha=0.75, label=label)
@@ -189,14 +189,14 @@ def histograms(groups: list[Group], baselines: Baselines) -> Figure:
     return figure
 
 
-def profiles(scores: dict[str, np.ndarray], thresholds: np.ndarray, shares: dict, bands: dict) -> Figure:
-    """Share of runs above each normalised score."""
-    colour = colours(sorted(scores))
+def profiles(levels: np.ndarray, found: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Figure:
+    """Share of runs above each normalised score, with its interval."""
+    colour = colours(sorted(found))
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
-        for method in sorted(scores):
-            axis.plot(thresholds, shares[method], color=colour[method], lw=1.6, label=method)
-            axis.fill_between(thresholds, *bands[method], color=colour[method], alpha=0.2, lw=0)
+        for method, (shares, low, high) in sorted(found.items()):
+            axis.plot(levels, shares, color=colour[method], lw=1.6, label=method)
+            axis.fill_between(levels, low, high, color=colour[method], alpha=0.2, lw=0)
         axis.set(xlabel="normalised score (0 random, 1 best mean)", ylabel="share of runs above", ylim=(0, 1.03))
         axis.legend()
     return figure

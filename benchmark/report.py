@@ -88,14 +88,13 @@ def summary(groups: list, baselines: dict[str, np.ndarray]) -> Table:
     ]
     rows = []
     for group in groups:
-        middle, quartiles = (Estimate(*e) for e in with_interval(group.final[:, None], [mean, interquartile_mean]))
-        best, training = (Estimate(*with_interval(s[:, None], [mean])[0]) for s in (group.best, group.training))
+        final, best, training = (scores[:, None] for scores in (group.final, group.best, group.training))
+        estimates = [Estimate(*with_interval(final, estimator)) for estimator in (mean, interquartile_mean)]
+        estimates += [Estimate(*with_interval(scores, mean)) for scores in (best, training)]
         random = float(baselines[group.env_id].mean()) if group.env_id in baselines else math.nan
         minutes = float(np.mean([run.result["wall_time"] for run in group.runs]) / 60)
         steps = int(group.curves[0][-1])
-        rows.append(
-            [group.env_id, group.method, len(group.runs), steps, middle, quartiles, best, training, random, minutes]
-        )
+        rows.append([group.env_id, group.method, len(group.runs), steps, *estimates, random, minutes])
     return Table(header, rows)
 
 
@@ -233,14 +232,15 @@ def make_report(material, asked: dict[str, float], output: Path, random: bool) -
         scores = {
             method: s for method, s in normalised_scores(groups, baselines).items() if method in methods[:MOST_METHODS]
         }
-        if scores:
+        if len(scores) > 1:
             levels = np.linspace(0, 1.5, 61)
-            made["profiles"] = figures.profiles(scores, levels, *stats.performance_profiles(scores, levels))
-            rows: dict[str, list] = {"interquartile mean": [], "mean": []}
-            for method, score in scores.items():
-                estimates = stats.with_interval(score, [stats.interquartile_mean, stats.mean])
-                for title, estimate in zip(rows, estimates, strict=True):
-                    rows[title].append((method, *estimate))
+            profiles = {method: stats.performance_profile(score, levels) for method, score in scores.items()}
+            made["profiles"] = figures.profiles(levels, profiles)
+            estimators = {"interquartile mean": stats.interquartile_mean, "mean": stats.mean}
+            rows = {
+                title: [(method, *stats.with_interval(score, estimator)) for method, score in scores.items()]
+                for title, estimator in estimators.items()
+            }
             made["aggregates"] = figures.intervals(rows, figures.colours(methods), "normalised score")
     if "improvements" in tables and len(compared.rows) <= MOST_METHODS:
         rows = {
@@ -304,7 +304,7 @@ def make_report(material, asked: dict[str, float], output: Path, random: bool) -
         rows += [[str(path), reason] for path, reason in material.unreadable.items()]
         sections["Left out"] = Table(["directory", "why"], rows).html()
     count = sum(len(group.runs) for group in groups)
-    subtitle = f"{count} runs of {len(methods)} methods on {len(environments)} environments"
+    subtitle = f"runs: {count}, methods: {len(methods)}, environments: {len(environments)}"
     write_atomically(output / "index.html", page.page("SoloRL report", subtitle, sections))
     return main
 
@@ -327,9 +327,8 @@ def report(
         threshold: ENVIRONMENT=RETURN, to tell the steps and minutes until a seed reached it
         random: compare with a policy that acts at random, which is played once and remembered
     """
-    for package in ("matplotlib", "rliable"):
-        if not find_spec(package):
-            refuse(f"{package} is not installed; pip install -e '.[benchmark]'")
+    if not find_spec("matplotlib"):
+        refuse("matplotlib is not installed; pip install -e '.[benchmark]'")
     from benchmark.groups import gather
 
     material = gather(runs)

@@ -1,0 +1,178 @@
+"""Reports of made-up runs, whose right answers are known, and the statistics against rliable's."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from scipy.stats import trim_mean
+
+pytest.importorskip("matplotlib")
+
+from benchmark import stats
+from benchmark.__main__ import main
+from benchmark.report import FILMS_LIMIT
+
+
+def make_run(folder: Path, env_id: str, seed: int, script: str = "ppo_x", evaluations: int = 10, **more) -> Path:
+    """A finished run whose evaluations rise to `final` (by default the seed), a step and a second at a time."""
+    settings = {"env_id": env_id, "seed": seed, "gamma": 0.99, "total_timesteps": 100} | more.pop("settings", {})
+    final, name = more.get("final", float(seed)), "-".join(f"{k}={v}" for k, v in settings.items())
+    run = folder / f"{name}__{script}"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    (run / "meta.json").write_text(
+        json.dumps({"script": script, "git_commit": "abcdef0", "command": f"python {script}.py"})
+    )
+    steps = range(10, 10 * evaluations + 1, 10)
+    rows = [f"{step},{k},{k},{final * step / steps[-1] + k - 0.5},7" for step in steps for k in (0, 1)]
+    (run / "evaluations.csv").write_text("step,episode,seed,return,length\n" + "".join(f"{row}\n" for row in rows))
+    (run / "progress.csv").write_text("step,wall_time,sps\n" + "".join(f"{s},{s * 6},100\n" for s in steps))
+    result = {"evaluation": {"mean": final}, "best": {"mean": final + 1}, "training_return": final - 1}
+    (run / "result.json").write_text(json.dumps(result | {"wall_time": 60.0, "steps": steps[-1]}))
+    return run
+
+
+def report(*arguments: object) -> int:
+    try:
+        main(["report", *map(str, arguments)])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_tables_of_two_scripts_on_two_environments(tmp_path, capsys):
+    for seed in (1, 2, 3, 4):
+        for env_id in ("A-v0", "B-v0"):
+            make_run(tmp_path / "runs", env_id, seed)
+            make_run(tmp_path / "runs", env_id, seed, script="sac_x", final=seed + 10.0)
+    assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random", "--threshold", "A-v0=12") == 0
+    results = rows(tmp_path / "out" / "results.csv")
+    assert [(row["environment"], row["method"]) for row in results] == [
+        (env_id, script) for env_id in ("A-v0", "B-v0") for script in ("ppo_x", "sac_x")
+    ]
+    first = results[0]
+    assert [float(first[name]) for name in ("final mean", "final IQM", "best", "training")] == [2.5, 2.5, 3.5, 1.5]
+    assert 1 <= float(first["final mean low"]) < 2.5 < float(first["final mean high"]) <= 4
+    (improved,) = rows(tmp_path / "out" / "improvements.csv")
+    assert (improved["method"], improved["is better than"]) == ("ppo_x", "sac_x")
+    assert float(improved["with probability"]) == 0.0
+
+    # 12 is reached by seeds 2, 3 and 4, at the first step with (10 + seed) * step / 100 of at least 12.
+    asked = {row["method"]: row for row in rows(tmp_path / "out" / "thresholds.csv")}
+    assert asked["ppo_x"]["reached by"] == "0 of 4" and asked["ppo_x"]["median steps"] == "inf"
+    assert asked["sac_x"]["reached by"] == "3 of 4"
+    assert float(asked["sac_x"]["median steps"]) == np.median([100, 100, 90, np.inf])
+    assert float(asked["sac_x"]["median minutes"]) == np.median([10, 10, 9, np.inf])
+
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert not re.findall(r"(?:src|href)=\"(?!data:|#)", html)  # works without anything else
+    assert html.count("data:image/png") == 6 and "2.50" in html and "abcdef0" in html
+    assert "| A-v0 | ppo_x | 4 |" in capsys.readouterr().out
+    for name in ("curves-steps", "curves-time", "checkpoints", "boxes", "histograms", "improvements"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000 and (tmp_path / "out" / f"{name}.svg").exists()
+
+
+def test_settings_that_differ_set_methods_apart_and_incidental_ones_do_not(tmp_path):
+    for seed, rate, threads in ((1, 0.1, 1), (2, 0.1, 2), (1, 0.2, 1), (2, 0.2, 2)):
+        make_run(tmp_path / "runs", "A-v0", seed, settings={"learning_rate": rate, "threads": threads})
+    make_run(tmp_path / "runs", "B-v0", 1, settings={"learning_rate": 0.1, "gamma": 0.9})
+    assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
+    assert [(row["environment"], row["method"], row["seeds"]) for row in rows(tmp_path / "out" / "results.csv")] == [
+        ("A-v0", "ppo_x learning-rate=0.1", "2"),
+        ("A-v0", "ppo_x learning-rate=0.2", "2"),
+        ("B-v0", "ppo_x learning-rate=0.1", "1"),
+    ]
+
+
+def test_what_is_left_out_is_named(tmp_path, capsys):
+    make_run(tmp_path / "runs", "A-v0", 1)
+    (make_run(tmp_path / "runs", "A-v0", 2) / "result.json").unlink()
+    (make_run(tmp_path / "runs", "A-v0", 3) / "result.json").write_text('{"evaluation": {"me')
+    (make_run(tmp_path / "runs", "A-v0", 4) / "evaluations.csv").unlink()
+    (make_run(tmp_path / "runs", "A-v0", 5) / "meta.json").write_text("[]")
+    (make_run(tmp_path / "runs", "A-v0", 6) / "result.json").write_text('{"evaluation": {}}')
+    assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
+    assert [row["seeds"] for row in rows(tmp_path / "out" / "results.csv")] == ["1"]
+    told, html = capsys.readouterr().out, (tmp_path / "out" / "index.html").read_text()
+    for seed, why in (
+        (2, "unfinished"),
+        (3, "JSONDecodeError"),
+        (4, "FileNotFoundError"),
+        (5, "TypeError"),
+        (6, "not evaluated"),
+    ):
+        assert re.search(rf"left out: .*seed={seed}.*{why}", told) and why in html
+
+
+def test_a_random_policy_and_films_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmark.report.baseline_of", lambda run: {"return": np.array([-5.0, -4.0, -3.0])})
+    for env_id in ("A-v0", "B-v0"):
+        run = make_run(tmp_path / "runs", env_id, 1)
+        make_run(tmp_path / "runs", env_id, 1, script="sac_x", final=8.0)
+        (run / "videos").mkdir()
+        for step, content in ((50, b"old"), (100, b"new" if env_id == "A-v0" else bytes(int(FILMS_LIMIT)))):
+            (run / "videos" / f"step-{step:09d}.mp4").write_bytes(content)
+    assert report(tmp_path / "runs", "-o", tmp_path / "out") == 0
+    assert [row["random"] for row in rows(tmp_path / "out" / "results.csv")] == ["-4.0"] * 4
+    reached = [float(row["return"]) for row in rows(tmp_path / "out" / "thresholds.csv")][::2]
+    assert reached == pytest.approx([2.0, 6.8] * 2)  # of the way from -4 to 8
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert "data:video/mp4;base64,bmV3" in html and "1 more would make this page larger than 40 MB" in html
+    assert (tmp_path / "out" / "profiles.png").exists() and (tmp_path / "out" / "aggregates.svg").exists()
+
+
+def test_a_thousand_runs(tmp_path):
+    for seed in range(1000):
+        make_run(tmp_path / "runs", f"E{seed % 5}-v0", seed, evaluations=500)
+    assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
+    results = rows(tmp_path / "out" / "results.csv")
+    assert [row["seeds"] for row in results] == ["200"] * 5
+    for k, row in enumerate(results):
+        assert float(row["final IQM"]) == pytest.approx(trim_mean(np.arange(k, 1000, 5), 0.25))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nowhere"], "no finished run in nowhere"),
+        (["RUNS", "--threshold", "A-v0"], "--threshold A-v0: must be ENVIRONMENT=RETURN"),
+        (["RUNS", "--threshold", "Q-v0=3"], "--threshold Q-v0=3: no run on Q-v0; there are A-v0"),
+        (["RUNS", "-o", "/dev/null"], "--output /dev/null: is a file"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, capsys, arguments, told):
+    make_run(tmp_path / "runs", "A-v0", 1)
+    assert report(*(tmp_path / "runs" if word == "RUNS" else word for word in arguments)) == 2
+    printed = capsys.readouterr()
+    assert told in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_statistics_agree_with_rliable():
+    library = pytest.importorskip("rliable.library")
+    metrics = pytest.importorskip("rliable.metrics")
+    generator = np.random.default_rng(0)
+    one, other = generator.normal(0.3, size=(7, 4)), generator.normal(size=(9, 4))
+    assert stats.interquartile_mean(one) == pytest.approx(metrics.aggregate_iqm(one))
+    assert stats.superiority(one, other) == pytest.approx(metrics.probability_of_improvement(one, other))
+    assert stats.superiority(one, one) == pytest.approx(0.5)
+
+    for ours, theirs in ((stats.mean, metrics.aggregate_mean), (stats.interquartile_mean, metrics.aggregate_iqm)):
+        points, intervals = library.get_interval_estimates({"": one}, lambda x, f=theirs: np.array([f(x)]), reps=4000)
+        expected = [*points[""], *intervals[""].ravel()]
+        np.testing.assert_allclose(stats.with_interval(one, ours), expected, atol=0.04)
+    _, intervals = library.get_interval_estimates({"": (one, other)}, metrics.probability_of_improvement, reps=4000)
+    np.testing.assert_allclose(stats.probability_of_improvement(one, other)[1:], intervals[""].ravel(), atol=0.03)
+    levels = np.linspace(-2, 2, 9)
+    shares, bands = library.create_performance_profile({"": one}, levels, reps=4000)
+    found = stats.performance_profile(one, levels)
+    np.testing.assert_allclose(found[0], shares[""])
+    np.testing.assert_allclose(found[1:], bands[""], atol=0.04)
