@@ -771,6 +771,7 @@ def check(args: Args) -> None:
             refuse(f"{flag(name)} {getattr(args, name)}: must be a JSON object such as '{{\"frame_skip\": 4}}'")
     if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
     problem = f"--env-id {args.env_id}"
     try:
         env, eval_env = make_train_env(args), make_eval_env(args, "rgb_array" if args.capture_video else None)

@@ -14,10 +14,11 @@ from benchmark.evaluate import evaluate
 from benchmark.random_policy import random
 from benchmark.report import report
 from benchmark.speed import speed
+from benchmark.study import run
 from benchmark.sweep import sweep
 
-COMMANDS = {"sweep": sweep, "evaluate": evaluate, "report": report, "random": random, "speed": speed}
-WITH_WORDS = ["sweep"]  # what stands after -- goes to the scripts that these run
+COMMANDS = {"run": run, "sweep": sweep, "evaluate": evaluate, "report": report, "random": random, "speed": speed}
+WITH_WORDS = ["run", "sweep"]  # what stands after -- goes to the scripts that these run
 
 
 def later(function: Callable) -> Callable:

@@ -127,6 +127,15 @@ def plot_values(run: Run, episodes: list[Episode], gamma: float, path: Path) -> 
     return explained
 
 
+def draw_without_display() -> bool:
+    """Where there is no display, lets environments draw into memory; whether that is so."""
+    lacking = sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}
+    if lacking:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    return lacking
+
+
 def find_policy(run: Run, which: str) -> Path:
     """The file of the policy: "last", "best", or the step of an evaluation."""
     paths = {"last": run.last_checkpoint, "best": run.best_policy} | {str(s): p for s, p in run.policies().items()}
@@ -176,10 +185,8 @@ def evaluate(
         kwargs = dict(**json.loads(env_kwargs))
     except (ValueError, TypeError):
         refuse(f"--env-kwargs {env_kwargs}: must be a JSON object")
-    if sys.platform == "linux" and "DISPLAY" not in os.environ and "WAYLAND_DISPLAY" not in os.environ:
-        if render:
-            refuse("--render: there is no display here; --video makes a film")
-        os.environ.setdefault("MUJOCO_GL", "egl")
+    if draw_without_display() and render:
+        refuse("--render: there is no display here; --video makes a film")
     seeds = list(seeds or range(10_000, 10_000 + episodes))
     loaded = []
     for run in found:

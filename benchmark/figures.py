@@ -109,13 +109,13 @@ def checkpoint_bars(groups: list[Group], baselines: Baselines) -> Figure:
         for k, group in enumerate(here):
             steps, curves = group.curves
             for place, share in enumerate(SHARES):
-                returns = curves[:, np.abs(steps - share * steps[-1]).argmin()]
-                middle, low, high = with_interval(returns[:, None], mean)
+                returns = curves[:, steps == group.step_at(share)]
+                middle, low, high = with_interval(returns, mean)
                 x = place + (k - (len(here) - 1) / 2) * width
                 label = group.method if place == 0 else None
                 axis.bar(x, middle, width * 0.9, color=colour[group.method], alpha=0.75, label=label)
                 axis.errorbar(x, middle, [[middle - low], [high - middle]], color="0.15", lw=1, capsize=2)
-                axis.scatter(np.full(len(returns), x), returns, s=6, color="0.15", alpha=0.5, lw=0, zorder=3)
+                axis.scatter(np.full(len(returns), x), returns[:, 0], s=6, color="0.15", alpha=0.5, lw=0, zorder=3)
         axis.set_xticks(range(len(SHARES)), [f"{share:.0%}" for share in SHARES])
         axis.set_xlabel("share of the run")
         axis.set_ylabel("evaluation return")
@@ -186,6 +186,27 @@ def histograms(groups: list[Group], baselines: Baselines) -> Figure:
             for axis in row:
                 axis.set_ylim(0, top)
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(4, len(handles)))
+    return figure
+
+
+def one_checkpoint(returns: np.ndarray, random: np.ndarray | None, title: str) -> Figure:
+    """Box and histogram of some episodes' returns, beside the random policy's."""
+    shown = {"policy": (returns, COLOURS[0])} | ({} if random is None else {"random policy": (random, RANDOM)})
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.0), layout="constrained")
+        edges = np.histogram_bin_edges(np.concatenate([values for values, _ in shown.values()]), 24)
+        for place, (name, (values, shade)) in enumerate(shown.items()):
+            box = left.boxplot(
+                [values], positions=[place], widths=0.5, patch_artist=True, medianprops={"color": "black"}
+            )
+            box["boxes"][0].set(facecolor=shade, alpha=0.7)
+            right.hist(values, edges, color=shade, alpha=0.7, label=name)
+        left.set_xticks(range(len(shown)), shown)
+        left.set_ylabel("return of an episode")
+        left.grid(axis="x", visible=False)
+        right.set(xlabel="return of an episode", ylabel="episodes")
+        right.legend()
+        figure.suptitle(title)
     return figure
 
 

@@ -60,9 +60,12 @@ class Group:
 
     def at_share(self, share: float) -> np.ndarray:
         """Returns of all evaluation episodes at the evaluation nearest to a share of the run, over all seeds."""
-        steps = self.curves[0]
-        step = steps[np.abs(steps - share * steps[-1]).argmin()]
+        step = self.step_at(share)
         return np.concatenate([table["return"][table["step"] == step] for table in self.evaluations])
+
+    def step_at(self, share: float) -> float:
+        steps = self.curves[0]
+        return steps[np.abs(steps - share * steps[-1]).argmin()]
 
     def reached(self, threshold: float) -> tuple[np.ndarray, np.ndarray]:
         """Steps and minutes until each seed's evaluation first reached the threshold; infinite if never."""

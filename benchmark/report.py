@@ -14,7 +14,7 @@ import tyro
 from benchmark import page
 from benchmark.errors import refuse
 from benchmark.random_policy import baseline_of
-from benchmark.runs import Run, write_atomically
+from benchmark.runs import write_atomically
 
 FILMS_LIMIT = 40e6  # bytes of films in the page
 MOST_METHODS = 12  # in one figure
@@ -189,29 +189,25 @@ def find_baselines(groups: list) -> dict[str, np.ndarray]:
     return baselines
 
 
-def choose_films(groups: list) -> tuple[dict[str, Path], int]:
-    """The last film of the best run on each environment, as far as the page may hold them; how many it may not."""
-    films, size, left_out = {}, 0, 0
+def best_films(groups: list) -> dict[str, Path]:
+    """The last film of the best run on each environment."""
+    films = {}
     for env_id in sorted({group.env_id for group in groups}):
         runs = [(value, run) for g in groups if g.env_id == env_id for value, run in zip(g.final, g.runs, strict=True)]
-        filmed: list[tuple[float, Run]] = [(value, run) for value, run in runs if run.videos()]
-        if filmed:
+        if filmed := [(value, run) for value, run in runs if run.videos()]:
             _, run = max(filmed, key=lambda pair: pair[0])
             step, path = list(run.videos().items())[-1]
-            size += path.stat().st_size
-            if size > FILMS_LIMIT:
-                size, left_out = size - path.stat().st_size, left_out + 1
-            else:
-                films[f"{env_id}: {run.script}, seed {run.config['seed']}, at step {step:,}"] = path
-    return films, left_out
+            films[f"{env_id}: {run.script}, seed {run.config['seed']}, at step {step:,}"] = path
+    return films
 
 
-def make_report(material, asked: dict[str, float], output: Path, random: bool) -> Table:
+def make_report(
+    material, asked: dict[str, float], baselines: dict[str, np.ndarray], films: dict[str, Path], output: Path
+) -> Table:
     """Writes everything into `output`; returns the main table."""
     from benchmark import figures, stats
 
     groups = material.groups
-    baselines = find_baselines(groups) if random else {}
     main = summary(groups, baselines)
     tables = {"results": main, "seeds": per_seed(groups), "provenance": provenance(groups)}
     tables["thresholds"] = thresholds(groups, baselines, asked)
@@ -291,10 +287,15 @@ def make_report(material, asked: dict[str, float], output: Path, random: bool) -
         sections["Results"] += page.paragraph(note)
     if tables["thresholds"].rows:
         sections["Time to a threshold"] = tables["thresholds"].html()
-    films, left_out = choose_films(groups)
-    if films or left_out:
+    if films:
+        fitting, size = {}, 0
+        for title, path in films.items():
+            size += path.stat().st_size
+            if size <= FILMS_LIMIT:
+                fitting[title] = path
+        left_out = len(films) - len(fitting)
         note = f"{left_out} more would make this page larger than {FILMS_LIMIT / 1e6:.0f} MB." if left_out else ""
-        sections["Films"] = page.films(films) + page.paragraph(note)
+        sections["Films"] = page.films(fitting) + page.paragraph(note)
     sections["Every seed"] = (
         tables["seeds"].html() if len(tables["seeds"].rows) <= 200 else page.paragraph("In seeds.csv.")
     )
@@ -307,6 +308,12 @@ def make_report(material, asked: dict[str, float], output: Path, random: bool) -
     subtitle = f"runs: {count}, methods: {len(methods)}, environments: {len(environments)}"
     write_atomically(output / "index.html", page.page("SoloRL report", subtitle, sections))
     return main
+
+
+def need_extra() -> None:
+    for package in ("matplotlib", "scipy"):
+        if not find_spec(package):
+            refuse(f"{package} is not installed; pip install -e '.[benchmark]'")
 
 
 def report(
@@ -327,8 +334,7 @@ def report(
         threshold: ENVIRONMENT=RETURN, to tell the steps and minutes until a seed reached it
         random: compare with a policy that acts at random, which is played once and remembered
     """
-    if not find_spec("matplotlib"):
-        refuse("matplotlib is not installed; pip install -e '.[benchmark]'")
+    need_extra()
     from benchmark.groups import gather
 
     material = gather(runs)
@@ -347,7 +353,8 @@ def report(
             refuse(f"--threshold {pair}: no run on {env_id}; there are {', '.join(sorted(environments))}")
     if output.exists() and not output.is_dir():
         refuse(f"--output {output}: is a file; name a folder")
-    print(make_report(material, asked, output, random).markdown())
+    baselines = find_baselines(material.groups) if random else {}
+    print(make_report(material, asked, baselines, best_films(material.groups), output).markdown())
     for run in material.unfinished:
         print(f"left out: {run.directory} is unfinished")
     for path, reason in material.unreadable.items():

@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 import yaml
 
-MARK = "meta.json"  # what makes a folder a run directory
+MARKS = ("meta.json", "config.yaml")  # what makes a folder a run directory
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Run:
 
     @cached_property
     def meta(self) -> dict:
-        return json.loads((self.directory / MARK).read_text())
+        return json.loads((self.directory / "meta.json").read_text())
 
     @property
     def result(self) -> dict | None:
@@ -107,7 +107,7 @@ def find_runs(paths: list[Path]) -> list[Run]:
     waiting = list(paths)
     while waiting:
         path = waiting.pop()
-        if (path / MARK).is_file():
+        if all((path / mark).is_file() for mark in MARKS):
             found.add(path)
         elif path.is_dir():
             waiting += [below for below in path.iterdir() if below.is_dir() and not below.name.startswith(".")]

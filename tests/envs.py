@@ -52,6 +52,11 @@ class Pair(Clock):
     observation_space = gym.spaces.Dict({"a": gym.spaces.Box(0, 1, (1,))})
 
 
+class Endless(Clock):
+    action_space = gym.spaces.Box(-np.inf, 1, (1,))
+
+
 gym.register("Clock-v0", Clock)
 gym.register("Mirror-v0", Mirror)
 gym.register("Pair-v0", Pair)
+gym.register("Endless-v0", Endless)

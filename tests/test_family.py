@@ -9,6 +9,12 @@ SCRIPTS = sorted(path for path in Path(__file__).parent.parent.glob("*.py"))
 DIFFERENT = {
     "Args": "each algorithm has its own",
     "train": "each algorithm has its own",
+    "check": "each algorithm has its own arguments to refuse",
+    "Agent": "SAC's policy is squashed and has two critics",
+    "Policy": "SAC's is squashed, and its value is the lower of two",
+    "load_policy": "only PPO scales rewards",
+    "update": "each algorithm has its own",
+    "compile_update": "the updates take different arguments",
 }
 
 

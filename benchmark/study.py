@@ -1,0 +1,115 @@
+"""A study of one script and environment from end to end: a sweep of one job, then what the report makes of it."""
+
+import csv
+import json
+import shutil
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from benchmark.errors import refuse
+from benchmark.evaluate import draw_without_display, film, to_gif
+from benchmark.executors import run_locally
+from benchmark.jobs import Job
+from benchmark.report import find_baselines, make_report, need_extra
+from benchmark.runs import Run, write_atomically
+from benchmark.suites import Suite, jobs_of
+from benchmark.sweep import previous_states, run_sweep, tell_failures
+
+
+def keep_checkpoint(run: Run, share: float, baselines: dict, folder: Path, filmed: bool) -> dict:
+    """The policy at a share of the run, what it earned, how that is spread, and a film of its best episode."""
+    from benchmark import figures
+    from benchmark.groups import Group
+
+    table = run.table("evaluations")
+    step = Group("", run.config["env_id"], [run]).step_at(share)
+    at = table["step"] == step
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(run.policies()[int(step)], folder / "policy.pt")
+    with (folder / "evaluations.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(table)
+        writer.writerows(zip(*(column[at].tolist() for column in table.values()), strict=True))
+    returns = table["return"][at]
+    figure = figures.one_checkpoint(
+        returns, baselines.get(run.config["env_id"]), f"{run.config['env_id']}, {share:.0%}"
+    )
+    for suffix in ("png", "svg"):
+        figure.savefig(folder / f"returns.{suffix}")
+    figures.plt.close(figure)
+    if filmed and not (folder / "episode.gif").exists():
+        module = run.module()
+        env = module.make_eval_env(module.Args(**run.config), "rgb_array")
+        film(
+            module.load_policy(folder / "policy.pt"),
+            env,
+            int(table["seed"][at][returns.argmax()]),
+            False,
+            folder / "episode.mp4",
+        )
+        env.close()
+        to_gif(folder / "episode.mp4")
+    meta = {"step": int(step), "run": str(run.directory), "mean": float(returns.mean()), "std": float(returns.std())}
+    meta |= {name: run.meta.get(name) for name in ("script", "git_commit", "packages")}
+    write_atomically(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+    return meta
+
+
+def run(
+    script: Annotated[str, tyro.conf.Positional],
+    env_id: Annotated[str, tyro.conf.Positional],
+    /,
+    seed: int = 1,
+    threads: int = 1,
+    video: bool = True,
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    words: Annotated[tuple[str, ...], tyro.conf.Suppress] = (),
+) -> None:
+    """Train one script on one environment, and show how it went from a random policy to the last one.
+
+    Afterwards the output folder holds the run; checkpoints/025, 050 and 100 with the policy, its returns, their spread
+    beside the random policy's, a film and an animation; and the report. Arguments after -- go to the script. Started
+    again, it goes on where it was stopped.
+
+    Args:
+        script: name of one of ours, or path of another
+        env_id: a Gymnasium id
+        seed: the seed
+        threads: torch threads of the run
+        video: film the checkpoints
+        output: the folder; by default studies/ and a name that follows from the others
+    """
+    need_extra()
+    draw_without_display()
+    suite = Suite([script], [env_id], [seed], words=("--num-evals", "20", *words))
+    directory = (output or Path("studies") / f"{env_id.replace('/', '-')}__{Path(script).stem}__{seed}").resolve()
+    jobs = jobs_of(suite, directory / "run", threads)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(f"--output {directory}: {error.strerror}")
+
+    def execute(todo: list[Job], stop: threading.Event):
+        return run_locally(todo, 1, 1800.0, stop)
+
+    ended = run_sweep(jobs, previous_states(jobs, retry_failed=True), execute)
+    tell_failures(ended)
+    if "failed" in ended.values():
+        raise SystemExit(1)
+    from benchmark.groups import gather
+
+    (trained,) = (job.run() for job in jobs)
+    material = gather([trained.directory])
+    if not material.groups:
+        refuse(f"{trained.directory}: {material.unreadable[trained.directory]}")
+    baselines, films = find_baselines(material.groups), {}
+    for share in (0.25, 0.5, 1.0):
+        folder = directory / "checkpoints" / f"{round(100 * share):03d}"
+        meta = keep_checkpoint(trained, share, baselines, folder, video)
+        print(f"{share:>4.0%}  step {meta['step']:>10,}  return {meta['mean']:,.1f} ± {meta['std']:,.1f}  {folder}")
+        films |= {f"{share:.0%} of the run, return {meta['mean']:,.1f}": folder / "episode.mp4"} if video else {}
+    print(make_report(material, {}, baselines, films, directory / "report").markdown())
+    print(directory / "report" / "index.html")

@@ -1,0 +1,51 @@
+"""A study from end to end, stopped on the way."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from benchmark.__main__ import main
+from benchmark.runs import find_runs
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = ["--total-timesteps", "4096", "--num-envs", "4", "--num-steps", "16", "--num-minibatches", "4"]
+SETTINGS += ["--eval-episodes", "3", "--no-compile"]
+
+
+def test_a_study_from_the_random_policy_to_the_last(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    command = ["run", "ppo_continuous", "Pendulum-v1", "-o", str(tmp_path / "out"), "--", *SETTINGS]
+    main(command)
+    (run,) = find_runs([tmp_path / "out"])
+    for share, step in (("025", 1024), ("050", 2048), ("100", 4096)):
+        folder = tmp_path / "out" / "checkpoints" / share
+        meta = json.loads((folder / "meta.json").read_text())
+        assert meta["step"] == step and meta["script"] == "ppo_continuous"
+        assert (folder / "policy.pt").read_bytes() == run.policies()[step].read_bytes()
+        with (folder / "evaluations.csv").open() as file:
+            returns = [float(row["return"]) for row in csv.DictReader(file)]
+        table = run.table("evaluations")
+        assert returns == table["return"][table["step"] == step].tolist() and len(returns) == 3
+        for name in ("returns.png", "returns.svg", "episode.mp4", "episode.gif"):
+            assert (folder / name).stat().st_size > 2000
+    html = (tmp_path / "out" / "report" / "index.html").read_text()
+    assert html.count("data:video/mp4") == 3 and "random policy" in html
+    assert "100%  step      4,096" in capsys.readouterr().out
+
+    made = (tmp_path / "out" / "checkpoints" / "100" / "episode.gif").stat().st_mtime_ns
+    main(command)  # nothing is trained or filmed again
+    assert (tmp_path / "out" / "checkpoints" / "100" / "episode.gif").stat().st_mtime_ns == made
+    assert len(find_runs([tmp_path / "out"])) == 1
+
+
+def test_a_failing_study_says_so(tmp_path):
+    words = [sys.executable, "-m", "benchmark", "run", "ppo_continuous", "Nowhere-v1", "-o", str(tmp_path / "out")]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert result.returncode == 1 and "Nowhere" in result.stdout and not (tmp_path / "out" / "report").exists()
