@@ -16,9 +16,18 @@ from benchmark.report import report
 from benchmark.speed import speed
 from benchmark.study import run
 from benchmark.sweep import sweep
+from benchmark.tune import tune
 
-COMMANDS = {"run": run, "sweep": sweep, "evaluate": evaluate, "report": report, "random": random, "speed": speed}
-WITH_WORDS = ["run", "sweep"]  # what stands after -- goes to the scripts that these run
+COMMANDS = {
+    "run": run,
+    "sweep": sweep,
+    "tune": tune,
+    "evaluate": evaluate,
+    "report": report,
+    "random": random,
+    "speed": speed,
+}
+WITH_WORDS = ["run", "sweep", "tune"]  # what stands after -- goes to the scripts that these run
 
 
 def later(function: Callable) -> Callable:

@@ -84,15 +84,19 @@ class Run:
 
     def module(self) -> ModuleType:
         """The script that ran, imported from the run directory, so that forks are evaluated just as well."""
-        name = f"{self.script}__{abs(hash(self.directory.resolve()))}"
-        spec = importlib.util.spec_from_file_location(name, self.source)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        return module
+        return import_script(self.source)
 
 
 FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def import_script(path: Path) -> ModuleType:
+    name = f"{path.stem}__{abs(hash(path.resolve()))}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def write_atomically(path: Path, text: str) -> None:

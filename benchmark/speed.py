@@ -16,16 +16,25 @@ from typing import Annotated
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-WARMUP = 2  # rollouts left out at the start of every measurement
+WARMUP = 2  # rows of progress left out at the start of every measurement
 
 CASES = {
     "ppo_continuous": {
         "16 x 256, minibatch 64": {"num_envs": 16, "num_steps": 256, "num_minibatches": 64},
         "1 x 2048, minibatch 64": {"num_envs": 1, "num_steps": 2048, "num_minibatches": 32},
         "16 x 256, minibatch 1024": {"num_envs": 16, "num_steps": 256, "num_minibatches": 4},
-    }
+    },
+    "sac_continuous": {"1 environment": {"num_envs": 1}},
 }
-COMMON = {"update_epochs": 10, "sizes": [64, 64]}
+COMMON = {
+    "ppo_continuous": {"update_epochs": 10, "sizes": [64, 64]},
+    # Random actions make the first row of progress; an update a step makes all others.
+    "sac_continuous": {"num_steps": 1000, "learning_starts": 1000, "batch_size": 256, "sizes": [256, 256]},
+}
+OURS = {  # flags of our variants
+    "ppo_continuous": {"ours": ["--no-recompute-advantages"]},
+    "sac_continuous": {"ours": ["--precision", "fp32"], "ours, bf16": ["--precision", "bf16"]},
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,8 @@ class Contender:
 
 def contenders(script: str) -> list[Contender]:
     """Every way of stepping and thread count worth trying, of what is installed; processes are slower here."""
-    ways = [Contender("ours", vec, n) for vec in ("sync", "envpool") for n in (1, 2) if vec == "sync" or find_spec(vec)]
+    vecs = [vec for vec in ("sync", "envpool") if vec == "sync" or find_spec(vec)]
+    ways = [Contender(name, vec, n) for name in OURS[script] for vec in vecs for n in (1, 2)]
     for name, package in (("sb3", "stable_baselines3"), ("sbx", "sbx")):
         if find_spec(package):
             ways += [Contender(name, "sync", 1), Contender(name, "sync", 2)]
@@ -49,9 +59,9 @@ def contenders(script: str) -> list[Contender]:
 
 def measure(script: str, contender: Contender, settings: dict) -> tuple[float, dict]:
     """Steps per second after the warm-up; of ours also the shares of the time and the seconds of compiling."""
-    if contender.name != "ours":
+    if contender.name not in OURS[script]:
         words = [sys.executable, "-m", "benchmark.contenders", contender.name]
-        chosen = settings | {"threads": contender.threads, "warmup": WARMUP}
+        chosen = settings | {"script": script, "threads": contender.threads, "warmup": WARMUP}
         return float(run([*words, json.dumps(chosen)]).split()[-1]), {}
     with tempfile.TemporaryDirectory() as runs:
         total = settings["num_envs"] * settings["num_steps"] * settings["rollouts"]
@@ -66,10 +76,13 @@ def measure(script: str, contender: Contender, settings: dict) -> tuple[float, d
             "--num-evals",
             "0",
         ]
-        for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs"):
-            words += [f"--{name.replace('_', '-')}", str(settings[name])]
+        flags = ["num_envs", "num_minibatches", "update_epochs", "learning_starts", "batch_size"]
+        flags += ["num_steps"] if script == "ppo_continuous" else []
+        for name in flags:
+            if name in settings:
+                words += [f"--{name.replace('_', '-')}", str(settings[name])]
         sizes = [str(size) for size in settings["sizes"]]
-        words += ["--actor-sizes", *sizes, "--critic-sizes", *sizes, "--no-recompute-advantages"]
+        words += ["--actor-sizes", *sizes, "--critic-sizes", *sizes, *OURS[script][contender.name]]
         output = run(words)
         with next(Path(runs).glob("*/progress.csv")).open() as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
@@ -118,8 +131,9 @@ def speed(
         sys.exit(2)
     report = {}
     for case, sizes in CASES[script].items():
-        settings = COMMON | sizes | {"env_id": env_id, "rollouts": rollouts}
-        print(f"\n{env_id}, {case}, {COMMON['update_epochs']} epochs", flush=True)
+        settings = COMMON[script] | sizes | {"env_id": env_id, "rollouts": rollouts}
+        per_update = "10 epochs" if script == "ppo_continuous" else "one update of 256 a step"
+        print(f"\n{env_id}, {case}, {per_update}", flush=True)
         fastest: dict[str, tuple[float, Contender]] = {}
         for contender in contenders(script):
             rate, _ = measure(script, contender, settings | {"rollouts": 6})
@@ -135,9 +149,11 @@ def speed(
                 rates[name].append(rate)
                 details += [detail] if detail else []
         for name, (_, contender) in fastest.items():
-            ratios = [ours / other for ours, other in zip(rates["ours"], rates[name], strict=True)]
             low, middle, high = min(rates[name]), statistics.median(rates[name]), max(rates[name])
-            against = f"   ours is {statistics.median(ratios):.2f} x" if name != "ours" else ""
+            against = ""
+            for mine in OURS[script] if name not in OURS[script] else ():
+                ratios = [ours / other for ours, other in zip(rates[mine], rates[name], strict=True)]
+                against += f"   {mine} is {statistics.median(ratios):.2f} x"
             print(f"  {contender!s:<34} {middle:>8,.0f} steps/s ({low:,.0f} to {high:,.0f}){against}", flush=True)
         shares = {name: statistics.median(detail[name] for detail in details) for name in details[0]}
         compiling = shares.pop("compiling")

@@ -20,7 +20,9 @@ class Args:
     runs_dir: str = "runs"
     total_timesteps: int = 100
     learning_rate: float = 0.1
-    mood: str = "well"  # or: crash, hang, stubborn (hangs, ignores SIGTERM), killed (once), slow, full-disk
+    mood: str = (
+        "well"  # or: crash, hang, stubborn (hangs, ignores SIGTERM), killed (once), slow, slow-if-bad, full-disk
+    )
     resume: str | None = None
 
 
@@ -64,9 +66,8 @@ def main() -> None:
             file.write(f"{step},0,10000,{value},10\n")
         with (run / "episodes.csv").open("a") as file:
             file.write(f"{step},0.1,{value},10\n")
-        if args.mood == "slow" and step == half:
-            for _ in range(600):
-                time.sleep(0.1)
+        if step == half and args.mood.startswith("slow"):
+            time.sleep(60 if args.mood == "slow" else 4 * (args.learning_rate > 0.5))
     evaluation = {"step": args.total_timesteps, "mean": value, "std": 0.0}
     result = {"evaluation": evaluation, "best": evaluation, "training_return": value, "steps": args.total_timesteps}
     (run / "result.json").write_text(json.dumps(result | {"wall_time": 0.1, "sps": 1000.0}))

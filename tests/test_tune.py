@@ -1,0 +1,151 @@
+"""Searches over a stand-in script whose best learning rate is 0.3, and a short one of the flagship."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("optuna")
+pytest.importorskip("matplotlib")
+
+from benchmark.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+STANDIN = str(ROOT / "tests" / "scripts.py")
+RATE = {"learning_rate": {"float": [0.0, 1.0]}}
+
+
+def command(tmp_path: Path, space: dict, *more: object) -> list[str]:
+    path = tmp_path / "space.yaml"
+    path.write_text(yaml.safe_dump(space))
+    words = [
+        "tune",
+        STANDIN,
+        "Nowhere-v0",
+        "--space",
+        path,
+        "--seeds",
+        2,
+        "--workers",
+        2,
+        "-o",
+        tmp_path / "out",
+        *more,
+    ]
+    return [str(word) for word in words]
+
+
+def tune(arguments: list[str]) -> int:
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def trials(tmp_path: Path) -> list[dict[str, str]]:
+    with (tmp_path / "out" / "trials.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_best_argument_is_found(tmp_path, capsys):
+    assert tune(command(tmp_path, RATE, "--trials", 16, "--no-prune", "--", "--total-timesteps", "100")) == 0
+    best = json.loads((tmp_path / "out" / "results.json").read_text())["best"]
+    assert best["parameters"]["learning_rate"] == pytest.approx(0.3, abs=0.1)
+    assert best["value"] == pytest.approx(-((best["parameters"]["learning_rate"] - 0.3) ** 2) + 0.0015)  # of 2 seeds
+    assert [row["state"] for row in trials(tmp_path)] == ["COMPLETE"] * 16
+    config = yaml.safe_load((tmp_path / "out" / "scripts__Nowhere-v0.yaml").read_text())
+    assert config == {"env_id": "Nowhere-v0", "total_timesteps": 100} | best["parameters"]
+    for name in ("history", "slices", "importances"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
+    assert capsys.readouterr().out.count("\ntrial ") == 15
+
+
+def test_a_trial_that_lags_behind_is_ended(tmp_path):
+    assert tune(command(tmp_path, RATE, "--trials", 10, "--", "--mood", "slow-if-bad")) == 0  # 4 s from its half on
+    pruned = [row for row in trials(tmp_path) if row["state"] == "PRUNED"]
+    assert pruned and all(float(row["seconds"]) < 4 for row in pruned)
+    for row in pruned:
+        assert float(row["learning_rate"]) > 0.5 and not list(tmp_path.glob(f"out/{row['folder']}/*/*/result.json"))
+
+
+def test_a_failing_trial_is_told_and_stops_no_other(tmp_path, capsys):
+    space = RATE | {"mood": {"categorical": ["well", "crash"]}}
+    assert tune(command(tmp_path, space, "--trials", 8)) == 1
+    failed = [row for row in trials(tmp_path) if row["state"] == "FAIL"]
+    assert 0 < len(failed) < 8 and all(row["mood"] == '"crash"' for row in failed)
+    told = capsys.readouterr().out
+    assert told.count("failed: exit status 1") == len(failed) and "the critic is a divergent one" in told
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_search_goes_on(tmp_path, number):
+    space = RATE | {"mood": {"categorical": ["slow"]}}
+    words = [sys.executable, "-m", "benchmark", *command(tmp_path, space, "--trials", 2)]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while len(list(tmp_path.glob("out/trial-0000/*/*/progress.csv"))) < 2:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == (130 if number == signal.SIGINT else -9)
+    for path in tmp_path.glob("out/trial-0000/*/*/config.yaml"):  # which what resumes reads
+        path.write_text(path.read_text().replace("slow", "well"))
+    time.sleep(0.5)
+    assert tune([word if word != "slow" else "well" for word in command(tmp_path, space, "--trials", 1)]) == 0
+    (row,) = trials(tmp_path)
+    assert (row["state"], row["folder"]) == ("COMPLETE", "trial-0000")
+    logs = [path.read_text() for path in tmp_path.glob("out/trial-0000/*/log.txt")]
+    assert len(logs) == 2 and all(log.count("began") == 2 for log in logs)
+
+
+@pytest.mark.parametrize("storage", [None, "journal.log"])
+def test_two_processes_share_a_study(tmp_path, storage):
+    more = ["--storage", str(tmp_path / storage)] if storage else []
+    words = [sys.executable, "-m", "benchmark", *command(tmp_path, RATE, "--trials", 8, *more)]
+    for process in [subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)]:
+        assert process.wait(90) == 0
+    assert sorted(row["folder"] for row in trials(tmp_path)) == [f"trial-{k:04d}" for k in range(8)]
+    assert {row["state"] for row in trials(tmp_path)} <= {"COMPLETE", "PRUNED"}
+
+
+def test_the_flagship_is_tuned_and_its_file_trains(tmp_path):
+    space = {"learning-rate": {"log_float": [1e-4, 1e-2]}, "actor_sizes": {"categorical": [[8], [8, 8]]}}
+    words = command(tmp_path, space, "--trials", 2)
+    words[1:3] = ["ppo_continuous", "tests.envs:Mirror-v0"]
+    words += ["--", "--total-timesteps", "512", "--num-envs", "4", "--num-steps", "32", "--num-minibatches", "4"]
+    assert tune([*words, "--num-evals", "2", "--eval-episodes", "2", "--no-compile"]) == 0
+    config = tmp_path / "out" / "ppo_continuous__tests.envs-Mirror-v0.yaml"
+    assert yaml.safe_load(config.read_text())["actor_sizes"] in ([8], [8, 8])
+    trained = [sys.executable, "ppo_continuous.py", "--config", str(config), "--runs-dir", str(tmp_path / "runs")]
+    result = subprocess.run(trained, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "512 steps" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("space", "told"),
+    [
+        ({"learning_rat": {"float": [0, 1]}}, "scripts has no argument learning_rat; did you mean learning_rate?"),
+        ({"learning_rate": {"float": [1, 0]}}, "learning_rate: float needs two numbers, the lower first"),
+        ({"learning_rate": {"log_float": [0, 1]}}, "learning_rate: log_float needs numbers above 0"),
+        ({"total_timesteps": {"int": [1.5, 3]}}, "total_timesteps: int needs two whole numbers"),
+        ({"mood": {"choice": ["a"]}}, "mood: must be one of float, log_float, int, log_int or categorical"),
+        ({}, "must map arguments to their ranges"),
+    ],
+)
+def test_a_wrong_space_is_one_line(tmp_path, capsys, space, told):
+    assert tune(command(tmp_path, space)) == 2
+    printed = capsys.readouterr()
+    assert told in printed.err and printed.err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_another_search_is_not_mixed_in(tmp_path, capsys):
+    assert tune(command(tmp_path, RATE, "--trials", 1)) == 0
+    assert tune(command(tmp_path, {"learning_rate": {"float": [0.0, 0.5]}}, "--trials", 1)) == 2
+    assert "holds a study with other space" in capsys.readouterr().err
