@@ -64,6 +64,8 @@ class Run:
         """A CSV file as a column per name; a last row that is still being written is left out."""
         text = (self.directory / f"{name}.csv").read_text()
         header, _, body = text[: text.rfind("\n") + 1].partition("\n")
+        if not header:
+            raise ValueError(f"{name}.csv has no header yet")
         names = header.split(",")
         rows = np.loadtxt(io.StringIO(body), delimiter=",", ndmin=2) if body else np.empty((0, len(names)))
         return dict(zip(names, rows.T, strict=True))

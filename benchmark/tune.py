@@ -146,8 +146,9 @@ class Tuner:
         from optuna.trial import TrialState
 
         with self.mutex, locked(self.folder / "study.lock"):
-            for trial in self.counted():
-                if trial.state == TrialState.RUNNING and free(self.owner(trial.user_attrs.get("folder", "none"))):
+            free_now = {trial.number for trial in self.counted() if self.abandoned(trial)}
+            for trial in self.counted():  # read again: what was told just before it was let go is not running any more
+                if trial.number in free_now and trial.state == TrialState.RUNNING:
                     self.put_back(trial)
             begun = [trial for trial in self.counted() if trial.state != TrialState.WAITING]
             if len(begun) >= self.trials or self.stop.is_set():
@@ -160,6 +161,10 @@ class Tuner:
             held = owner.open("w")
             fcntl.flock(held, fcntl.LOCK_EX)
             return trial, held
+
+    def abandoned(self, trial) -> bool:
+        """Whether it is running, but no process that is alive runs it."""
+        return trial.state.name == "RUNNING" and free(self.owner(trial.user_attrs.get("folder", "none")))
 
     def owner(self, name: str) -> Path:
         return self.folder / name / "owner.lock"
@@ -374,7 +379,9 @@ def tune(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         refuse(f"--output {folder}: {error.strerror}")
-    tuner = Tuner(search, open_study(search, storage, folder, seed, prune), folder, trials, workers, threads)
+    with locked(folder / "study.lock"):  # two that begin at once would both make the tables
+        study = open_study(search, storage, folder, seed, prune)
+    tuner = Tuner(search, study, folder, trials, workers, threads)
 
     caught: list[int] = []
 
@@ -407,7 +414,7 @@ def tune(
 
         logs = {name for name, range_ in search.space.items() if {*range_} & {"log_float", "log_int"}}
         plot_search(tuner.study, logs, folder)
-        print(f"\nbest: trial {best.number} with {best.value:,.5g}; results, figures and settings are in {folder}")
+        print(f"\nbest: trial {best.number} with {best.value:,.5g}; results, settings and figures are in {folder}")
         print(f"  python {path.name} --config {tuner.config()}")
     if failed:
         raise SystemExit(1)

@@ -93,6 +93,8 @@ def plot_search(study, logs: set[str], folder: Path) -> None:
 
     trials = [trial for trial in study.get_trials(deepcopy=False) if not trial.user_attrs.get("interrupted")]
     complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    if len(complete) < 2:
+        return
     names = list(complete[0].params)
     with plt.rc_context(STYLE):
         made = {"history": history(complete, [trial for trial in trials if trial.state.name == "PRUNED"])}

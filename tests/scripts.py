@@ -67,7 +67,7 @@ def main() -> None:
         with (run / "episodes.csv").open("a") as file:
             file.write(f"{step},0.1,{value},10\n")
         if step == half and args.mood.startswith("slow"):
-            time.sleep(60 if args.mood == "slow" else 4 * (args.learning_rate > 0.5))
+            time.sleep(60 if args.mood == "slow" else 3 * (args.learning_rate > 0.5))
     evaluation = {"step": args.total_timesteps, "mean": value, "std": 0.0}
     result = {"evaluation": evaluation, "best": evaluation, "training_return": value, "steps": args.total_timesteps}
     (run / "result.json").write_text(json.dumps(result | {"wall_time": 0.1, "sps": 1000.0}))
