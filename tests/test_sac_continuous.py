@@ -68,7 +68,7 @@ def command(args: Args, *more: str) -> list[str]:
     for name, value in vars(args).items():
         if value != getattr(Args, name):
             flag = name.replace("_", "-")
-            values = value if isinstance(value, tuple) else (value,)
+            values = value if isinstance(value, tuple) else () if value is True else (value,)
             words += [f"--no-{flag}"] if value is False else [f"--{flag}", *map(str, values)]
     return [*words, *more]
 
@@ -209,14 +209,14 @@ def test_updates_equal_the_papers(autotune):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_compiled_update_is_the_update(precision):
     torch.manual_seed(0)
-    args = Args(batch_size=32, policy_frequency=2, precision=precision)
+    args = Args(batch_size=32, precision=precision)
     agent = sac.Agent(args, 3, 2).requires_grad_(False)
     learners, said = sac.Learners.of(agent), []
     for learner in learners[:3]:
         learner.learning_rate.fill_(1e-3)
     fast = sac.compile_update(args, agent, 3, 2, said.append)
     assert "compiled in" in said[0]
-    batch, noise, start = random_batch(), torch.randn(3, 32, 2), copy.deepcopy(learners)
+    batch, noise, start = random_batch(), torch.randn(2, 32, 2), copy.deepcopy(learners)
     measures = fast(agent, args, learners, batch, noise, True, True)
     compiled = copy.deepcopy(learners)
     for learner, before in zip(learners[:3], start[:3], strict=True):
@@ -251,7 +251,7 @@ def filled_buffer(size: int, num_envs: int, steps: int, dtype=torch.float32) -> 
 
     def see(count: int) -> np.ndarray:
         """A new observation for each, unlike all before."""
-        return np.array([divmod(next(numbers), 256) for _ in range(count)], dtype=float)
+        return np.array([divmod(next(numbers), 256) for _ in range(count)], dtype=float).reshape(-1, 2)
 
     rows, written = deque(maxlen=size), 0  # every transition, and the number of rows written when its first was
     now = see(num_envs)
@@ -268,7 +268,7 @@ def filled_buffer(size: int, num_envs: int, steps: int, dtype=torch.float32) -> 
             rows.append((numbered[n], row))
         now = following.copy()
         now[ended] = see(ended.sum())
-        buffer.add(torch.tensor(actions), rewards, terminated, last, now)
+        buffer.add(torch.tensor(actions).float(), rewards, terminated, last, now)
         written += len(last)
         numbered, written = list(range(written, written + num_envs)), written + num_envs
     return buffer, [row for number, row in rows if number >= written - size]
@@ -360,11 +360,9 @@ def test_updates_count_environment_steps(small, num_envs):
 def test_actions_are_random_until_learning_starts(small):
     run = train(replace(small, total_timesteps=1200, learning_starts=1000, num_evals=0))
     actions = load(run)["buffer"]["rings"][1].numpy()
-    with np.errstate(invalid="ignore"):
-        assert np.isfinite(actions).all() and actions.shape == (600, 4)
     assert [row["q_loss"] for row in rows(run, "progress")][:3] == ["nan"] * 3
-    counts, _ = np.histogram(actions[:200], bins=4, range=(-1, 1))
-    assert counts.min() > 0
+    counts, _ = np.histogram(actions[:400], bins=4, range=(-1, 1))  # of steps 600 to 1000, the oldest in the ring
+    assert np.abs(counts - 400).max() < 80
 
 
 def test_rates_follow_the_schedule(small):
@@ -461,9 +459,9 @@ def test_what_is_not_finite_stops_the_run(small, capsys):
 
 
 RESUMED = {
-    "HalfCheetah-v4": {"num_envs": 1, "total_timesteps": 4096, "policy_frequency": 2, "lr_schedule": "linear"},
-    "Hopper-v4": {"num_envs": 4, "total_timesteps": 8192, "norm_obs": True},
-    "LunarLander-v3": {"num_envs": 4, "total_timesteps": 8192, "env_kwargs": '{"continuous": true}'},
+    "HalfCheetah-v4": {"num_envs": 1, "total_timesteps": 6144, "policy_frequency": 2, "lr_schedule": "linear"},
+    "Hopper-v4": {"num_envs": 4, "total_timesteps": 6144, "norm_obs": True},
+    "LunarLander-v3": {"num_envs": 4, "total_timesteps": 6144, "env_kwargs": '{"continuous": true}'},
 }
 
 
@@ -474,7 +472,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, env_id):
 
     runs = tmp_path / "killed"
     words, lines = command(replace(args, runs_dir=str(runs), checkpoint_every=512)), 0
-    for stop in (1, 4, 7):  # before the first checkpoint, and after some
+    for stop in (1, 4, 6):  # before the first checkpoint, and after some
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while lines < stop and process.poll() is None and time.monotonic() < deadline:
