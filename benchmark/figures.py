@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -17,6 +18,7 @@ from benchmark.stats import mean, mean_band, with_interval
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
 RANDOM = "#8A8A8A"
+NORMALISED = "normalised score (0: random policy, 1: best method's mean)"
 SHARES = (0.25, 0.5, 1.0)
 STYLE = {
     "font.size": 9,
@@ -62,9 +64,13 @@ def panels(groups: list[Group], draw: Callable[[Axes, str, list[Group]], None], 
         for axis in axes.flat:
             handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
         if legend and len(handles) > 1:
-            per_row = max(1, int(size[0] * 11 / (max(map(len, handles)) + 6)))
-            figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(per_row, len(handles)))
+            legend_below(figure, handles)
     return figure
+
+
+def legend_below(figure: Figure, handles: dict[str, Artist]) -> None:
+    per_row = max(1, int(figure.get_figwidth() * 11 / (max(map(len, handles)) + 6)))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(per_row, len(handles)))
 
 
 def draw_random(axis: Axes, baselines: Baselines, env_id: str) -> None:
@@ -87,7 +93,7 @@ def learning_curves(groups: list[Group], baselines: Baselines, over: str) -> Fig
         draw_random(axis, baselines, env_id)
         for group in here:
             steps, curves = group.curves
-            x = steps if over == "steps" else group.minutes.mean(0)
+            x = steps if over == "steps" else group.seconds.mean(0) / 60
             middle, low, high = mean_band(curves)
             axis.plot(x, middle, color=colour[group.method], lw=1.6, label=group.method)
             axis.fill_between(x, low, high, color=colour[group.method], alpha=0.2, lw=0)
@@ -185,7 +191,7 @@ def histograms(groups: list[Group], baselines: Baselines) -> Figure:
             top = max(axis.get_ylim()[1] for axis in row)
             for axis in row:
                 axis.set_ylim(0, top)
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(4, len(handles)))
+        legend_below(figure, handles)
     return figure
 
 
@@ -210,16 +216,17 @@ def one_checkpoint(returns: np.ndarray, random: np.ndarray | None, title: str) -
     return figure
 
 
-def profiles(levels: np.ndarray, found: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Figure:
+def profiles(
+    levels: np.ndarray, found: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], colour: dict[str, str]
+) -> Figure:
     """Share of runs above each normalised score, with its interval."""
-    colour = colours(sorted(found))
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
         for method, (shares, low, high) in sorted(found.items()):
             axis.plot(levels, shares, color=colour[method], lw=1.6, label=method)
             axis.fill_between(levels, low, high, color=colour[method], alpha=0.2, lw=0)
-        axis.set(xlabel="normalised score (0 random, 1 best mean)", ylabel="share of runs above", ylim=(0, 1.03))
-        axis.legend()
+        axis.set(xlabel=NORMALISED, ylabel="share of runs above", ylim=(0, 1.03))
+        legend_below(figure, dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True)))
     return figure
 
 
@@ -237,15 +244,17 @@ def intervals(
         size = ((2.6 + 0.075 * longest) * len(rows), 0.28 * lines + 1.1)
         figure, axes = plt.subplots(1, len(rows), figsize=size, squeeze=False, layout="constrained")
         for axis, (title, estimates) in zip(axes[0], rows.items(), strict=True):
+            axis.use_sticky_edges = False  # an interval that ends at the axis would look cut
             for place, (name, middle, low, high) in enumerate(reversed(estimates)):
                 shade = colour.get(name, "#444444")
-                axis.barh(place, high - low, left=low, height=0.5, color=shade, alpha=0.35)
+                if np.isfinite([low, high]).all():
+                    axis.barh(place, high - low, left=low, height=0.5, color=shade, alpha=0.35)
                 axis.plot([middle, middle], [place - 0.25, place + 0.25], color=shade, lw=2)
             axis.set_yticks(range(len(estimates)), [name for name, *_ in reversed(estimates)])
             axis.set_title(title)
-            axis.set_xlabel(unit)
             if within:
                 axis.set_xlim(*within)
                 axis.axvline(sum(within) / 2, color="0.4", lw=1, ls="--")
             axis.grid(axis="y", visible=False)
+        figure.supxlabel(unit, fontsize=STYLE["font.size"])
     return figure

@@ -1,14 +1,16 @@
 """Runs grouped by script, environment and settings that differ: what a report compares."""
 
 import csv
+import json
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import yaml
 
-from benchmark.runs import Run, find_runs
+from benchmark.runs import MARKS, Run, find_runs
 
 # What may differ between runs of one group, as it does not change what is learnt.
 INCIDENTAL = {"env_id", "seed", "threads", "compile", "device", "num_evals", "eval_episodes", "checkpoint_every"}
@@ -23,7 +25,7 @@ class Group:
 
     @cached_property
     def evaluations(self) -> list[dict[str, np.ndarray]]:
-        return [run.table("evaluations") for run in self.runs]
+        return [run.evaluations for run in self.runs]
 
     @cached_property
     def curves(self) -> tuple[np.ndarray, np.ndarray]:
@@ -36,13 +38,10 @@ class Group:
         return np.array(steps), np.array([[mean[step] for step in steps] for mean in means])
 
     @cached_property
-    def minutes(self) -> np.ndarray:
+    def seconds(self) -> np.ndarray:
         """Training time of each seed when it reached the steps of its curve (seeds, K)."""
-        times = []
-        for run in self.runs:
-            progress = run.table("progress")
-            times.append(np.interp(self.curves[0], progress["step"], progress["wall_time"]) / 60)
-        return np.array(times)
+        tables = [run.progress for run in self.runs]
+        return np.array([np.interp(self.curves[0], table["step"], table["wall_time"]) for table in tables])
 
     @cached_property
     def final(self) -> np.ndarray:
@@ -68,12 +67,12 @@ class Group:
         return steps[np.abs(steps - share * steps[-1]).argmin()]
 
     def reached(self, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and minutes until each seed's evaluation first reached the threshold; infinite if never."""
+        """Steps and seconds until each seed's evaluation first reached the threshold; infinite if never."""
         steps, curves = self.curves
         above = curves >= threshold
         first, ever = above.argmax(1), above.any(1)
-        minutes = self.minutes[np.arange(len(first)), first]
-        return np.where(ever, steps[first], np.inf), np.where(ever, minutes, np.inf)
+        seconds = self.seconds[np.arange(len(first)), first]
+        return np.where(ever, steps[first], np.inf), np.where(ever, seconds, np.inf)
 
 
 @dataclass(frozen=True)
@@ -89,17 +88,46 @@ def read(run: Run) -> str:
         run.script, run.config["env_id"], run.config["seed"]
         result = run.result
         if result is None:
-            return "unfinished"
+            return failure(run.directory.parent) or "unfinished"
         if not result["evaluation"]:
             return "it was not evaluated (--num-evals 0)"
-        result["best"]["mean"], result["training_return"], result["wall_time"]
-        table = run.table("evaluations")
-        if not {"step", "return"} <= table.keys() or not len(table["step"]):
-            return "evaluations.csv has no rows"
-        run.table("progress")["wall_time"]
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        numbers = [result["evaluation"]["mean"], result["best"]["mean"], result["wall_time"]]
+        if not np.isfinite([*numbers, result["training_return"] or 0.0]).all():
+            return "result.json has returns that are not numbers"
+        for name, table in (("evaluations", run.evaluations), ("progress", run.progress)):
+            needed = {"step", "return"} if name == "evaluations" else {"step", "wall_time"}
+            if not needed <= table.keys() or not len(table["step"]):
+                return f"{name}.csv has no rows of {', '.join(sorted(needed))}"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error, yaml.YAMLError) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     return "finished"
+
+
+def failure(folder: Path) -> str:
+    """What a sweep wrote about a job that failed in this folder."""
+    try:
+        return f"failed: {json.loads((folder / 'failed.json').read_text())['reason']}"
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, LookupError, TypeError):
+        return "failed"
+
+
+def remains(paths: list[Path], runs: set[Path]) -> dict[Path, str]:
+    """Folders of jobs that failed before there was a run, and of runs that lack what makes them one."""
+    found, waiting = {}, list(paths)
+    while waiting:
+        path = waiting.pop()
+        if path in runs or not path.is_dir():
+            continue
+        below = [folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
+        waiting += below
+        missing = [mark for mark in MARKS if not (path / mark).is_file()]
+        if missing and (path / "progress.csv").is_file():
+            found[path] = f"has no {' and no '.join(missing)}"
+        elif not runs & set(below) and (why := failure(path)):
+            found[path] = why
+    return found
 
 
 def short(value: object) -> str:
@@ -110,6 +138,8 @@ def gather(paths: list[Path]) -> Material:
     states = {run: read(run) for run in find_runs(paths)}
     finished = [run for run, state in states.items() if state == "finished"]
     settings = {run: {k: v for k, v in run.config.items() if k not in INCIDENTAL} for run in finished}
+    for run in finished:  # returns after different numbers of steps are no repetitions of each other
+        settings[run]["last_step"] = int(run.evaluations["step"].max())
 
     # A setting sets methods apart if it varies between runs of one script on one environment.
     seen: dict[tuple, set[str]] = defaultdict(set)
@@ -126,5 +156,6 @@ def gather(paths: list[Path]) -> Material:
         Group(method, env_id, sorted(runs, key=lambda run: run.config["seed"]))
         for (method, env_id), runs in sorted(grouped.items(), key=lambda item: (item[0][1], item[0][0]))
     ]
-    wrong = {run.directory: state for run, state in states.items() if state not in ("finished", "unfinished")}
+    wrong = remains(paths, {run.directory for run in states})
+    wrong |= {run.directory: state for run, state in states.items() if state not in ("finished", "unfinished")}
     return Material(groups, [run for run, state in states.items() if state == "unfinished"], wrong)

@@ -64,7 +64,7 @@ def films(videos: dict[str, Path]) -> str:
 
 
 def page(title: str, subtitle: str, sections: dict[str, str]) -> str:
-    links = "".join(f'<a href="#s{k}">{escape(name)}</a>' for k, name in enumerate(sections))
+    links = " ".join(f'<a href="#s{k}">{escape(name)}</a>' for k, name in enumerate(sections))
     body = "".join(f'<h2 id="s{k}">{escape(name)}</h2>{text}' for k, (name, text) in enumerate(sections.items()))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ from benchmark.random_policy import baseline_of
 from benchmark.runs import write_atomically
 
 FILMS_LIMIT = 40e6  # bytes of films in the page
-MOST_METHODS = 12  # in one figure
+MOST_METHODS = 8  # in one figure: there are as many colours
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.low):
+            return cell(self.middle)
         return f"{cell(self.middle)} [{cell(self.low)}, {cell(self.high)}]"
 
 
@@ -67,7 +70,7 @@ def cell(value: object) -> str:
     if not isinstance(value, float):
         return f"{value:,}" if isinstance(value, int) else str(value)
     if not math.isfinite(value):
-        return "-" if math.isnan(value) else "never"
+        return "-" if math.isnan(value) else "not reached"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
@@ -81,7 +84,7 @@ def summary(groups: list, baselines: dict[str, np.ndarray]) -> Table:
         "steps",
         "final mean",
         "final IQM",
-        "best",
+        "best (optimistic)",
         "training",
         "random",
         "minutes",
@@ -98,6 +101,18 @@ def summary(groups: list, baselines: dict[str, np.ndarray]) -> Table:
     return Table(header, rows)
 
 
+def all_returns(groups: list) -> Table:
+    """Both estimates of all three returns."""
+    from benchmark.stats import interquartile_mean, mean, with_interval
+
+    rows = []
+    for group in groups:
+        for name, scores in (("final", group.final), ("best (optimistic)", group.best), ("training", group.training)):
+            estimates = [Estimate(*with_interval(scores[:, None], f)) for f in (mean, interquartile_mean)]
+            rows.append([group.env_id, group.method, name, len(scores), *estimates])
+    return Table(["environment", "method", "return", "seeds", "mean", "IQM"], rows)
+
+
 def per_seed(groups: list) -> Table:
     header = ["environment", "method", "seed", "final", "best", "training", "minutes", "run"]
     rows = []
@@ -108,41 +123,75 @@ def per_seed(groups: list) -> Table:
     return Table(header, rows)
 
 
-def thresholds(groups: list, baselines: dict[str, np.ndarray], asked: dict[str, float]) -> Table:
-    """Where none is asked for: half and nine tenths of the way from the random policy to the best mean."""
-    header = ["environment", "threshold", "return", "method", "reached by", "median steps", "median minutes"]
-    rows = []
+def thresholds(groups: list, baselines: dict[str, np.ndarray], asked: dict[str, list[float]]) -> tuple[Table, Table]:
+    """Steps and seconds to thresholds, of the median seed and of every seed.
+
+    Where none is asked for: half and nine tenths of the way from the random policy to the best mean.
+    """
+    first = ["environment", "threshold", "return", "method"]
+    medians, seeds = [], []
     for env_id in sorted({group.env_id for group in groups}):
         here = [group for group in groups if group.env_id == env_id]
-        top = max(group.final.mean() for group in here)
-        named = {"asked for": asked[env_id]} if env_id in asked else {}
-        if not named and env_id in baselines:
-            bottom = baselines[env_id].mean()
-            named = {f"{share:.0%} of the way": bottom + share * (top - bottom) for share in (0.5, 0.9)}
-        for (name, value), group in itertools.product(named.items(), here):
-            steps, minutes = group.reached(value)
+        named = [("asked for", value) for value in asked.get(env_id, [])]
+        if not named and (ends := scale(here, baselines)):
+            bottom, top = ends
+            named = [(f"{share:.0%} of the way", bottom + share * (top - bottom)) for share in (0.5, 0.9)]
+        for (name, value), group in itertools.product(named, here):
+            row = [env_id, name, float(value), group.method]
+            steps, seconds = group.reached(value)
             reached = f"{int(np.isfinite(steps).sum())} of {len(steps)}"
-            medians = [float(np.median(numbers)) for numbers in (steps, minutes)]
-            rows.append([env_id, name, float(value), group.method, reached, *medians])
-    return Table(header, rows)
+            medians.append([*row, reached, float(np.median(steps)), float(np.median(seconds))])
+            for run, *numbers in zip(group.runs, steps, seconds, strict=True):
+                seeds.append([*row, run.config["seed"], *map(float, numbers)])
+    return (
+        Table([*first, "reached by", "median steps", "median seconds"], medians),
+        Table([*first, "seed", "steps", "seconds"], seeds),
+    )
 
 
-def normalised_scores(groups: list, baselines: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Final returns (seeds, environments) of the methods that were run on all environments: 0 random, 1 best mean."""
-    environments = sorted({group.env_id for group in groups})
+def scale(here: list, baselines: dict[str, np.ndarray]) -> tuple[float, float] | None:
+    """The random policy's mean and the best group's on one environment; none if nothing is better than random."""
+    top = max(group.final.mean() for group in here)
+    if here[0].env_id in baselines and (bottom := baselines[here[0].env_id].mean()) < top:
+        return float(bottom), float(top)
+    return None
+
+
+def normalised_scores(
+    groups: list, baselines: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+    """Final returns (seeds, environments) of the methods that were run on all environments: 0 random, 1 best mean.
+
+    The environments that have such a scale, and what had to be left out, follow.
+    """
+    scales = {}
+    for env_id in sorted({group.env_id for group in groups}):
+        scales[env_id] = scale([group for group in groups if group.env_id == env_id], baselines)
+    notes = [
+        f"normalised scores leave out {env_id}: no mean there is better than a random policy's"
+        for env_id, s in scales.items()
+        if not s
+    ]
+    environments = [env_id for env_id, ends in scales.items() if ends]
     scores = {}
     for method in sorted({group.method for group in groups}):
         own = {group.env_id: group for group in groups if group.method == method}
-        if list(sorted(own)) != environments:
+        if missing := [env_id for env_id in environments if env_id not in own]:
+            notes.append(f"normalised scores leave out {method}: it was not run on {', '.join(missing)}")
             continue
-        seeds = min(len(group.runs) for group in own.values())  # the bootstrap needs as many everywhere
+        if not environments:
+            continue
+        seeds = [len(own[env_id].runs) for env_id in environments]
+        if min(seeds) < max(seeds):  # the aggregates weigh environments equally
+            notes.append(
+                f"normalised scores of {method}: the first {min(seeds)} seeds on each environment, of {max(seeds)}"
+            )
         columns = []
         for env_id in environments:
-            bottom = baselines[env_id].mean()
-            top = max(group.final.mean() for group in groups if group.env_id == env_id)
-            columns.append((own[env_id].final[:seeds] - bottom) / (top - bottom))
+            bottom, top = scales[env_id]
+            columns.append((own[env_id].final[: min(seeds)] - bottom) / (top - bottom))
         scores[method] = np.stack(columns, 1)
-    return scores
+    return scores, environments, notes
 
 
 def improvements(groups: list) -> Table:
@@ -154,14 +203,20 @@ def improvements(groups: list) -> Table:
         by_method.setdefault(group.method, {})[group.env_id] = group.final
     rows = []
     for one, other in itertools.combinations(sorted(by_method), 2):
-        shared = sorted(by_method[one].keys() & by_method[other].keys())
-        if shared:
-            pair = []
-            for method in (one, other):
-                seeds = min(len(by_method[method][env_id]) for env_id in shared)
-                pair.append(np.stack([by_method[method][env_id][:seeds] for env_id in shared], 1))
-            rows.append([one, other, ", ".join(shared), Estimate(*probability_of_improvement(*pair))])
+        if shared := sorted(by_method[one].keys() & by_method[other].keys()):
+            pairs = [(by_method[one][env_id], by_method[other][env_id]) for env_id in shared]
+            rows.append([one, other, ", ".join(shared), Estimate(*probability_of_improvement(pairs))])
     return Table(["method", "is better than", "on", "with probability"], rows)
+
+
+def repeated_seeds(groups: list) -> list[str]:
+    """Runs of one seed are no independent samples: intervals over them are too narrow."""
+    notes = []
+    for group in groups:
+        for seed, times in Counter(run.config["seed"] for run in group.runs).items():
+            if times > 1:
+                notes.append(f"{group.env_id}, {group.method}: {times} runs of seed {seed} count as {times} seeds")
+    return notes
 
 
 def provenance(groups: list) -> Table:
@@ -169,7 +224,7 @@ def provenance(groups: list) -> Table:
     rows = []
     for group in groups:
         metas = [run.meta for run in group.runs]
-        commits = {f"{(m.get('git_commit') or 'none')[:7]}{'+' if m.get('git_dirty') else ''}" for m in metas}
+        commits = {f"{(m.get('git_commit') or 'none')[:7]}{' (dirty)' if m.get('git_dirty') else ''}" for m in metas}
         versions = {" ".join(f"{k} {v}" for k, v in m.get("packages", {}).items()) for m in metas}
         places = [", ".join(sorted({str(m.get(name, "-")) for m in metas})) for name in ("host", "device")]
         seeds = " ".join(str(run.config["seed"]) for run in group.runs)
@@ -180,12 +235,15 @@ def provenance(groups: list) -> Table:
 
 def find_baselines(groups: list) -> dict[str, np.ndarray]:
     baselines = {}
-    for group in groups:
-        if group.env_id not in baselines:
-            try:
-                baselines[group.env_id] = baseline_of(group.runs[0])["return"]
-            except Exception as error:  # whatever the environment or a fork's code raises
-                print(f"no random baseline on {group.env_id}: {' '.join(str(error).split())[:150]}")
+    for env_id in sorted({group.env_id for group in groups}):
+        runs = [group.runs[0] for group in groups if group.env_id == env_id]
+        if len({(run.config.get("env_kwargs"), run.config.get("eval_env_kwargs")) for run in runs}) > 1:
+            print(f"no random baseline on {env_id}: its arguments differ between methods")
+            continue
+        try:
+            baselines[env_id] = baseline_of(runs[0])["return"]
+        except Exception as error:  # whatever the environment or a fork's code raises
+            print(f"no random baseline on {env_id}: {' '.join(str(error).split())[:150]}")
     return baselines
 
 
@@ -202,15 +260,17 @@ def best_films(groups: list) -> dict[str, Path]:
 
 
 def make_report(
-    material, asked: dict[str, float], baselines: dict[str, np.ndarray], films: dict[str, Path], output: Path
+    material, asked: dict[str, list[float]], baselines: dict[str, np.ndarray], films: dict[str, Path], output: Path
 ) -> Table:
     """Writes everything into `output`; returns the main table."""
     from benchmark import figures, stats
 
     groups = material.groups
     main = summary(groups, baselines)
-    tables = {"results": main, "seeds": per_seed(groups), "provenance": provenance(groups)}
-    tables["thresholds"] = thresholds(groups, baselines, asked)
+    tables = {"results": main, "returns": all_returns(groups), "seeds": per_seed(groups)}
+    tables |= {"provenance": provenance(groups)}
+    tables["thresholds"], tables["thresholds-seeds"] = thresholds(groups, baselines, asked)
+    notes = repeated_seeds(groups)
     if (compared := improvements(groups)).rows:
         tables["improvements"] = compared
 
@@ -224,20 +284,20 @@ def make_report(
         "histograms": figures.histograms(drawn, baselines),
     }
     environments = figures.environments_of(groups)
+    left_out = []
     if len(environments) > 1 and len(baselines) == len(environments):
-        scores = {
-            method: s for method, s in normalised_scores(groups, baselines).items() if method in methods[:MOST_METHODS]
-        }
-        if len(scores) > 1:
+        scores, scaled, left_out = normalised_scores(groups, baselines)
+        scores = {method: score for method, score in scores.items() if method in methods[:MOST_METHODS]}
+        if scores and len(scaled) > 1:
             levels = np.linspace(0, 1.5, 61)
             profiles = {method: stats.performance_profile(score, levels) for method, score in scores.items()}
-            made["profiles"] = figures.profiles(levels, profiles)
+            made["profiles"] = figures.profiles(levels, profiles, figures.colours(methods))
             estimators = {"interquartile mean": stats.interquartile_mean, "mean": stats.mean}
             rows = {
                 title: [(method, *stats.with_interval(score, estimator)) for method, score in scores.items()]
                 for title, estimator in estimators.items()
             }
-            made["aggregates"] = figures.intervals(rows, figures.colours(methods), "normalised score")
+            made["aggregates"] = figures.intervals(rows, figures.colours(methods), figures.NORMALISED)
     if "improvements" in tables and len(compared.rows) <= MOST_METHODS:
         rows = {
             "probability of improvement": [(f"{a}\nover {b}", e.middle, e.low, e.high) for a, b, _, e in compared.rows]
@@ -264,12 +324,14 @@ def make_report(
         "Comparisons": ["improvements"],
     }
     captions = {
-        "curves-steps": "Mean evaluation return over environment steps, with its 95% interval over seeds.",
+        "curves-steps": "Mean evaluation return over environment steps, with its 95% interval over seeds."
+        + (" In grey the random policy: its mean and the middle half of its episodes." if baselines else ""),
         "curves-time": "The same over training time, evaluation left out.",
         "checkpoints": "Mean return at 25, 50 and 100% of the run; a dot for each seed.",
         "boxes": "All evaluation episodes at these points, beside the random policy's.",
         "histograms": "The same as histograms.",
-        "aggregates": "Normalised scores: 0 is the random policy, 1 the best method's mean, on each environment.",
+        "aggregates": "Normalised scores: 0 is the random policy, 1 the best method's mean, on each environment."
+        + "".join(f" {note}." for note in left_out),
         "profiles": "Share of runs above each normalised score.",
         "improvements": "That a seed of the one method ends higher than one of the other.",
     }
@@ -285,16 +347,21 @@ def make_report(
     if len(methods) > MOST_METHODS:
         note = f"The figures show the first {MOST_METHODS} of {len(methods)} methods; the tables show all."
         sections["Results"] += page.paragraph(note)
+    sections["Results"] += "".join(page.paragraph(note) for note in notes)
     if tables["thresholds"].rows:
-        sections["Time to a threshold"] = tables["thresholds"].html()
+        told = "Until the mean of an evaluation first reached the return; thresholds-seeds.csv has every seed."
+        if any(name != "asked for" for _, name, *_ in tables["thresholds"].rows):
+            told += " The way leads from the random policy's mean to the final mean of the best method."
+        sections["Time to a threshold"] = page.paragraph(told) + tables["thresholds"].html()
+    sections["All returns"] = tables["returns"].html()
     if films:
         fitting, size = {}, 0
         for title, path in films.items():
             size += path.stat().st_size
             if size <= FILMS_LIMIT:
                 fitting[title] = path
-        left_out = len(films) - len(fitting)
-        note = f"{left_out} more would make this page larger than {FILMS_LIMIT / 1e6:.0f} MB." if left_out else ""
+        rest = len(films) - len(fitting)
+        note = f"{rest} more would make this page larger than {FILMS_LIMIT / 1e6:.0f} MB." if rest else ""
         sections["Films"] = page.films(fitting) + page.paragraph(note)
     sections["Every seed"] = (
         tables["seeds"].html() if len(tables["seeds"].rows) <= 200 else page.paragraph("In seeds.csv.")
@@ -307,6 +374,8 @@ def make_report(
     count = sum(len(group.runs) for group in groups)
     subtitle = f"runs: {count}, methods: {len(methods)}, environments: {len(environments)}"
     write_atomically(output / "index.html", page.page("SoloRL report", subtitle, sections))
+    for note in notes + left_out:
+        print(f"note: {note}")
     return main
 
 
@@ -331,28 +400,39 @@ def report(
     Args:
         runs: run directories, or folders of them
         output: a folder
-        threshold: ENVIRONMENT=RETURN, to tell the steps and minutes until a seed reached it
+        threshold: ENVIRONMENT=RETURN, to tell the steps and seconds until a seed reached it; as many as wanted
         random: compare with a policy that acts at random, which is played once and remembered
     """
     need_extra()
     from benchmark.groups import gather
 
+    for path in runs:
+        if not path.is_dir():
+            refuse(f"{path}: no such folder")
     material = gather(runs)
     if not material.groups:
         left = [*material.unreadable.items(), *((run.directory, "unfinished") for run in material.unfinished)]
         why = "".join(f"; {path.name}: {reason}" for path, reason in left[:1])
         refuse(f"no finished run in {', '.join(map(str, runs))}{why}")
-    asked, environments = {}, {group.env_id for group in material.groups}
+    asked: dict[str, list[float]] = {}
+    environments = {group.env_id for group in material.groups}
     for pair in threshold:
         env_id, _, value = pair.partition("=")
         try:
-            asked[env_id] = float(value)
+            number = float(value)
         except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
             refuse(f"--threshold {pair}: must be ENVIRONMENT=RETURN")
+        asked.setdefault(env_id, []).append(number)
         if env_id not in environments:
             refuse(f"--threshold {pair}: no run on {env_id}; there are {', '.join(sorted(environments))}")
     if output.exists() and not output.is_dir():
         refuse(f"--output {output}: is a file; name a folder")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(f"--output {output}: {error.strerror}")
     baselines = find_baselines(material.groups) if random else {}
     print(make_report(material, asked, baselines, best_films(material.groups), output).markdown())
     for run in material.unfinished:

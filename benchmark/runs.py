@@ -70,6 +70,14 @@ class Run:
         rows = np.loadtxt(io.StringIO(body), delimiter=",", ndmin=2) if body else np.empty((0, len(names)))
         return dict(zip(names, rows.T, strict=True))
 
+    @cached_property
+    def evaluations(self) -> dict[str, np.ndarray]:
+        return self.table("evaluations")
+
+    @cached_property
+    def progress(self) -> dict[str, np.ndarray]:
+        return self.table("progress")
+
     def last_rows(self, name: str, most: int) -> list[dict[str, float]]:
         """The last rows of a table that may be long and is still being written."""
         try:

@@ -6,6 +6,7 @@ compare the two. Scores are (seeds, environments); a resample draws seeds anew f
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from scipy.stats import trim_mean
@@ -34,35 +35,50 @@ def mean(scores: np.ndarray) -> np.ndarray:
 
 
 def with_interval(scores: np.ndarray, estimator: Callable) -> tuple[float, float, float]:
-    """An estimate and its 95% interval."""
+    """An estimate and its 95% interval; of a single seed nothing is known about the spread."""
+    if len(scores) == 1:
+        return float(estimator(scores)), np.nan, np.nan
     low, high = interval(estimator(resample(scores)))
     return float(estimator(scores)), float(low), float(high)
 
 
+@cache
+def weights(seeds: int, stream: int = 0) -> np.ndarray:
+    """(resamples, seeds): the share of each resample that is this seed. Streams are independent of each other."""
+    generator = np.random.default_rng([seeds, stream])
+    return generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds
+
+
 def mean_band(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean of the curves (seeds, points), and the ends of its interval at every point; seeds are drawn as a whole."""
-    draws = np.random.default_rng(0).integers(len(curves), size=(RESAMPLES, len(curves)))
-    weights = np.stack([np.bincount(draw, minlength=len(curves)) for draw in draws]) / len(curves)
-    return curves.mean(0), *interval(weights @ curves)
+    if len(curves) == 1:
+        unknown = np.full(curves.shape[1], np.nan)
+        return curves[0], unknown, unknown
+    return curves.mean(0), *interval(weights(len(curves)) @ curves)
 
 
-def superiority(one: np.ndarray, other: np.ndarray) -> float:
-    """Share of pairs of seeds in which the one is better, ties being half, averaged over environments."""
-    shares = []
-    for a, b in zip(one.T, np.sort(other, axis=0).T, strict=True):
-        below = np.searchsorted(b, a, "left") + np.searchsorted(b, a, "right")
-        shares.append(below.mean() / (2 * len(b)))
-    return float(np.mean(shares))
+def probability_of_improvement(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float, float]:
+    """Share of pairs of seeds in which the one is better than the other, ties being half, averaged over environments.
 
-
-def probability_of_improvement(one: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
-    pairs = zip(resample(one, seed=0), resample(other, seed=1), strict=True)
-    low, high = interval(np.array([superiority(a, b) for a, b in pairs]))
-    return superiority(one, other), float(low), float(high)
+    A pair of score arrays for each environment, which may have different numbers of seeds.
+    """
+    middles, draws = [], []
+    for k, (one, other) in enumerate(pairs):
+        wins = (one[:, None] > other) + 0.5 * (one[:, None] == other)
+        middles.append(wins.mean())
+        drawn = weights(len(one), 2 * k) @ wins
+        draws.append((drawn * weights(len(other), 2 * k + 1)).sum(1))
+    if min(len(scores) for pair in pairs for scores in pair) == 1:
+        return float(np.mean(middles)), np.nan, np.nan
+    low, high = interval(np.mean(draws, axis=0))
+    return float(np.mean(middles)), float(low), float(high)
 
 
 def performance_profile(scores: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Share of runs whose score is above each level, and the ends of its interval."""
+    share = np.array([(scores > level).mean() for level in levels])
+    if len(scores) == 1:
+        return share, np.full(len(levels), np.nan), np.full(len(levels), np.nan)
     drawn = resample(scores)
     shares = np.stack([(drawn > level).mean((1, 2)) for level in levels], axis=1)
-    return np.array([(scores > level).mean() for level in levels]), *interval(shares)
+    return share, *interval(shares)

@@ -60,7 +60,12 @@ def test_tables_of_two_scripts_on_two_environments(tmp_path, capsys):
         (env_id, script) for env_id in ("A-v0", "B-v0") for script in ("ppo_x", "sac_x")
     ]
     first = results[0]
-    assert [float(first[name]) for name in ("final mean", "final IQM", "best", "training")] == [2.5, 2.5, 3.5, 1.5]
+    assert [float(first[name]) for name in ("final mean", "final IQM", "best (optimistic)", "training")] == [
+        2.5,
+        2.5,
+        3.5,
+        1.5,
+    ]
     assert 1 <= float(first["final mean low"]) < 2.5 < float(first["final mean high"]) <= 4
     (improved,) = rows(tmp_path / "out" / "improvements.csv")
     assert (improved["method"], improved["is better than"]) == ("ppo_x", "sac_x")
@@ -71,7 +76,12 @@ def test_tables_of_two_scripts_on_two_environments(tmp_path, capsys):
     assert asked["ppo_x"]["reached by"] == "0 of 4" and asked["ppo_x"]["median steps"] == "inf"
     assert asked["sac_x"]["reached by"] == "3 of 4"
     assert float(asked["sac_x"]["median steps"]) == np.median([100, 100, 90, np.inf])
-    assert float(asked["sac_x"]["median minutes"]) == np.median([10, 10, 9, np.inf])
+    assert float(asked["sac_x"]["median seconds"]) == np.median([600, 600, 540, np.inf])
+    every = [row["steps"] for row in rows(tmp_path / "out" / "thresholds-seeds.csv") if row["method"] == "sac_x"]
+    assert [float(steps) for steps in every] == [np.inf, 100, 100, 90]
+    assert "| not reached |" in (tmp_path / "out" / "thresholds-seeds.md").read_text()
+    training = [row for row in rows(tmp_path / "out" / "returns.csv") if row["return"] == "training"]
+    assert [float(row["mean"]) for row in training] == [float(row["IQM"]) for row in training] == [1.5, 11.5] * 2
 
     html = (tmp_path / "out" / "index.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", html)  # works without anything else
@@ -100,6 +110,16 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
     (make_run(tmp_path / "runs", "A-v0", 4) / "evaluations.csv").unlink()
     (make_run(tmp_path / "runs", "A-v0", 5) / "meta.json").write_text("[]")
     (make_run(tmp_path / "runs", "A-v0", 6) / "result.json").write_text('{"evaluation": {}}')
+    (make_run(tmp_path / "runs", "A-v0", 7) / "config.yaml").write_text("env_id: [A")
+    (make_run(tmp_path / "runs", "A-v0", 8) / "progress.csv").write_text("step,wall_time,sps\n")
+    broken = {"evaluation": {"mean": float("nan")}, "best": {"mean": 1}, "training_return": None, "wall_time": 1}
+    (make_run(tmp_path / "runs", "A-v0", 9) / "result.json").write_text(json.dumps(broken))
+    (make_run(tmp_path / "runs", "A-v0", 10) / "config.yaml").unlink()
+    (make_run(tmp_path / "runs" / "job-seed=11", "A-v0", 11) / "result.json").unlink()
+    for seed in (11, 12):  # the one failed on the way, the other before there was a run
+        job = tmp_path / "runs" / f"job-seed={seed}"
+        job.mkdir(exist_ok=True)
+        (job / "failed.json").write_text('{"reason": "exit status 1", "log": []}')
     assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
     assert [row["seeds"] for row in rows(tmp_path / "out" / "results.csv")] == ["1"]
     told, html = capsys.readouterr().out, (tmp_path / "out" / "index.html").read_text()
@@ -109,8 +129,14 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
         (4, "FileNotFoundError"),
         (5, "TypeError"),
         (6, "not evaluated"),
+        (7, "ParserError"),
+        (8, "progress.csv has no rows"),
+        (9, "not numbers"),
+        (10, "has no config.yaml"),
+        (11, "failed: exit status 1"),
+        (12, "failed: exit status 1"),
     ):
-        assert re.search(rf"left out: .*seed={seed}.*{why}", told) and why in html
+        assert re.search(rf"left out: .*seed={seed}\b.*{why}", told) and why in html
 
 
 def test_a_random_policy_and_films_are_shown(tmp_path, monkeypatch):
@@ -130,6 +156,41 @@ def test_a_random_policy_and_films_are_shown(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "profiles.png").exists() and (tmp_path / "out" / "aggregates.svg").exists()
 
 
+def test_scores_have_no_scale_where_nothing_is_better_than_random(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("benchmark.report.baseline_of", lambda run: {"return": np.array([run.config["floor"]])})
+    for seed in (1, 2, 3):
+        for env_id, floor in (("A-v0", 100.0), ("B-v0", 0.0), ("C-v0", 0.0)):
+            make_run(tmp_path / "runs", env_id, seed, settings={"floor": floor})
+    assert report(tmp_path / "runs", "-o", tmp_path / "out") == 0
+    assert {row["environment"] for row in rows(tmp_path / "out" / "thresholds.csv")} == {"B-v0", "C-v0"}
+    told = "normalised scores leave out A-v0: no mean there is better than a random policy's"
+    assert told in capsys.readouterr().out and told.split(":")[0] in (tmp_path / "out" / "index.html").read_text()
+    assert (tmp_path / "out" / "profiles.png").exists()  # one method, two environments
+
+
+def test_one_seed_has_no_interval_and_a_repeated_one_is_told(tmp_path, capsys):
+    make_run(tmp_path / "runs", "A-v0", 1)
+    assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
+    assert [row["final mean low"] for row in rows(tmp_path / "out" / "results.csv")] == ["nan"]
+    assert "| 1.00 | 1.00 | 2.00 |" in capsys.readouterr().out
+    make_run(tmp_path / "runs" / "again", "A-v0", 1)
+    assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
+    assert "note: A-v0, ppo_x: 2 runs of seed 1 count as 2 seeds" in capsys.readouterr().out
+
+
+def test_seeds_evaluated_at_other_steps(tmp_path):
+    """A group's curve is at the steps that its seeds share; runs of other lengths are other groups."""
+    for seed, evaluations in ((1, 10), (2, 10), (3, 5)):
+        make_run(tmp_path / "runs", "A-v0", seed, evaluations=evaluations)
+    run = make_run(tmp_path / "runs", "A-v0", 4)
+    (run / "evaluations.csv").write_text("step,episode,seed,return,length\n50,0,0,1,7\n100,0,0,2,7\n")
+    assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
+    assert [(row["method"], row["seeds"]) for row in rows(tmp_path / "out" / "results.csv")] == [
+        ("ppo_x last-step=100", "3"),
+        ("ppo_x last-step=50", "1"),
+    ]
+
+
 def test_a_thousand_runs(tmp_path):
     for seed in range(1000):
         make_run(tmp_path / "runs", f"E{seed % 5}-v0", seed, evaluations=500)
@@ -143,7 +204,10 @@ def test_a_thousand_runs(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["nowhere"], "no finished run in nowhere"),
+        (["nowhere"], "nowhere: no such folder"),
+        (["RUNS", "nowhere"], "nowhere: no such folder"),
+        (["RUNS", "--threshold", "A-v0=nan"], "--threshold A-v0=nan: must be ENVIRONMENT=RETURN"),
+        (["RUNS", "-o", "RUNS/file/below"], "below: Not a directory"),
         (["RUNS", "--threshold", "A-v0"], "--threshold A-v0: must be ENVIRONMENT=RETURN"),
         (["RUNS", "--threshold", "Q-v0=3"], "--threshold Q-v0=3: no run on Q-v0; there are A-v0"),
         (["RUNS", "-o", "/dev/null"], "--output /dev/null: is a file"),
@@ -151,7 +215,8 @@ def test_a_thousand_runs(tmp_path):
 )
 def test_bad_input_is_one_line(tmp_path, capsys, arguments, told):
     make_run(tmp_path / "runs", "A-v0", 1)
-    assert report(*(tmp_path / "runs" if word == "RUNS" else word for word in arguments)) == 2
+    (tmp_path / "runs" / "file").touch()
+    assert report(*(word.replace("RUNS", str(tmp_path / "runs")) for word in arguments)) == 2
     printed = capsys.readouterr()
     assert told in printed.err and printed.err.count("\n") == 1 and not printed.out
 
@@ -161,18 +226,25 @@ def test_statistics_agree_with_rliable():
     metrics = pytest.importorskip("rliable.metrics")
     generator = np.random.default_rng(0)
     one, other = generator.normal(0.3, size=(7, 4)), generator.normal(size=(9, 4))
+    improvement = stats.probability_of_improvement(list(zip(one.T, other.T, strict=True)))
     assert stats.interquartile_mean(one) == pytest.approx(metrics.aggregate_iqm(one))
-    assert stats.superiority(one, other) == pytest.approx(metrics.probability_of_improvement(one, other))
-    assert stats.superiority(one, one) == pytest.approx(0.5)
+    assert improvement[0] == pytest.approx(metrics.probability_of_improvement(one, other))
+    assert stats.probability_of_improvement([(one[:, 0], one[:, 0])])[0] == pytest.approx(0.5)
 
     for ours, theirs in ((stats.mean, metrics.aggregate_mean), (stats.interquartile_mean, metrics.aggregate_iqm)):
         points, intervals = library.get_interval_estimates({"": one}, lambda x, f=theirs: np.array([f(x)]), reps=4000)
         expected = [*points[""], *intervals[""].ravel()]
         np.testing.assert_allclose(stats.with_interval(one, ours), expected, atol=0.04)
     _, intervals = library.get_interval_estimates({"": (one, other)}, metrics.probability_of_improvement, reps=4000)
-    np.testing.assert_allclose(stats.probability_of_improvement(one, other)[1:], intervals[""].ravel(), atol=0.03)
+    np.testing.assert_allclose(improvement[1:], intervals[""].ravel(), atol=0.03)
     levels = np.linspace(-2, 2, 9)
     shares, bands = library.create_performance_profile({"": one}, levels, reps=4000)
     found = stats.performance_profile(one, levels)
     np.testing.assert_allclose(found[0], shares[""])
     np.testing.assert_allclose(found[1:], bands[""], atol=0.04)
+
+
+def test_improvement_counts_every_seed_where_environments_have_different_numbers():
+    pairs = [(np.array([1.0, 2.0, 3.0]), np.array([2.0, 0.0])), (np.array([5.0, 5.0]), np.array([4.0, 6.0, 5.0, 5.0]))]
+    middle, low, high = stats.probability_of_improvement(pairs)
+    assert middle == pytest.approx(np.mean([4.5 / 6, 0.5])) and 0 <= low < middle < high <= 1
