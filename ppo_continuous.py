@@ -84,8 +84,6 @@ class Args:
     """steps of each environment per rollout; by default 2048 over all environments"""
     learning_rate: float = 3e-4
     """Adam's step size at the start"""
-    critic_lr_factor: float = 3.0
-    """the critic learns at this multiple of the learning rate"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """how the learning rate falls; linear and cosine end at 0"""
     lr_warmup: float = 0.0
@@ -356,23 +354,19 @@ class Learner(NamedTuple):
     """The parameters as one vector, of which the agent's are views, and the state of Adam."""
 
     theta: Tensor
-    factors: Tensor  # of the learning rate, for each parameter
     first_moment: Tensor
     second_moment: Tensor
     steps: Tensor
     learning_rate: Tensor
 
     @staticmethod
-    def of(agent: nn.Module, critic_lr_factor: float) -> "Learner":
+    def of(agent: nn.Module) -> "Learner":
         theta = nn.utils.parameters_to_vector(agent.parameters()).detach()
-        factors = torch.ones_like(theta)
         sizes = [parameter.numel() for parameter in agent.parameters()]
-        pieces = zip(agent.named_parameters(), theta.split(sizes), factors.split(sizes), strict=True)
-        for (name, parameter), piece, factor in pieces:
+        for parameter, piece in zip(agent.parameters(), theta.split(sizes), strict=True):
             parameter.data = piece.view_as(parameter)
-            factor.fill_(critic_lr_factor if name.startswith("critic") else 1.0)
         steps, learning_rate = torch.zeros(2, device=theta.device)
-        return Learner(theta, factors, torch.zeros_like(theta), torch.zeros_like(theta), steps, learning_rate)
+        return Learner(theta, torch.zeros_like(theta), torch.zeros_like(theta), steps, learning_rate)
 
     @torch.no_grad()
     def adam_step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5) -> None:
@@ -381,7 +375,7 @@ class Learner(NamedTuple):
         self.second_moment.lerp_(gradient**2, 1 - beta2)
         mean = self.first_moment / (1 - beta1**self.steps)
         deviation = (self.second_moment / (1 - beta2**self.steps)).sqrt()
-        self.theta.sub_(self.learning_rate * self.factors * mean / (deviation + eps))
+        self.theta.sub_(self.learning_rate * mean / (deviation + eps))
 
 
 def update(agent: Agent, args: Args, learner: Learner, batch: Batch, indices: Tensor) -> Tensor:
@@ -405,7 +399,7 @@ def compile_update(args: Args, agent: Agent, columns: Batch, say: Callable[[str]
     try:
         torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
         fast = torch.compile(update, fullgraph=True, dynamic=False)
-        fast(agent, args, Learner.of(copy.deepcopy(agent), args.critic_lr_factor), columns, indices)
+        fast(agent, args, Learner.of(copy.deepcopy(agent)), columns, indices)
     except Exception as error:
         say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
         return update
@@ -746,7 +740,7 @@ def check(args: Args) -> None:
     at_least_1 = ["num_envs", "num_steps", "num_minibatches", "update_epochs", "threads", "eval_episodes"]
     at_least_1 += ["checkpoint_every", "actor_sizes", "critic_sizes"]
     at_least_0 = ["seed", "ent_coef", "vf_coef", "num_evals"]
-    positive = ["learning_rate", "critic_lr_factor", "clip_coef", "max_grad_norm", "target_kl"]
+    positive = ["learning_rate", "clip_coef", "max_grad_norm", "target_kl"]
     shares = ["gamma", "gae_lambda", "lr_warmup"]
     rules = {"must be at least 1": (at_least_1, lambda value: value >= 1)}
     rules["must be at least 0"] = at_least_0, lambda value: 0 <= value < math.inf
@@ -838,7 +832,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     iterations = args.total_timesteps // B
 
     agent = Agent(args, D, A).requires_grad_(False).to(device)
-    learner = Learner.of(agent, args.critic_lr_factor)
+    learner = Learner.of(agent)
     moments, return_moments = RunningMoments((D,), args.norm_obs), RunningMoments((), args.norm_reward)
     policy = Policy(agent, moments, return_moments, np.stack((low, high)))
     envs = Environments(args)
@@ -851,7 +845,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     if saved:
         (directory / "result.json").unlink(missing_ok=True)
         agent.load_state_dict(saved["agent"])
-        for tensor, value in zip(learner[2:], saved["learner"], strict=True):
+        for tensor, value in zip(learner[1:], saved["learner"], strict=True):
             tensor.copy_(value)
         moments.restore(saved["moments"])
         return_moments.restore(saved["return_moments"])
@@ -994,7 +988,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             arrays = {"observations": observations, "returns": returns, "lengths": lengths, "discounted": discounted}
             done["saved"] = True
             checkpoint = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()} | policy_state
-            checkpoint |= {"learner": list(learner[2:]), "done": done}
+            checkpoint |= {"learner": list(learner[1:]), "done": done}
             checkpoint |= {"environments": envs.state(), "recent": list(recent), "seconds": torch.from_numpy(seconds)}
             checkpoint |= {"random": torch.get_rng_state(), "sizes": run.sizes()}
             if device.type == "cuda":

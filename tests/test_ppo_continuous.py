@@ -100,17 +100,16 @@ def test_moments_equal_those_of_all_data():
 
 
 def test_adam_is_torchs():
-    agent = torch.nn.ModuleDict({"actor": torch.nn.Linear(3, 2), "critic": torch.nn.Linear(3, 1)})
-    learner = ppo.Learner.of(agent.requires_grad_(False), critic_lr_factor=3)
+    agent = torch.nn.Linear(3, 2).requires_grad_(False)
+    learner = ppo.Learner.of(agent)
     learner.learning_rate.fill_(0.01)
-    actor, critic = (piece.clone().requires_grad_() for piece in learner.theta.split([8, 4]))
-    adam = torch.optim.Adam([{"params": [actor]}, {"params": [critic], "lr": 0.03}], lr=0.01, eps=1e-5)
+    parameter = learner.theta.clone().requires_grad_()
+    adam = torch.optim.Adam([parameter], lr=0.01, eps=1e-5)
     for _ in range(10):
-        gradient = torch.randn(12)
-        actor.grad, critic.grad = gradient.split([8, 4])
-        learner.adam_step(gradient)
+        parameter.grad = torch.randn(8)
+        learner.adam_step(parameter.grad)
         adam.step()
-    torch.testing.assert_close(learner.theta, torch.cat((actor, critic)).detach())
+    torch.testing.assert_close(learner.theta, parameter.detach())
     torch.testing.assert_close(torch.nn.utils.parameters_to_vector(agent.parameters()), learner.theta)
 
 
@@ -143,7 +142,7 @@ def test_loss_equals_the_papers():
 def test_an_update_stops_at_the_gradient_norm():
     torch.manual_seed(0)
     agent = ppo.Agent(Args(), 3, 2).requires_grad_(False)
-    batch, learner = random_batch(agent), ppo.Learner.of(agent, critic_lr_factor=3)
+    batch, learner = random_batch(agent), ppo.Learner.of(agent)
     ppo.update(agent, Args(max_grad_norm=1e-3), learner, batch, torch.arange(64))
     assert learner.first_moment.norm() == pytest.approx(1e-4, rel=1e-3)  # a tenth of the clipped gradient
 
@@ -151,7 +150,7 @@ def test_an_update_stops_at_the_gradient_norm():
 def test_the_compiled_update_is_the_update():
     torch.manual_seed(0)
     agent = ppo.Agent(Args(), 3, 2).requires_grad_(False)
-    batch, learner = random_batch(agent), ppo.Learner.of(agent, critic_lr_factor=3)
+    batch, learner = random_batch(agent), ppo.Learner.of(agent)
     learner.learning_rate.fill_(1e-3)
     said = []
     fast = ppo.compile_update(Args(num_minibatches=2), agent, batch, said.append)
