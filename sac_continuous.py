@@ -1085,9 +1085,10 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         left = timedelta(seconds=round(done["elapsed"] / step * (total - step)))
         mean_return = f"{statistics.fmean(recent):.1f}" if recent else "-"
         evaluated = f"  evaluation {done['evaluation']['mean']:.1f}" if done["evaluation"] else ""
+        learnt = f"  Q {row['q_value']:.1f}  alpha {row['alpha']:.3f}" if measured else ""
         run.progress(
             f"{step:>11,} {step / total:4.0%}  {row['sps']:,} steps/s  ETA {left}  return {mean_return}"
-            f"{evaluated}  Q {row['q_value']:.1f}  alpha {row['alpha']:.3f}"
+            f"{evaluated}{learnt}"
         )
         if args.capture_video and done["evaluation"].get("step") == step:
             try:
