@@ -389,8 +389,8 @@ def squash(outputs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     return u.tanh(), (gaussian - 2 * (math.log(2) - u - softplus(-2 * u))).sum(-1)
 
 
-class Adam(NamedTuple):
-    """The parameters as one vector, of which the module's are views, and the state of Adam."""
+class Learner(NamedTuple):
+    """The parameters as one vector, of which the agent's are views, and the state of Adam."""
 
     theta: Tensor
     first_moment: Tensor
@@ -399,16 +399,16 @@ class Adam(NamedTuple):
     learning_rate: Tensor
 
     @staticmethod
-    def of(module: nn.Module) -> "Adam":
-        theta = nn.utils.parameters_to_vector(module.parameters()).detach()
-        sizes = [parameter.numel() for parameter in module.parameters()]
-        for parameter, piece in zip(module.parameters(), theta.split(sizes), strict=True):
+    def of(agent: nn.Module) -> "Learner":
+        theta = nn.utils.parameters_to_vector(agent.parameters()).detach()
+        sizes = [parameter.numel() for parameter in agent.parameters()]
+        for parameter, piece in zip(agent.parameters(), theta.split(sizes), strict=True):
             parameter.data = piece.view_as(parameter)
         steps, learning_rate = torch.zeros(2, device=theta.device)
-        return Adam(theta, torch.zeros_like(theta), torch.zeros_like(theta), steps, learning_rate)
+        return Learner(theta, torch.zeros_like(theta), torch.zeros_like(theta), steps, learning_rate)
 
     @torch.no_grad()
-    def step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
+    def adam_step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5) -> None:
         self.steps.add_(1)
         self.first_moment.lerp_(gradient, 1 - beta1)
         self.second_moment.lerp_(gradient**2, 1 - beta2)
@@ -418,14 +418,14 @@ class Adam(NamedTuple):
 
 
 class Learners(NamedTuple):
-    actor: Adam
-    critics: Adam
-    log_alpha: Adam
+    actor: Learner
+    critics: Learner
+    log_alpha: Learner
     target: Tensor  # the parameters of the target critics
 
     @staticmethod
     def of(agent: Agent) -> "Learners":
-        actor, critics, log_alpha = map(Adam.of, (agent.actor, agent.critics, agent.log_alpha))
+        actor, critics, log_alpha = map(Learner.of, (agent.actor, agent.critics, agent.log_alpha))
         return Learners(actor, critics, log_alpha, critics.theta.clone())
 
 
@@ -456,7 +456,7 @@ def update(
     values = call(agent.critics, theta, torch.cat((batch.observations, batch.actions), -1), dtype).squeeze(-1)  # (2, B)
     q_loss = ((values - goals) ** 2).mean(-1).sum()
     (gradient,) = torch.autograd.grad(q_loss, theta)
-    critics.step(gradient)
+    critics.adam_step(gradient, eps=1e-8)
 
     # The actor's: mean (α log π(a|s) − min_i Q_i(s, a)), with a ~ π(·|s); α's gradient: mean (−log π(a|s)) + A.
     policy_loss = torch.full((), torch.nan, device=theta.device)
@@ -467,10 +467,10 @@ def update(
         expected = call(agent.critics, critics.theta, inputs, dtype).amin(0).squeeze(-1)
         policy_loss = (log_alpha.theta.exp() * logprobs - expected).mean()
         (gradient,) = torch.autograd.grad(policy_loss, theta)
-        actor.step(gradient)
+        actor.adam_step(gradient, eps=1e-8)
         if args.autotune:
             excess = -logprobs.detach().mean() + actions.shape[-1]  # of the entropy over −A
-            log_alpha.step(excess.view(1))
+            log_alpha.adam_step(excess.view(1), eps=1e-8)
 
     if follow:
         target.lerp_(critics.theta, args.tau)
