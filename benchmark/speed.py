@@ -49,7 +49,7 @@ class Contender:
 
 def contenders(script: str) -> list[Contender]:
     """Every way of stepping and thread count worth trying, of what is installed; processes are slower here."""
-    vecs = [vec for vec in ("sync", "envpool") if vec == "sync" or find_spec(vec)]
+    vecs = ["sync", "envpool"] if find_spec("envpool") and script != "sac_continuous" else ["sync"]
     ways = [Contender(name, vec, n) for name in OURS[script] for vec in vecs for n in (1, 2)]
     for name, package in (("sb3", "stable_baselines3"), ("sbx", "sbx")):
         if find_spec(package):
@@ -66,16 +66,8 @@ def measure(script: str, contender: Contender, settings: dict) -> tuple[float, d
     with tempfile.TemporaryDirectory() as runs:
         total = settings["num_envs"] * settings["num_steps"] * settings["rollouts"]
         words = [sys.executable, f"{script}.py", "--vec", contender.vec, "--threads", str(contender.threads)]
-        words += [
-            "--env-id",
-            settings["env_id"],
-            "--total-timesteps",
-            str(total),
-            "--runs-dir",
-            runs,
-            "--num-evals",
-            "0",
-        ]
+        words += ["--env-id", settings["env_id"], "--total-timesteps", str(total), "--runs-dir", runs]
+        words += ["--num-evals", "0"]
         flags = ["num_envs", "num_minibatches", "update_epochs", "learning_starts", "batch_size"]
         flags += ["num_steps"] if script == "ppo_continuous" else []
         for name in flags:
@@ -136,7 +128,7 @@ def speed(
         print(f"\n{env_id}, {case}, {per_update}", flush=True)
         fastest: dict[str, tuple[float, Contender]] = {}
         for contender in contenders(script):
-            rate, _ = measure(script, contender, settings | {"rollouts": 6})
+            rate, _ = measure(script, contender, settings | {"rollouts": min(6, rollouts)})
             print(f"  tried {contender!s:<28} {rate:>8,.0f} steps/s", flush=True)
             fastest[contender.name] = max(
                 fastest.get(contender.name, (0.0, contender)), (rate, contender), key=lambda x: x[0]
