@@ -131,8 +131,9 @@ def evaluation_means(job: Job) -> list[tuple[float, float]]:
 class Tuner:
     """A study and the folder of its runs, in which several of these may work at the same time."""
 
-    def __init__(self, search: Search, study, folder: Path, trials: int, workers: int, threads: int):
+    def __init__(self, search: Search, study, folder: Path, trials: int, workers: int, threads: int, seed: int):
         self.search, self.study, self.folder, self.trials, self.threads = search, study, folder, trials, threads
+        self.seed = seed
         self.slots = threading.Semaphore(workers)
         self.stop = threading.Event()
         self.mutex = threading.Lock()
@@ -142,7 +143,8 @@ class Tuner:
         return [trial for trial in self.study.get_trials(deepcopy=False) if not trial.user_attrs.get("interrupted")]
 
     def begin(self):
-        """The next trial, unless there are enough; first those that a stopped or dead process left."""
+        """The next trial with its arguments, unless there are enough; first those that an ended process left."""
+        from optuna.samplers import TPESampler
         from optuna.trial import TrialState
 
         with self.mutex, locked(self.folder / "study.lock"):
@@ -152,15 +154,18 @@ class Tuner:
                     self.put_back(trial)
             begun = [trial for trial in self.counted() if trial.state != TrialState.WAITING]
             if len(begun) >= self.trials or self.stop.is_set():
-                return None, None
+                return None, None, {}
+            # A seed for each trial: processes that share the study, or begin it again, draw nothing twice.
+            self.study.sampler = TPESampler(seed=self.seed + len(self.study.get_trials(deepcopy=False)))
             trial = self.study.ask()
+            chosen = suggest(trial, self.search.space)
             if "folder" not in trial.user_attrs:
                 trial.set_user_attr("folder", f"trial-{trial.number:04d}")
             owner = self.owner(trial.user_attrs["folder"])
             owner.parent.mkdir(parents=True, exist_ok=True)
             held = owner.open("w")
             fcntl.flock(held, fcntl.LOCK_EX)
-            return trial, held
+            return trial, held, chosen
 
     def abandoned(self, trial) -> bool:
         """Whether it is running, but no process that is alive runs it."""
@@ -180,17 +185,16 @@ class Tuner:
     def work(self) -> None:
         """Trial after trial, until there are enough."""
         while not self.stop.is_set():
-            trial, held = self.begin()
+            trial, held, chosen = self.begin()
             if trial is None:
                 return
             with held:
-                self.run(trial)
+                self.run(trial, chosen)
             self.write()
 
-    def run(self, trial) -> None:
+    def run(self, trial, chosen: dict[str, object]) -> None:
         from optuna.trial import TrialState
 
-        chosen = suggest(trial, self.search.space)
         words = tuple(word for name, value in chosen.items() for word in as_words(name, value))
         suite = Suite([self.search.script], [self.search.env_id], list(range(1, self.search.seeds + 1)))
         suite = Suite(suite.scripts, suite.env_ids, suite.seeds, words=(*self.search.words, *words))
@@ -297,7 +301,7 @@ def given(words: tuple[str, ...]) -> dict[str, object]:
     return found
 
 
-def open_study(search: Search, storage: str | None, folder: Path, seed: int, prune: bool):
+def open_study(search: Search, storage: str | None, folder: Path, prune: bool):
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -310,7 +314,6 @@ def open_study(search: Search, storage: str | None, folder: Path, seed: int, pru
         study = optuna.create_study(
             storage=kept,
             study_name=f"{Path(search.script).stem}__{search.env_id}",
-            sampler=optuna.samplers.TPESampler(seed=seed),
             pruner=pruner,
             direction="maximize",
             load_if_exists=True,
@@ -380,8 +383,8 @@ def tune(
     except OSError as error:
         refuse(f"--output {folder}: {error.strerror}")
     with locked(folder / "study.lock"):  # two that begin at once would both make the tables
-        study = open_study(search, storage, folder, seed, prune)
-    tuner = Tuner(search, study, folder, trials, workers, threads)
+        study = open_study(search, storage, folder, prune)
+    tuner = Tuner(search, study, folder, trials, workers, threads, seed)
 
     caught: list[int] = []
 

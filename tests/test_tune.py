@@ -113,6 +113,9 @@ def test_two_processes_share_a_study(tmp_path, storage):
         assert process.wait(90) == 0
     assert sorted(row["folder"] for row in trials(tmp_path)) == [f"trial-{k:04d}" for k in range(8)]
     assert {row["state"] for row in trials(tmp_path)} <= {"COMPLETE", "PRUNED"}
+    assert len({row["learning_rate"] for row in trials(tmp_path)}) == 8  # nothing is tried twice
+    assert tune(command(tmp_path, RATE, "--trials", 10, *more)) == 0
+    assert len({row["learning_rate"] for row in trials(tmp_path)}) == 10
 
 
 def test_the_flagship_is_tuned_and_its_file_trains(tmp_path):
