@@ -20,7 +20,7 @@ import tyro
 import yaml
 
 from benchmark.errors import refuse
-from benchmark.jobs import Job, run_job
+from benchmark.jobs import ROOT, Job, run_job
 from benchmark.runs import import_script, write_atomically
 from benchmark.suites import Suite, as_words, find_script, jobs_of
 
@@ -39,7 +39,7 @@ class Search:
 
     def description(self) -> dict:
         return {
-            "script": self.script,
+            "script": self.script.removeprefix(f"{ROOT}/"),  # ours are the same wherever they are
             "env_id": self.env_id,
             "seeds": self.seeds,
             "space": self.space,

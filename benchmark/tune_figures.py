@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from benchmark.figures import COLOURS, STYLE, plt
 
@@ -31,6 +32,7 @@ def history(complete: list, pruned: list) -> Figure:
         ended = [max(trial.intermediate_values.values(), default=min(values)) for trial in pruned]
         axis.scatter([t.number for t in pruned], ended, s=18, color="#8A8A8A", marker="x", label="ended early")
     axis.set(xlabel="trial", ylabel="mean return")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend()
     return figure
 
@@ -81,6 +83,7 @@ def slices(complete: list, names: list[str], logs: set[str]) -> Figure:
         axis.set_xlabel(name)
         if name in logs:
             axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(NullFormatter())
     for row in axes:
         row[0].set_ylabel("mean return")
     figure.colorbar(dots, ax=axes, label="trial", shrink=0.8)
