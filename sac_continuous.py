@@ -723,6 +723,15 @@ class Run:
         writer.writerows(rows)
         file.flush()
 
+    def record(self, row: dict, episodes: list[dict]) -> None:
+        """A row of progress and the episodes that ended meanwhile, in the tables and in TensorBoard."""
+        self.add("progress", [row])
+        self.add("episodes", episodes)
+        self.plot("charts/episodic_", episodes)
+        measured = {name: row[name] for name in MEASURES if not math.isnan(row[name])}
+        self.plot("losses/", [{"step": row["step"]} | measured])
+        self.plot("charts/", [{name: value for name, value in row.items() if name not in MEASURES}])
+
     def plot(self, prefix: str, rows: list[dict]) -> None:
         for row in rows:
             for name, value in row.items():
@@ -739,8 +748,14 @@ class Run:
         self.log.writelines(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n" for line in text.splitlines())
         self.log.flush()
 
-    def progress(self, text: str) -> None:
+    def progress(self, row: dict, total: int, done: dict, recent: Sequence[float], learnt: str) -> None:
         """A live line on a terminal; elsewhere, and in the log, a line every half minute."""
+        step = row["step"]
+        left = timedelta(seconds=round(done["elapsed"] / step * (total - step)))
+        text = f"{step:>11,} {step / total:4.0%}  {row['sps']:,} steps/s  ETA {left}"
+        text += f"  return {statistics.fmean(recent):.1f}" if recent else "  return -"
+        text += f"  evaluation {done['evaluation']['mean']:.1f}" if done["evaluation"] else ""
+        text += f"  {learnt}"
         if time.monotonic() - self.said > 30:
             self.said = time.monotonic()
             self.say(text)
@@ -753,6 +768,50 @@ class Run:
             self.tracker.finish()
         for file in (self.log, *(file for _, file in self.tables.values())):
             file.close()
+
+
+def evaluate_and_keep(
+    args: Args, run: Run, directory: Path, policy: Policy, state: dict, envs: list[gym.Env], done: dict
+) -> None:
+    """Evaluates the policy whose `state` this is, and keeps it: among the others, and as the best if it is that."""
+    seeds = range(10_000, 10_000 + len(envs))
+    returns, lengths = (result.tolist() for result in evaluate(policy, envs, seeds))
+    rows = zip([state["step"]] * len(envs), range(len(envs)), seeds, returns, lengths, strict=True)
+    run.add("evaluations", [dict(zip(TABLES["evaluations"], row, strict=True)) for row in rows])
+    done["evaluation"] = {"step": state["step"], "mean": statistics.fmean(returns), "std": statistics.pstdev(returns)}
+    run.plot("charts/evaluation_", [done["evaluation"]])
+    name = f"step-{state['step']:09d}"
+    write_atomically(directory / "policies" / f"{name}.pt", partial(torch.save, state))
+    if not done["best"] or done["evaluation"]["mean"] > done["best"]["mean"]:
+        done["best"] = done["evaluation"]
+        write_atomically(directory / "best.pt", partial(torch.save, state))
+    if args.capture_video:
+        try:
+            env = make_eval_env(args, "rgb_array")
+            film(policy, env, seeds[np.argmax(returns)], directory / "videos" / f"{name}.mp4")
+            env.close()
+        except OSError as error:
+            run.say(f"no video of step {state['step']:,}: {str(error).splitlines()[0]}")
+
+
+def finish(
+    args: Args, run: Run, directory: Path, steps: int, done: dict, recent: Sequence[float], seconds: np.ndarray
+) -> None:
+    """Writes and says what the run came to."""
+    elapsed, evaluation, best = done["elapsed"], done["evaluation"], done["best"]
+    summary = {"script": Path(__file__).stem, "env_id": args.env_id, "seed": args.seed, "steps": steps}
+    summary |= {"wall_time": elapsed, "sps": steps / elapsed, "evaluation": evaluation, "best": best}
+    summary |= {"training_return": statistics.fmean(recent) if recent else None}
+    summary |= dict(zip(SECONDS, seconds.tolist(), strict=True))
+    write_atomically(directory / "result.json", lambda file: file.write(json.dumps(summary, indent=2).encode()))
+    stepping, acting, updating = seconds / elapsed
+    run.say(
+        f"{steps:,} steps in {timedelta(seconds=round(elapsed))}, {summary['sps']:,.0f} steps/s:"
+        f" stepping {stepping:.0%}, acting {acting:.0%}, updating {updating:.0%}"
+    )
+    if evaluation:
+        final = f"evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}"
+        run.say(f"{final}, best {best['mean']:.1f} at step {best['step']:,}")
 
 
 def catch_interrupts() -> list[int]:
@@ -837,27 +896,21 @@ def parse(argv: list[str] | None = None) -> Args:
     return args
 
 
-def check(args: Args) -> None:
-    """Refuses what cannot work, before anything is written."""
-    at_least_1 = ["num_envs", "threads", "eval_episodes", "checkpoint_every", "actor_sizes", "critic_sizes"]
-    at_least_1 += ["batch_size", "policy_frequency", "target_network_frequency"]
-    at_least_0 = ["seed", "num_evals", "learning_starts"]
-    positive = ["learning_rate", "policy_lr", "q_lr", "alpha", "updates_per_step"]
-    shares = ["gamma", "tau", "lr_warmup"]
-    rules = {"must be at least 1": (at_least_1, lambda value: value >= 1)}
+def check_numbers(args: Args, at_least_1: str, at_least_0: str, above_0: str, shares: str) -> None:
+    """Refuses what is out of range. Of a tuple every value counts, and None is a setting that is off."""
+    rules = {"must be at least 1": (at_least_1, lambda value: 1 <= value < math.inf)}
     rules["must be at least 0"] = at_least_0, lambda value: 0 <= value < math.inf
-    rules["must be above 0"] = positive, lambda value: 0 < value < math.inf
+    rules["must be above 0"] = above_0, lambda value: 0 < value < math.inf
     rules["must be between 0 and 1"] = shares, lambda value: 0 <= value <= 1
     for rule, (names, holds) in rules.items():
-        for name in names:
+        for name in names.split():
             value = getattr(args, name)
             if not all(map(holds, value if isinstance(value, tuple) else () if value is None else (value,))):
                 refuse(f"{flag(name)} {value}: {rule}")
-    if args.buffer_size < 4 * args.num_envs:
-        refuse(f"--buffer-size {args.buffer_size}: must be at least 4 x --num-envs, {4 * args.num_envs}")
-    if args.total_timesteps < args.learning_starts + args.num_envs:
-        starts = f"--learning-starts {args.learning_starts}, which is when learning begins"
-        refuse(f"--total-timesteps {args.total_timesteps}: must be above {starts}")
+
+
+def check_setup(args: Args) -> None:
+    """Refuses what this machine lacks, and what is not JSON."""
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: torch finds no CUDA device here; use auto or cpu")
     needs = [("vec", "envpool", args.vec == "envpool"), ("track", "wandb", args.track)]
@@ -872,17 +925,15 @@ def check(args: Args) -> None:
             refuse(f"{flag(name)} {getattr(args, name)}: must be a JSON object such as '{{\"frame_skip\": 4}}'")
     if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
+
+
+def check_environments(args: Args) -> None:
+    """Makes one of each kind; refuses what cannot be made, drawn or acted in."""
     problem = f"--env-id {args.env_id}"
     try:
         env, eval_env = make_train_env(args), make_eval_env(args, "rgb_array" if args.capture_video else None)
-        if not isinstance(env.observation_space, gym.spaces.Box):
-            refuse(f"{problem}: observes a {type(env.observation_space).__name__}; this script needs a Box")
-        if not isinstance(env.action_space, gym.spaces.Box):
-            refuse(f"{problem}: acts in {env.action_space}; this script needs a Box, ppo_discrete.py is for Discrete")
-        if not (np.isfinite(env.action_space.low).all() and np.isfinite(env.action_space.high).all()):
-            refuse(
-                f"{problem}: acts in {env.action_space}; this script needs finite bounds, ppo_continuous.py does not"
-            )
+        check_spaces(problem, env.observation_space, env.action_space)
         if env.observation_space.shape != eval_env.observation_space.shape or env.action_space != eval_env.action_space:
             refuse("--eval-env-kwargs: the evaluation environment must have the training environment's spaces")
         if args.capture_video:
@@ -898,6 +949,34 @@ def check(args: Args) -> None:
         refuse(f"{problem}: {' '.join(str(error).split())}")
     env.close()
     eval_env.close()
+
+
+def check_spaces(problem: str, observations: gym.Space, actions: gym.Space) -> None:
+    if not isinstance(observations, gym.spaces.Box):
+        refuse(f"{problem}: observes a {type(observations).__name__}; this script needs a Box")
+    if not isinstance(actions, gym.spaces.Box):
+        refuse(f"{problem}: acts in {actions}; this script needs a Box, ppo_discrete.py is for Discrete")
+    if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all()):
+        refuse(f"{problem}: acts in {actions}; this script needs finite bounds, ppo_continuous.py does not")
+
+
+def check(args: Args) -> None:
+    """Refuses what cannot work, before anything is written."""
+    check_numbers(
+        args,
+        at_least_1="num_envs threads eval_episodes checkpoint_every actor_sizes critic_sizes batch_size"
+        " policy_frequency target_network_frequency",
+        at_least_0="seed num_evals learning_starts",
+        above_0="learning_rate policy_lr q_lr alpha updates_per_step",
+        shares="gamma tau lr_warmup",
+    )
+    if args.buffer_size < 4 * args.num_envs:
+        refuse(f"--buffer-size {args.buffer_size}: must be at least 4 x --num-envs, {4 * args.num_envs}")
+    if args.total_timesteps < args.learning_starts + args.num_envs:
+        starts = f"--learning-starts {args.learning_starts}, which is when learning begins"
+        refuse(f"--total-timesteps {args.total_timesteps}: must be above {starts}")
+    check_setup(args)
+    check_environments(args)
 
 
 # -------------------------------------------------------------------------------------------------------- training
@@ -921,7 +1000,6 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     torch.manual_seed(args.seed)
 
     eval_envs = [make_eval_env(args) for _ in range(args.eval_episodes)]
-    eval_seeds = range(10_000, 10_000 + args.eval_episodes)
     space = eval_envs[0].observation_space
     low, high = eval_envs[0].action_space.low, eval_envs[0].action_space.high
     N, D, A, B = args.num_envs, math.prod(space.shape), low.size, args.batch_size
@@ -1045,27 +1123,13 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         row |= measures | {"learning_rate": learners.log_alpha.learning_rate.item()}
         row |= {"updates": done["updates"], "buffer": len(buffer)}
         row |= dict(zip(SECONDS, (seconds - seconds_before).round(4).tolist(), strict=True))
-        run.add("progress", [row])
-        run.add("episodes", episodes)
-        run.plot("charts/episodic_", episodes)
-        run.plot("losses/", [{name: row[name] for name in ("step", *MEASURES)}] if measured else [])
-        run.plot("charts/", [{name: value for name, value in row.items() if name not in MEASURES}])
+        run.record(row, episodes)
 
         # Evaluate.
         policy_state = {"script": Path(__file__).stem, "args": asdict(args), "step": step, "agent": agent.state_dict()}
         policy_state |= {"moments": moments.state(), "action_bounds": torch.from_numpy(np.stack((low, high)))}
         if step * args.num_evals // total > (step - new) * args.num_evals // total:
-            scores, spans = (result.tolist() for result in evaluate(policy, eval_envs, eval_seeds))
-            rows = zip([step] * len(scores), range(len(scores)), eval_seeds, scores, spans, strict=True)
-            run.add("evaluations", [dict(zip(TABLES["evaluations"], row, strict=True)) for row in rows])
-            done["evaluation"] = {"step": step, "mean": statistics.fmean(scores), "std": statistics.pstdev(scores)}
-            run.plot("charts/evaluation_", [done["evaluation"]])
-            names = [f"policies/step-{step:09d}.pt"]
-            if not done["best"] or done["evaluation"]["mean"] > done["best"]["mean"]:
-                done["best"] = done["evaluation"]
-                names.append("best.pt")
-            for name in names:
-                write_atomically(directory / name, partial(torch.save, policy_state))
+            evaluate_and_keep(args, run, directory, policy, policy_state, eval_envs, done)
 
         # Checkpoint.
         due = step // args.checkpoint_every > (step - new) // args.checkpoint_every
@@ -1082,21 +1146,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                 checkpoint["cuda_random"] = torch.cuda.get_rng_state(device)
             save_checkpoint(directory / "checkpoint.pt", checkpoint)
 
-        left = timedelta(seconds=round(done["elapsed"] / step * (total - step)))
-        mean_return = f"{statistics.fmean(recent):.1f}" if recent else "-"
-        evaluated = f"  evaluation {done['evaluation']['mean']:.1f}" if done["evaluation"] else ""
-        learnt = f"  Q {row['q_value']:.1f}  alpha {row['alpha']:.3f}" if measured else ""
-        run.progress(
-            f"{step:>11,} {step / total:4.0%}  {row['sps']:,} steps/s  ETA {left}  return {mean_return}"
-            f"{evaluated}{learnt}"
-        )
-        if args.capture_video and done["evaluation"].get("step") == step:
-            try:
-                env, seed = make_eval_env(args, "rgb_array"), eval_seeds[np.argmax(scores)]
-                film(policy, env, seed, directory / "videos" / f"step-{step:09d}.mp4")
-                env.close()
-            except OSError as error:
-                run.say(f"no video of step {step:,}: {str(error).splitlines()[0]}")
+        learnt = f"Q {row['q_value']:.1f}  alpha {row['alpha']:.3f}" if measured else ""
+        run.progress(row, total, done, recent, learnt)
         if stop:
             command = shlex.join(["python", sys.argv[0], "--resume", str(directory)])
             run.say(f"stopped at step {step:,}; continue with\n  {command}")
@@ -1104,20 +1155,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             envs.close()
             raise SystemExit(128 + stop[0])
 
-    elapsed, evaluation, best = done["elapsed"], done["evaluation"], done["best"]
-    summary = {"script": Path(__file__).stem, "env_id": args.env_id, "seed": args.seed, "steps": total}
-    summary |= {"wall_time": elapsed, "sps": total / elapsed, "evaluation": evaluation, "best": best}
-    summary |= {"training_return": statistics.fmean(recent) if recent else None}
-    summary |= dict(zip(SECONDS, seconds.tolist(), strict=True))
-    write_atomically(directory / "result.json", lambda file: file.write(json.dumps(summary, indent=2).encode()))
-    stepping, acting, updating = seconds / elapsed
-    run.say(
-        f"{total:,} steps in {timedelta(seconds=round(elapsed))}, {summary['sps']:,.0f} steps/s:"
-        f" stepping {stepping:.0%}, acting {acting:.0%}, updating {updating:.0%}"
-    )
-    if evaluation:
-        final = f"evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}"
-        run.say(f"{final}, best {best['mean']:.1f} at step {best['step']:,}")
+    finish(args, run, directory, total, done, recent, seconds)
     run.close()
     envs.close()
     return directory

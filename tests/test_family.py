@@ -10,6 +10,7 @@ DIFFERENT = {
     "Args": "each algorithm has its own",
     "train": "each algorithm has its own",
     "check": "each algorithm has its own arguments to refuse",
+    "check_spaces": "each algorithm has its own spaces",
     "Agent": "SAC's policy is squashed and has two critics",
     "Policy": "SAC's is squashed, and its value is the lower of two",
     "load_policy": "only PPO scales rewards",
