@@ -11,7 +11,7 @@ train: $(VENV)/train
 test: $(VENV)/dev
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto
 
 $(VENV)/train: EXTRAS =
 $(VENV)/dev: EXTRAS = [dev]

@@ -41,6 +41,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from ctypes.util import find_library
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timedelta
 from functools import partial
@@ -924,7 +925,8 @@ def check_setup(args: Args) -> None:
         except (ValueError, TypeError):
             refuse(f"{flag(name)} {getattr(args, name)}: must be a JSON object such as '{{\"frame_skip\": 4}}'")
     if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")
+        if find_library("EGL"):
+            os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
 
 

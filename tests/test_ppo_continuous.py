@@ -16,6 +16,7 @@ import torch
 
 import ppo_continuous as ppo
 from ppo_continuous import Args, RunningMoments, load_policy, make_eval_env, parse, train
+from tests.marks import needs_compiler
 
 SCRIPT = Path(ppo.__file__)
 SMALL = Args(
@@ -147,6 +148,7 @@ def test_an_update_stops_at_the_gradient_norm():
     assert learner.first_moment.norm() == pytest.approx(1e-4, rel=1e-3)  # a tenth of the clipped gradient
 
 
+@needs_compiler
 def test_the_compiled_update_is_the_update():
     torch.manual_seed(0)
     agent = ppo.Agent(Args(), 3, 2).requires_grad_(False)

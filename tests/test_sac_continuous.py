@@ -19,6 +19,7 @@ from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 import sac_continuous as sac
 from sac_continuous import Args, ReplayBuffer, RunningMoments, load_policy, make_eval_env, parse, train
+from tests.marks import needs_compiler
 
 SCRIPT = Path(sac.__file__)
 SMALL = Args(
@@ -207,6 +208,7 @@ def test_updates_equal_the_papers(autotune):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@needs_compiler
 def test_the_compiled_update_is_the_update(precision):
     torch.manual_seed(0)
     args = Args(batch_size=32, precision=precision)
