@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from ctypes.util import find_library
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -131,7 +132,8 @@ def draw_without_display() -> bool:
     """Where there is no display, lets environments draw into memory; whether that is so."""
     lacking = sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}
     if lacking:
-        os.environ.setdefault("MUJOCO_GL", "egl")
+        if find_library("EGL"):
+            os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     return lacking
 
