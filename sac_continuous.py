@@ -365,6 +365,8 @@ class Networks(nn.Module):
         *hidden, (weight, bias) = zip(self.weights, self.biases, strict=True)
         for hidden_weight, hidden_bias in hidden:
             x = torch.baddbmm(hidden_bias.to(dtype), x.to(dtype), hidden_weight.to(dtype)).relu()
+        if weight.shape[-1] == 1:  # for a single column, a sum is faster than a matrix product
+            return (x.float() * weight.mT).sum(-1, keepdim=True) + bias
         return torch.baddbmm(bias, x.float(), weight)
 
 
