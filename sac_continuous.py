@@ -168,6 +168,13 @@ def make_train_env(args: Args) -> gym.Env:
     return WithoutInfo(make_env(args.env_id, json.loads(args.env_kwargs)))
 
 
+def make_envpool(args: Args) -> gym.Env:
+    import envpool
+
+    kwargs = json.loads(args.env_kwargs)
+    return envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=args.seed, **kwargs)
+
+
 class Environments:
     """N environments stepped together. None resets by itself, so `step` always returns the true next observation.
 
@@ -175,11 +182,8 @@ class Environments:
     """
 
     def __init__(self, args: Args):
-        kwargs = json.loads(args.env_kwargs)
         if args.vec == "envpool":
-            import envpool
-
-            self.envs = envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=args.seed, **kwargs)
+            self.envs = make_envpool(args)
         else:
             vector = {"sync": gym.vector.SyncVectorEnv, "async": gym.vector.AsyncVectorEnv}[args.vec]
             one = partial(make_train_env, args)
@@ -582,18 +586,25 @@ def evaluate(policy: Policy, envs: list[gym.Env], seeds: list[int]) -> tuple[np.
     return returns, lengths
 
 
+def render(env: gym.Env) -> list[np.ndarray]:
+    """What there is to see since the last time: of most environments one image."""
+    images = env.render()
+    return images if isinstance(images, list) else [images]
+
+
 def film(policy: Policy, env: gym.Env, seed: int, path: Path) -> None:
     """Plays one episode into an mp4."""
     from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
 
     path.parent.mkdir(exist_ok=True)
     (observation, _), ended = env.reset(seed=seed), False
-    height, width, _ = env.render().shape
+    height, width, _ = render(env)[0].shape
     unfinished = path.with_name(f"unfinished-{path.name}")
     with FFMPEG_VideoWriter(str(unfinished), (width, height), env.metadata.get("render_fps", 30)) as video:
         while not ended:
-            video.write_frame(env.render())
             observation, _, terminated, truncated, _ = env.step(policy(observation[None])[0])
+            for image in render(env):
+                video.write_frame(image)
             ended = terminated or truncated
     unfinished.replace(path)
 
@@ -652,7 +663,7 @@ def create_run(args: Args, device: torch.device) -> Path:
     except OSError as error:
         refuse(f"--runs-dir {runs}: {error.strerror}; name a folder that can be written to")
     new.chmod(0o755)
-    packages = ["torch", "gymnasium", "mujoco", "numpy", *(["envpool"] if args.vec == "envpool" else [])]
+    packages = ["torch", "gymnasium", "mujoco", "ale_py", "numpy", *(["envpool"] if args.vec == "envpool" else [])]
     shutil.copy(source, new)
     (new / "config.yaml").write_text(yaml.safe_dump(asdict(args), sort_keys=False))
     meta = {
@@ -921,6 +932,8 @@ def check_setup(args: Args) -> None:
     for name, package, wanted in needs:
         if wanted and not find_spec(package):
             refuse(f"{flag(name)} {getattr(args, name)}: {package} is not installed; pip install {package}")
+    if args.vec == "envpool":
+        warnings.filterwarnings("ignore", message=".*precision lowered by casting")  # of CartPole's infinite bounds
     for name in ("env_kwargs", "eval_env_kwargs"):
         try:
             dict(**json.loads(getattr(args, name)))
@@ -947,7 +960,7 @@ def check_environments(args: Args) -> None:
         if args.vec == "envpool":
             problem = f"--vec envpool: EnvPool cannot make {args.env_id}; use sync"
             spec = importlib.import_module("envpool").make_spec(args.env_id, **json.loads(args.env_kwargs))
-            if spec.observation_space.shape != env.observation_space.shape:
+            if spec.observation_space.shape != env.unwrapped.observation_space.shape:
                 refuse(f"--vec envpool: its {args.env_id} does not observe what Gymnasium's does; use sync")
     except Exception as error:
         refuse(f"{problem}: {' '.join(str(error).split())}")
