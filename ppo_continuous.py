@@ -903,16 +903,16 @@ TABLES = {
 }
 
 
-def default_steps(num_envs: int, num_minibatches: int) -> int:
-    """Steps of each environment for rollouts of 2048, or as near as the minibatches divide them."""
+def default_steps(rollout: int, num_envs: int, num_minibatches: int) -> int:
+    """Steps of each environment for rollouts of this length, or as near as the minibatches divide them."""
     unit = num_minibatches // math.gcd(num_envs, num_minibatches)
-    return max(1, round(2048 / num_envs / unit)) * unit
+    return max(1, round(rollout / num_envs / unit)) * unit
 
 
 def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
     if args.num_steps is None and args.num_envs > 0 and args.num_minibatches > 0:
-        args = replace(args, num_steps=default_steps(args.num_envs, args.num_minibatches))
+        args = replace(args, num_steps=default_steps(2048, args.num_envs, args.num_minibatches))
     check(args)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     directory, saved = find_run(args) if args.resume else (create_run(args, device), {})

@@ -16,7 +16,7 @@ def main(library: str, settings: dict) -> None:
     import torch
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
-    from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
     if library == "sb3":
         from stable_baselines3 import PPO, SAC
@@ -48,7 +48,8 @@ def main(library: str, settings: dict) -> None:
 
     torch.set_num_threads(threads)
     rollout = settings["num_envs"] * settings["num_steps"]
-    env = make_vec_env(settings["env_id"], settings["num_envs"], seed=1, vec_env_cls=DummyVecEnv)
+    vector = {"sync": DummyVecEnv, "async": SubprocVecEnv}[settings["vec"]]
+    env = make_vec_env(settings["env_id"], settings["num_envs"], seed=1, vec_env_cls=vector)
     if off_policy:
         model = SAC(
             "MlpPolicy",

@@ -1,6 +1,7 @@
 """Steps per second of a script beside other libraries', with equal settings, on this machine."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -18,21 +19,32 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 WARMUP = 2  # rows of progress left out at the start of every measurement
 
+ENV_IDS = {
+    "ppo_continuous": ["HalfCheetah-v4"],
+    "ppo_discrete": ["CartPole-v1", "LunarLander-v3"],
+    "sac_continuous": ["HalfCheetah-v4"],
+}
 CASES = {
     "ppo_continuous": {
         "16 x 256, minibatch 64": {"num_envs": 16, "num_steps": 256, "num_minibatches": 64},
         "1 x 2048, minibatch 64": {"num_envs": 1, "num_steps": 2048, "num_minibatches": 32},
         "16 x 256, minibatch 1024": {"num_envs": 16, "num_steps": 256, "num_minibatches": 4},
     },
+    "ppo_discrete": {
+        "8 x 256, minibatch 64": {"num_envs": 8, "num_steps": 256, "num_minibatches": 32},
+        "64 x 64, minibatch 256": {"num_envs": 64, "num_steps": 64, "num_minibatches": 16},
+    },
     "sac_continuous": {"1 environment": {"num_envs": 1}},
 }
 COMMON = {
     "ppo_continuous": {"update_epochs": 10, "sizes": [64, 64]},
+    "ppo_discrete": {"update_epochs": 10, "sizes": [64, 64]},
     # Random actions make the first row of progress; an update a step makes all others.
     "sac_continuous": {"num_steps": 1000, "learning_starts": 1000, "batch_size": 256, "sizes": [256, 256]},
 }
 OURS = {  # flags of our variants
     "ppo_continuous": {"ours": ["--no-recompute-advantages"]},
+    "ppo_discrete": {"ours": ["--no-recompute-advantages"]},
     "sac_continuous": {"ours": ["--precision", "fp32"], "ours, bf16": ["--precision", "bf16"]},
 }
 
@@ -48,12 +60,13 @@ class Contender:
 
 
 def contenders(script: str) -> list[Contender]:
-    """Every way of stepping and thread count worth trying, of what is installed; processes are slower here."""
+    """Every way of stepping and thread count worth trying, of what is installed; for ours processes are slower here."""
     vecs = ["sync", "envpool"] if find_spec("envpool") and script != "sac_continuous" else ["sync"]
     ways = [Contender(name, vec, n) for name in OURS[script] for vec in vecs for n in (1, 2)]
     for name, package in (("sb3", "stable_baselines3"), ("sbx", "sbx")):
         if find_spec(package):
-            ways += [Contender(name, "sync", 1), Contender(name, "sync", 2)]
+            vecs = ["sync", "async"] if script == "ppo_discrete" else ["sync"]
+            ways += [Contender(name, vec, n) for vec in vecs for n in (1, 2)]
     return ways
 
 
@@ -61,7 +74,7 @@ def measure(script: str, contender: Contender, settings: dict) -> tuple[float, d
     """Steps per second after the warm-up; of ours also the shares of the time and the seconds of compiling."""
     if contender.name not in OURS[script]:
         words = [sys.executable, "-m", "benchmark.contenders", contender.name]
-        chosen = settings | {"script": script, "threads": contender.threads, "warmup": WARMUP}
+        chosen = settings | {"script": script, "vec": contender.vec, "threads": contender.threads, "warmup": WARMUP}
         return float(run([*words, json.dumps(chosen)]).split()[-1]), {}
     with tempfile.TemporaryDirectory() as runs:
         total = settings["num_envs"] * settings["num_steps"] * settings["rollouts"]
@@ -69,7 +82,7 @@ def measure(script: str, contender: Contender, settings: dict) -> tuple[float, d
         words += ["--env-id", settings["env_id"], "--total-timesteps", str(total), "--runs-dir", runs]
         words += ["--num-evals", "0"]
         flags = ["num_envs", "num_minibatches", "update_epochs", "learning_starts", "batch_size"]
-        flags += ["num_steps"] if script == "ppo_continuous" else []
+        flags += ["num_steps"] if script != "sac_continuous" else []
         for name in flags:
             if name in settings:
                 words += [f"--{name.replace('_', '-')}", str(settings[name])]
@@ -101,7 +114,7 @@ def run(words: list[str]) -> str:
 def speed(
     script: Annotated[str, tyro.conf.Positional] = "ppo_continuous",
     /,
-    env_id: str = "HalfCheetah-v4",
+    env_id: str | None = None,
     rounds: int = 3,
     rollouts: int = 14,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
@@ -113,7 +126,7 @@ def speed(
 
     Args:
         script: which script
-        env_id: the environment
+        env_id: the environment; by default those that this script is for
         rounds: how often the fastest of each library are run in turn
         rollouts: length of a measurement
         json_file: write all figures into this file
@@ -122,10 +135,11 @@ def speed(
         print(f"no speed comparison for {script!r}; there is one for: {', '.join(CASES)}", file=sys.stderr)
         sys.exit(2)
     report = {}
-    for case, sizes in CASES[script].items():
-        settings = COMMON[script] | sizes | {"env_id": env_id, "rollouts": rollouts}
-        per_update = "10 epochs" if script == "ppo_continuous" else "one update of 256 a step"
-        print(f"\n{env_id}, {case}, {per_update}", flush=True)
+    for environment, case in itertools.product([env_id] if env_id else ENV_IDS[script], CASES[script]):
+        settings = COMMON[script] | CASES[script][case] | {"env_id": environment, "rollouts": rollouts}
+        per_update = "one update of 256 a step" if script == "sac_continuous" else "10 epochs"
+        title = f"{environment}, {case}"
+        print(f"\n{title}, {per_update}", flush=True)
         fastest: dict[str, tuple[float, Contender]] = {}
         for contender in contenders(script):
             rate, _ = measure(script, contender, settings | {"rollouts": min(6, rollouts)})
@@ -152,7 +166,7 @@ def speed(
         print("  ours: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()), end="")
         print(f"; compiling took {compiling:.1f} s before that", flush=True)
         ways = {name: str(contender) for name, (_, contender) in fastest.items()}
-        report[case] = {"settings": settings, "ways": ways, "steps_per_second": rates, "shares": shares}
-        report[case]["compile_seconds"] = compiling
+        result = {"settings": settings, "ways": ways, "steps_per_second": rates, "shares": shares}
+        report[title] = result | {"compile_seconds": compiling}
     if json_file:
         json_file.write_text(json.dumps(report, indent=2) + "\n")

@@ -52,11 +52,59 @@ class Pair(Clock):
     observation_space = gym.spaces.Dict({"a": gym.spaces.Box(0, 1, (1,))})
 
 
+class Bits(Clock):
+    action_space = gym.spaces.MultiBinary(3)
+
+
 class Endless(Clock):
     action_space = gym.spaces.Box(-np.inf, 1, (1,))
 
 
+class Ticks(Clock):
+    action_space = gym.spaces.Discrete(2)
+
+
+class Echo(gym.Env):
+    """Pays the share of an action's parts that name what the observation shows; each part begins at another number."""
+
+    observation_space = gym.spaces.Box(-1, 5, (2, 2))
+    action_space = gym.spaces.MultiDiscrete([[2, 3], [4, 2]], np.int8, start=[[0, -1], [1, 4]])
+
+    def __init__(self, render_mode: str | None = None):
+        pass
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self._show(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.t += 1
+        reward = float((action == self.shown).mean())
+        return self._show(), reward, False, self.t == 10, {}
+
+    def _show(self):
+        self.shown = self.action_space.start + self.np_random.integers(self.action_space.nvec)
+        return self.shown.astype(np.float32)
+
+
+class Signs(Echo):
+    """The same with one action of -1, 0 or 1."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,))
+    action_space = gym.spaces.Discrete(3, start=-1)
+
+    def _show(self):
+        self.shown = self.np_random.integers(-1, 2, 1)
+        return self.shown.astype(np.float32)
+
+
 gym.register("Clock-v0", Clock)
+gym.register("Ticks-v0", Ticks)
+gym.register("Echo-v0", Echo)
+gym.register("Signs-v0", Signs)
 gym.register("Mirror-v0", Mirror)
 gym.register("Pair-v0", Pair)
+gym.register("Bits-v0", Bits)
 gym.register("Endless-v0", Endless)

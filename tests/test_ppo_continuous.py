@@ -178,7 +178,7 @@ def test_learning_rate_schedules():
 
 @pytest.mark.parametrize("num_envs", [1, 3, 16, 24, 64, 100, 128, 5000])
 def test_default_rollouts_divide(num_envs):
-    steps = ppo.default_steps(num_envs, 32)
+    steps = ppo.default_steps(2048, num_envs, 32)
     assert num_envs * steps % 32 == 0 and (num_envs > 100 or 1500 < num_envs * steps < 3500)
 
 
