@@ -52,18 +52,25 @@ def play(policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool, 
     return episodes
 
 
+def render(env: gym.Env) -> list[np.ndarray]:
+    """What there is to see since the last time: of most environments one image."""
+    images = env.render()
+    return images if isinstance(images, list) else [images]
+
+
 def film(policy: Callable, env: gym.Env, seed: int, sample: bool, path: Path) -> None:
     """Plays an episode into an mp4."""
     from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
 
     (observation, _), over = env.reset(seed=seed), False
-    height, width, _ = env.render().shape
+    height, width, _ = render(env)[0].shape
     with FFMPEG_VideoWriter(str(path), (width, height), env.metadata.get("render_fps", 30)) as video:
         while not over:
-            video.write_frame(env.render())
             batch = observation[None]
             action = policy(batch, sample=True)[0] if sample else policy(batch)[0]
             observation, _, terminated, truncated, _ = env.step(action)
+            for image in render(env):
+                video.write_frame(image)
             over = terminated or truncated
 
 

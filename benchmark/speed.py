@@ -21,15 +21,18 @@ WARMUP = 2  # rows of progress left out at the start of every measurement
 
 ENV_IDS = {
     "ppo_continuous": ["HalfCheetah-v4"],
+    "ppo_beta": ["HalfCheetah-v4"],
     "ppo_discrete": ["CartPole-v1", "LunarLander-v3"],
     "sac_continuous": ["HalfCheetah-v4"],
 }
+PPO = {
+    "16 x 256, minibatch 64": {"num_envs": 16, "num_steps": 256, "num_minibatches": 64},
+    "1 x 2048, minibatch 64": {"num_envs": 1, "num_steps": 2048, "num_minibatches": 32},
+    "16 x 256, minibatch 1024": {"num_envs": 16, "num_steps": 256, "num_minibatches": 4},
+}
 CASES = {
-    "ppo_continuous": {
-        "16 x 256, minibatch 64": {"num_envs": 16, "num_steps": 256, "num_minibatches": 64},
-        "1 x 2048, minibatch 64": {"num_envs": 1, "num_steps": 2048, "num_minibatches": 32},
-        "16 x 256, minibatch 1024": {"num_envs": 16, "num_steps": 256, "num_minibatches": 4},
-    },
+    "ppo_continuous": PPO,
+    "ppo_beta": PPO,  # beside Gaussian policies
     "ppo_discrete": {
         "8 x 256, minibatch 64": {"num_envs": 8, "num_steps": 256, "num_minibatches": 32},
         "64 x 64, minibatch 256": {"num_envs": 64, "num_steps": 64, "num_minibatches": 16},
@@ -39,12 +42,14 @@ CASES = {
 COMMON = {
     "ppo_continuous": {"update_epochs": 10, "sizes": [64, 64]},
     "ppo_discrete": {"update_epochs": 10, "sizes": [64, 64]},
+    "ppo_beta": {"update_epochs": 10, "sizes": [64, 64]},
     # Random actions make the first row of progress; an update a step makes all others.
     "sac_continuous": {"num_steps": 1000, "learning_starts": 1000, "batch_size": 256, "sizes": [256, 256]},
 }
 OURS = {  # flags of our variants
     "ppo_continuous": {"ours": ["--no-recompute-advantages"]},
     "ppo_discrete": {"ours": ["--no-recompute-advantages"]},
+    "ppo_beta": {"ours": ["--no-recompute-advantages"]},
     "sac_continuous": {"ours": ["--precision", "fp32"], "ours, bf16": ["--precision", "bf16"]},
 }
 

@@ -100,6 +100,41 @@ class Signs(Echo):
         return self.shown.astype(np.float32)
 
 
+class Filmed(Clock):
+    """The clock as an image: a bright line that falls by a row a step. Pays for the second half of an episode.
+
+    Or, if it `asks`, for actions that say where the line is.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+    observation_space = gym.spaces.Box(0, 255, (24, 24, 3), np.uint8)
+    action_space = gym.spaces.Box(np.float32([0, -1]), np.float32([1, 3]))
+
+    def __init__(self, cut: bool = True, asks: bool = False, steps: int = 20, render_mode: str | None = None):
+        super().__init__(cut)
+        self.asks, self.steps, self.render_mode = asks, steps, render_mode
+
+    def render(self):
+        image = np.zeros((24, 24, 3), np.uint8)
+        image[min(self.t, 19)] = 50, 100, 250
+        return image
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.render(), {}
+
+    def step(self, action):
+        error = action - [self.t / 20, 1 + self.t / 20]
+        reward = -float((error**2).mean()) if self.asks else float(self.t >= 10)
+        self.t += 1
+        over = self.t == self.steps
+        return self.render(), reward, over and not self.cut, over and self.cut, {}
+
+
+class ChannelsFirst(Clock):
+    observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+
+
 gym.register("Clock-v0", Clock)
 gym.register("Ticks-v0", Ticks)
 gym.register("Echo-v0", Echo)
@@ -108,3 +143,5 @@ gym.register("Mirror-v0", Mirror)
 gym.register("Pair-v0", Pair)
 gym.register("Bits-v0", Bits)
 gym.register("Endless-v0", Endless)
+gym.register("Filmed-v0", Filmed)
+gym.register("ChannelsFirst-v0", ChannelsFirst)
