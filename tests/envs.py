@@ -135,6 +135,44 @@ class ChannelsFirst(Clock):
     observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
 
 
+class Luck(gym.Env):
+    """Lasts as long as its seed decides, shows the seed and the time, and pays for the second of two actions."""
+
+    observation_space = gym.spaces.Box(0, np.inf, (2,))
+    action_space = gym.spaces.Discrete(2)
+    made = 0  # steps of all of them
+
+    @staticmethod
+    def length_of(seed: int) -> int:
+        return 1 + seed * 7919 % 29
+
+    def __init__(self, render_mode: str | None = None):
+        pass
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.seed, self.t = self.np_random.integers(1000).item() if seed is None else seed, 0
+        return self._observe(), {}
+
+    def _observe(self):
+        return np.array([self.seed, self.t], np.float32)
+
+    def step(self, action):
+        Luck.made += 1
+        self.t += 1
+        return self._observe(), float(action), self.t == self.length_of(self.seed), False, {}
+
+
+class Choice(Clock):
+    """Every action is as good as any other."""
+
+    action_space = gym.spaces.Discrete(2)
+
+
+class Several(Clock):
+    action_space = gym.spaces.MultiDiscrete([2, 2])
+
+
 gym.register("Clock-v0", Clock)
 gym.register("Ticks-v0", Ticks)
 gym.register("Echo-v0", Echo)
@@ -145,3 +183,6 @@ gym.register("Bits-v0", Bits)
 gym.register("Endless-v0", Endless)
 gym.register("Filmed-v0", Filmed)
 gym.register("ChannelsFirst-v0", ChannelsFirst)
+gym.register("Luck-v0", Luck, max_episode_steps=40)
+gym.register("Choice-v0", Choice)
+gym.register("Several-v0", Several)
