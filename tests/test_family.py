@@ -17,9 +17,12 @@ DIFFERENT = {
     "Policy": "SAC's is squashed, and its value is the lower of two; that of ppo_discrete.py chooses",
     "load_policy": "GRPO and SAC do not scale rewards; a Box has bounds, discrete actions have first choices and sizes",
     "Batch": "GRPO has no critic; the Beta policy keeps its rollout's concentrations",
-    "make_eval_env": "ppo_beta.py sees images too",
+    "make_eval_env": "ppo_beta.py sees images too, ppo_atari_cnn.py games",
     "make_train_env": "ppo_beta.py sees images too",
     "make_envpool": "ppo_beta.py sees images too",
+    "Frames": "ppo_beta.py's are an environment's images, ppo_atari_cnn.py's as the emulator makes them",
+    "Environments": "ppo_atari_cnn.py plays the emulator's own vector environment",
+    "check_environments": "ppo_atari_cnn.py plays the emulator's own vector environment",
     "update": "each algorithm has its own",
     "compile_update": "the updates take different arguments",
 }
