@@ -224,6 +224,8 @@ class Environments:
     seed_lasts = 10_000  # steps
 
     def __init__(self, args: Args):
+        import ale_py  # noqa: F401 (registers the games)
+
         game = gym.spec(args.env_id).kwargs["game"]
         kwargs = {"repeat_action_probability": args.repeat_action_probability, "num_threads": args.threads}
         kwargs |= json.loads(args.env_kwargs)
