@@ -203,12 +203,19 @@ class Frames(gym.Wrapper):
         return self.stack
 
 
-def make_eval_env(args: Args, render_mode: str | None = None) -> gym.Env:
+def find_game(env_id: str) -> str:
+    """The emulator's name of it, such as beam_rider."""
     import ale_py  # which registers the games
 
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-    if "game" not in gym.spec(args.env_id).kwargs:
+    kwargs = gym.spec(env_id).kwargs
+    if "game" not in kwargs:
         raise ValueError("not a game of ale-py's, such as ALE/Pong-v5")
+    return kwargs["game"]
+
+
+def make_eval_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    find_game(args.env_id)
     kwargs = {"repeat_action_probability": args.repeat_action_probability} | json.loads(args.env_kwargs)
     kwargs |= json.loads(args.eval_env_kwargs) | {"frameskip": 1, "obs_type": "grayscale"}
     return Frames(make_env(args.env_id, kwargs, render_mode))
@@ -224,9 +231,7 @@ class Environments:
     seed_lasts = 10_000  # steps
 
     def __init__(self, args: Args):
-        import ale_py  # noqa: F401 (registers the games)
-
-        game = gym.spec(args.env_id).kwargs["game"]
+        game = find_game(args.env_id)
         kwargs = {"repeat_action_probability": args.repeat_action_probability, "num_threads": args.threads}
         kwargs |= json.loads(args.env_kwargs)
         if args.vec == "envpool":

@@ -9,8 +9,52 @@ import sys
 import time
 
 
+def games(settings: dict):
+    """ale-py's vector environment, the fastest there is, as Stable-Baselines3 wants its environments."""
+    import gymnasium as gym
+    import numpy as np
+    from ale_py.vector_env import AtariVectorEnv
+    from stable_baselines3.common.vec_env import VecEnv
+
+    class Games(VecEnv):
+        def __init__(self, envs: AtariVectorEnv):
+            self.envs = envs
+            super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
+
+        def reset(self) -> np.ndarray:
+            return self.envs.reset(seed=1)[0]
+
+        def step_async(self, actions: np.ndarray) -> None:
+            self.envs.send(actions)
+
+        def step_wait(self) -> tuple:
+            observations, rewards, terminated, truncated, _ = self.envs.recv()
+            over, infos = terminated | truncated, [{} for _ in range(self.num_envs)]
+            if over.any():
+                for n in np.flatnonzero(over):
+                    infos[n] = {"terminal_observation": observations[n], "TimeLimit.truncated": bool(truncated[n])}
+                observations = self.envs.reset(options={"reset_mask": over})[0]
+            return observations, rewards.astype(np.float32), over, infos
+
+        def close(self) -> None:
+            self.envs.close()
+
+        def get_attr(self, name: str, indices: object = None) -> list:
+            return [getattr(self.envs, name, None)] * self.num_envs
+
+        def env_is_wrapped(self, wrapper: type, indices: object = None) -> list:
+            return [False] * self.num_envs
+
+        def set_attr(self, *_: object) -> None: ...
+        def env_method(self, *_: object) -> None: ...
+
+    game = gym.spec(settings["env_id"]).kwargs["game"]
+    return Games(AtariVectorEnv(game, settings["num_envs"], num_threads=settings["threads"]))
+
+
 def main(library: str, settings: dict) -> None:
     threads, off_policy = settings["threads"], settings["script"] == "sac_continuous"
+    atari = settings["vec"] == "ale"
     if library == "sbx":
         os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()}"
     import torch
@@ -21,7 +65,8 @@ def main(library: str, settings: dict) -> None:
     if library == "sb3":
         from stable_baselines3 import PPO, SAC
 
-        policy = {"activation_fn": torch.nn.Tanh, "net_arch": settings["sizes"], "ortho_init": True}
+        policy = {"ortho_init": True}
+        policy |= {} if atari else {"activation_fn": torch.nn.Tanh, "net_arch": settings["sizes"]}
     else:
         import flax.linen
         from sbx import PPO, SAC
@@ -48,8 +93,11 @@ def main(library: str, settings: dict) -> None:
 
     torch.set_num_threads(threads)
     rollout = settings["num_envs"] * settings["num_steps"]
-    vector = {"sync": DummyVecEnv, "async": SubprocVecEnv}[settings["vec"]]
-    env = make_vec_env(settings["env_id"], settings["num_envs"], seed=1, vec_env_cls=vector)
+    if atari:
+        env = games(settings)
+    else:
+        vector = {"sync": DummyVecEnv, "async": SubprocVecEnv}[settings["vec"]]
+        env = make_vec_env(settings["env_id"], settings["num_envs"], seed=1, vec_env_cls=vector)
     if off_policy:
         model = SAC(
             "MlpPolicy",
@@ -64,8 +112,8 @@ def main(library: str, settings: dict) -> None:
         )
     else:
         model = PPO(
-            "MlpPolicy",
-            VecNormalize(env),
+            "CnnPolicy" if atari else "MlpPolicy",
+            env if atari else VecNormalize(env),
             n_steps=settings["num_steps"],
             batch_size=rollout // settings["num_minibatches"],
             n_epochs=settings["update_epochs"],

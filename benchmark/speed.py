@@ -23,6 +23,7 @@ ENV_IDS = {
     "ppo_continuous": ["HalfCheetah-v4"],
     "ppo_beta": ["HalfCheetah-v4"],
     "ppo_discrete": ["CartPole-v1", "LunarLander-v3"],
+    "ppo_atari_cnn": ["ALE/Pong-v5"],
     "sac_continuous": ["HalfCheetah-v4"],
 }
 PPO = {
@@ -37,12 +38,14 @@ CASES = {
         "8 x 256, minibatch 64": {"num_envs": 8, "num_steps": 256, "num_minibatches": 32},
         "64 x 64, minibatch 256": {"num_envs": 64, "num_steps": 64, "num_minibatches": 16},
     },
+    "ppo_atari_cnn": {"8 x 128, minibatch 256": {"num_envs": 8, "num_steps": 128, "num_minibatches": 4}},
     "sac_continuous": {"1 environment": {"num_envs": 1}},
 }
 COMMON = {
     "ppo_continuous": {"update_epochs": 10, "sizes": [64, 64]},
     "ppo_discrete": {"update_epochs": 10, "sizes": [64, 64]},
     "ppo_beta": {"update_epochs": 10, "sizes": [64, 64]},
+    "ppo_atari_cnn": {"update_epochs": 4},
     # Random actions make the first row of progress; an update a step makes all others.
     "sac_continuous": {"num_steps": 1000, "learning_starts": 1000, "batch_size": 256, "sizes": [256, 256]},
 }
@@ -50,7 +53,15 @@ OURS = {  # flags of our variants
     "ppo_continuous": {"ours": ["--no-recompute-advantages"]},
     "ppo_discrete": {"ours": ["--no-recompute-advantages"]},
     "ppo_beta": {"ours": ["--no-recompute-advantages"]},
+    "ppo_atari_cnn": {"ours": ["--precision", "fp32"], "ours, bf16": ["--precision", "bf16"]},
     "sac_continuous": {"ours": ["--precision", "fp32"], "ours, bf16": ["--precision", "bf16"]},
+}
+VECS = {  # ways of stepping: ours, and others'; for ours processes are slower here
+    "ppo_continuous": (["sync", "envpool"], ["sync"]),
+    "ppo_beta": (["sync", "envpool"], ["sync"]),
+    "ppo_discrete": (["sync", "envpool"], ["sync", "async"]),
+    "ppo_atari_cnn": (["ale", "envpool"], ["ale"]),
+    "sac_continuous": (["sync"], ["sync"]),
 }
 
 
@@ -65,13 +76,13 @@ class Contender:
 
 
 def contenders(script: str) -> list[Contender]:
-    """Every way of stepping and thread count worth trying, of what is installed; for ours processes are slower here."""
-    vecs = ["sync", "envpool"] if find_spec("envpool") and script != "sac_continuous" else ["sync"]
-    ways = [Contender(name, vec, n) for name in OURS[script] for vec in vecs for n in (1, 2)]
+    """Every way of stepping and thread count worth trying, of what is installed."""
+    ours, others = VECS[script]
+    ours = [vec for vec in ours if vec != "envpool" or find_spec("envpool")]
+    ways = [Contender(name, vec, n) for name in OURS[script] for vec in ours for n in (1, 2)]
     for name, package in (("sb3", "stable_baselines3"), ("sbx", "sbx")):
-        if find_spec(package):
-            vecs = ["sync", "async"] if script == "ppo_discrete" else ["sync"]
-            ways += [Contender(name, vec, n) for vec in vecs for n in (1, 2)]
+        if find_spec(package) and (name, script) != ("sbx", "ppo_atari_cnn"):  # whose network for images is another
+            ways += [Contender(name, vec, n) for vec in others for n in (1, 2)]
     return ways
 
 
@@ -91,8 +102,9 @@ def measure(script: str, contender: Contender, settings: dict) -> tuple[float, d
         for name in flags:
             if name in settings:
                 words += [f"--{name.replace('_', '-')}", str(settings[name])]
-        sizes = [str(size) for size in settings["sizes"]]
-        words += ["--actor-sizes", *sizes, "--critic-sizes", *sizes, *OURS[script][contender.name]]
+        if sizes := [str(size) for size in settings.get("sizes", [])]:
+            words += ["--actor-sizes", *sizes, "--critic-sizes", *sizes]
+        words += OURS[script][contender.name]
         output = run(words)
         with next(Path(runs).glob("*/progress.csv")).open() as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
@@ -142,7 +154,9 @@ def speed(
     report = {}
     for environment, case in itertools.product([env_id] if env_id else ENV_IDS[script], CASES[script]):
         settings = COMMON[script] | CASES[script][case] | {"env_id": environment, "rollouts": rollouts}
-        per_update = "one update of 256 a step" if script == "sac_continuous" else "10 epochs"
+        per_update = (
+            f"{settings['update_epochs']} epochs" if "update_epochs" in settings else "one update of 256 a step"
+        )
         title = f"{environment}, {case}"
         print(f"\n{title}, {per_update}", flush=True)
         fastest: dict[str, tuple[float, Contender]] = {}
