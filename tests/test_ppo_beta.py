@@ -235,21 +235,23 @@ def test_an_encoder_fits_images_of_any_size(shape):
 
 
 def test_learns_to_mirror(small):
-    run = train(replace(small, total_timesteps=25_000, learning_rate=3e-3, update_epochs=5, gamma=0.0))
+    run = train(replace(small, total_timesteps=9600, learning_rate=3e-3, update_epochs=5, gamma=0.0))
     assert json.loads((run / "result.json").read_text())["evaluation"]["mean"] > -0.5  # a random policy's is -11
 
 
 def test_learns_from_images(images):
-    args = replace(images, env_kwargs='{"asks": true}', action_repeat=1, total_timesteps=12_800, gamma=0.0)
+    args = replace(images, env_kwargs='{"asks": true}', action_repeat=1, total_timesteps=6400, gamma=0.0)
     run = train(replace(args, learning_rate=3e-3, update_epochs=4))
-    assert json.loads((run / "result.json").read_text())["evaluation"]["mean"] > -0.5  # a random policy's is -9
+    assert (
+        json.loads((run / "result.json").read_text())["evaluation"]["mean"] > -0.5
+    )  # a random policy's is -18, of one that never moves -4
 
 
 @pytest.mark.parametrize("cut", [True, False])
 def test_of_images_too_truncation_bootstraps_and_termination_does_not(images, cut):
     """From the last image, which is worth 2 more, not from the first of the next episode, which is worth nothing."""
     args = replace(images, env_kwargs=json.dumps({"cut": cut}), resize=None, frame_stack=1, action_repeat=1)
-    args = replace(args, total_timesteps=12_800, num_evals=0, gamma=0.5, vf_coef=1.0, learning_rate=2e-3)
+    args = replace(args, total_timesteps=9600, num_evals=0, gamma=0.5, vf_coef=1.0, learning_rate=2e-3)
     policy = load_policy(train(args) / "checkpoint.pt")
     env = make_eval_env(args)
     shown = [env.reset()[0], *(env.step(np.float32([0, 0]))[0] for _ in range(19))]
