@@ -1,7 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.3.7", "numpy", "tyro", "pyyaml", "tensorboard", "moviepy"
+#     "torch==2.13.0", "gymnasium[box2d,classic-control,mujoco]==1.4.0", "mujoco==3.3.7", "numpy", "tyro", "pyyaml",
+#     "tensorboard", "moviepy"
 # ]
 # ///
 """Group-relative policy optimisation (GRPO): no critic; whole episodes are judged by those beside them.
@@ -15,7 +16,7 @@ Shao et al. 2024, https://arxiv.org/abs/2402.03300 (outcome and process advantag
 
 What may surprise:
 - An iteration is `num_groups` x `group_size` whole episodes, however long they are; the run ends with the iteration
-  that reaches `total_timesteps`. Only the steps of these episodes are made, and counted.
+  that reaches `total_timesteps`. Only the steps of these episodes are counted.
 - The members of a group get one seed (`--identical-start`): they begin alike and meet the same chance, but act each
   with noise of its own.
 - Nothing bootstraps: what would have come after a time limit counts as nothing.
@@ -86,14 +87,14 @@ class Args:
     compile: bool = True
     """compile the update (needs a C++ compiler; 3 to 20 s at the start)"""
 
-    num_groups: int = 8
+    num_groups: int = 2
     """groups of episodes per iteration"""
     group_size: int = 8
     """episodes in a group, which are compared with each other"""
     identical_start: bool = True
     """the episodes of a group begin with the same seed; what they do is their own"""
     max_episode_steps: int | None = None
-    """where episodes are cut; by default where the environment cuts them"""
+    """where training cuts episodes; by default where the environment does, as evaluation does"""
     learning_rate: float = 1e-3
     """Adam's step size at the start"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -112,7 +113,8 @@ class Args:
     process_norm: Literal["timestep", "group"] = "group"
     """rewards are normalised among the group's at that time, or among all of the group's"""
     baseline: Literal["mean", "loo"] = "mean"
-    """what the group's mean is taken over: all of it, or all others (leave one out)"""
+    """what the group's mean is taken over: all of it, or all others (leave one out); under `advantage_norm` the
+    advantages of rtg and outcome come out the same"""
     advantage_norm: Literal["none", "group", "batch"] = "batch"
     """what advantages are brought to mean 0 and deviation 1 over"""
     hybrid_alpha: float = 0.5
@@ -151,7 +153,7 @@ class Args:
     log_std_init: float = -0.5
     """logarithm of the normal policy's first standard deviation"""
     log_std_min: float = -2.0
-    """the logarithm stays above this: a policy that no longer varies no longer learns to recover"""
+    """the logarithm never falls below this: a policy that no longer varies no longer learns to recover"""
 
     num_evals: int = 10
     """evaluations during the run, evenly spaced, the last at its end; 0 for none"""
@@ -183,7 +185,9 @@ def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> g
 
 
 def make_eval_env(args: Args, render_mode: str | None = None) -> gym.Env:
-    return make_env(args.env_id, json.loads(args.env_kwargs) | json.loads(args.eval_env_kwargs), render_mode)
+    env = make_env(args.env_id, json.loads(args.env_kwargs) | json.loads(args.eval_env_kwargs), render_mode)
+    endless = args.max_episode_steps and not env.spec.max_episode_steps
+    return gym.wrappers.TimeLimit(env, args.max_episode_steps) if endless else env
 
 
 class WithoutInfo(gym.Wrapper):
@@ -469,26 +473,33 @@ def to_come(rewards: np.ndarray, gamma: float) -> np.ndarray:
 
 
 def centred(values: np.ndarray, counted: np.ndarray, axes: tuple[int, ...], loo: bool) -> np.ndarray:
-    """Values (P, G, T) minus the mean of those `counted` over `axes`; of those of the group's others if `loo`."""
+    """Values (P, G, T) minus the mean of those `counted` over `axes`; of those of the group's others if `loo`.
+
+    What is left by rounding is 0: normalised, it would be as large as any advantage.
+    """
     values, within = np.where(counted, values, 0.0), tuple(axis for axis in axes if axis != 1)
     total, count = values.sum(axes, keepdims=True), counted.sum(axes, keepdims=True)
     if loo:
         total, count = total - values.sum(within, keepdims=True), count - counted.sum(within, keepdims=True)
-    return np.where(counted, values - total / np.maximum(count, 1), 0.0)
+    distances = values - total / np.maximum(count, 1)
+    rounding = np.abs(distances) <= 1e-9 * np.abs(values).max(axes, keepdims=True)
+    return np.where(counted & ~rounding, distances, 0.0)
 
 
 def standardised(values: np.ndarray, counted: np.ndarray, axes: tuple[int, ...], loo: bool = False) -> np.ndarray:
-    """The same, divided by their deviation over all of the group; 0 where they differ by no more than rounding does."""
+    """The same, divided by their deviation over all of the group; 0 where they do not differ."""
     distances = centred(values, counted, axes, loo=False)
     count = np.maximum(counted.sum(axes, keepdims=True), 1)
     deviation = np.sqrt((distances**2).sum(axes, keepdims=True) / count)
-    largest = np.abs(np.where(counted, values, 0.0)).max(axes, keepdims=True)
     distances = centred(values, counted, axes, loo)
-    return np.divide(distances, deviation, out=np.zeros_like(distances), where=~(deviation <= 1e-9 * largest))
+    return np.divide(distances, deviation, out=np.zeros_like(distances), where=deviation != 0)
 
 
-def group_advantages(args: Args, rewards: np.ndarray, alive: np.ndarray) -> np.ndarray:
-    """An advantage for every step of every episode, all (P, G, T); what is not `alive` plays no part and gets 0."""
+def group_advantages(args: Args, rewards: np.ndarray, alive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An advantage for every step of every episode, all (P, G, T); what is not `alive` plays no part and gets 0.
+
+    Before `advantage_norm`, and after it.
+    """
     rewards, loo = np.where(alive, rewards, 0.0), args.baseline == "loo"
     returns, each = rewards.sum(-1, keepdims=True), np.ones_like(alive[..., :1])  # (P, G, 1)
     counted = each if args.advantage == "outcome" else alive
@@ -501,9 +512,10 @@ def group_advantages(args: Args, rewards: np.ndarray, alive: np.ndarray) -> np.n
         advantages = to_come(standardised(rewards, alive, over, loo), args.gamma)
         if args.advantage == "hybrid":
             advantages = hybrid(args, standardised(returns, each, (1,), loo), advantages)
+    normalised = advantages
     if args.advantage_norm != "none":
-        advantages = standardised(advantages, counted, (1, 2) if args.advantage_norm == "group" else (0, 1, 2))
-    return np.where(alive, advantages, 0.0)
+        normalised = standardised(advantages, counted, (1, 2) if args.advantage_norm == "group" else (0, 1, 2))
+    return np.where(alive, advantages, 0.0), np.where(alive, normalised, 0.0)
 
 
 def hybrid(args: Args, outcome: np.ndarray, step: np.ndarray) -> np.ndarray:
@@ -551,12 +563,12 @@ def grpo_loss(
     else:  # r - ln r - 1, r = π_ref / π, http://joschu.net/blog/kl-approx.html
         log_r = reference.log_prob(batch.actions) - logprobs
         penalty = log_r.exp() - log_r - 1
-    penalty, entropy = mean(penalty), mean(policy.entropy())
+    entropy = policy.entropy()
+    loss = policy_loss + kl_coef * mean(penalty) - args.ent_coef * mean(entropy)
     used = (batch.weights > 0).float() / rows
     kl = (used * (ratio - 1 - logratio)).sum()
     clip_fraction = (used * (ratio != clipped)).sum()
-    loss = policy_loss + kl_coef * penalty - args.ent_coef * entropy
-    return loss, (policy_loss, entropy, kl, clip_fraction)
+    return loss, (policy_loss, (used * entropy).sum(), kl, clip_fraction)
 
 
 class Learner(NamedTuple):
@@ -1102,6 +1114,8 @@ def check(args: Args) -> None:
         refuse(f"--group-size {args.group_size}: must be at least 2, as episodes are compared within their group")
     if args.clip_coef >= 1:
         refuse(f"--clip-coef {args.clip_coef}: must be below 1; above 1 there is --clip-coef-high")
+    if not args.log_std_min <= args.log_std_init < math.inf:
+        refuse(f"--log-std-init {args.log_std_init}: must be at least --log-std-min {args.log_std_min}, and finite")
     if args.target_kl and not args.kl_coef:
         refuse("--target-kl: there is no penalty to adapt; set --kl-coef to what it begins with")
     episodes = args.num_groups * args.group_size
@@ -1153,7 +1167,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
     agent = Agent(args, D, space).requires_grad_(False).to(device)
     learner = Learner.of(agent)
-    reference = learner.theta.clone()
+    reference, reference_moments = learner.theta.clone(), RunningMoments((D,), args.norm_obs)
     kl_coef = torch.tensor(args.kl_coef, device=device)
     moments = RunningMoments((D,), args.norm_obs)
     policy = Policy(agent, moments, space)
@@ -1170,6 +1184,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         for tensor, value in zip((*learner[1:], reference, kl_coef), saved["learner"], strict=True):
             tensor.copy_(value)
         moments.restore(saved["moments"])
+        reference_moments.restore(saved["reference_moments"])
         starts.bit_generator.state = saved["starts"]
         recent.extend(saved["recent"])
         seconds, done = saved["seconds"].numpy(), saved["done"]
@@ -1186,7 +1201,12 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         f" {learner.theta.numel():,} parameters, {device}\n{directory}"
     )
 
-    fast_update: Callable | None = None
+    fast_update = update
+    if args.compile:
+        observations, column = torch.zeros(args.minibatch_size, D, device=device), torch.zeros(args.minibatch_size)
+        outputs, column = agent(observations), column.to(device)
+        example = Batch(observations, agent.kind(outputs).best(), column, column, column, outputs)
+        fast_update = compile_update(args, agent, example, run.say)
     started = time.perf_counter() - done["elapsed"]
 
     while done["step"] < args.total_timesteps:
@@ -1195,6 +1215,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         learner.learning_rate.fill_(args.learning_rate * lr_factor(args, step_before + 1, args.total_timesteps))
         if (iteration - 1) % args.ref_update_every == 0:
             reference.copy_(learner.theta)
+            reference_moments.restore(moments.state())
 
         # Play the groups' episodes.
         seeds = np.broadcast_to(starts.integers(2**31, size=(P, 1 if args.identical_start else G)), (P, G)).ravel()
@@ -1207,8 +1228,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         rewards = np.zeros((P * G, rollout.lengths.max()))
         rewards[rollout.episodes, rollout.times] = rollout.rewards
         returns, alive = rewards.sum(1), np.arange(rewards.shape[1]) < rollout.lengths[:, None]
-        advantages = group_advantages(args, rewards.reshape(P, G, -1), alive.reshape(P, G, -1)).reshape(P * G, -1)
-        advantages = advantages[rollout.episodes, rollout.times]
+        of_all = group_advantages(args, rewards.reshape(P, G, -1), alive.reshape(P, G, -1))
+        bare, advantages = (a.reshape(P * G, -1)[rollout.episodes, rollout.times] for a in of_all)
         degenerate = np.ptp(returns.reshape(P, G), axis=1) <= 1e-9 * np.abs(returns).reshape(P, G).max(1)
         if not (advantages.any() or degenerate.all() or done["warned"]):
             done["warned"] = True
@@ -1219,18 +1240,14 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
         # Improve the policy.
         weights = step_weights(args, rollout.lengths, limit)[rollout.episodes]
+        seen = torch.tensor(reference_moments.normalise(rollout.raw), device=device)  # as the reference sees it
         batch = Batch(
             rollout.observations,
             rollout.actions,
             agent.kind(agent(rollout.observations)).log_prob(rollout.actions),
             *torch.tensor(np.stack((advantages, weights)), dtype=torch.float32, device=device),
-            functional_call(agent, parameters_of(agent, reference), (rollout.observations,)),
+            functional_call(agent, parameters_of(agent, reference), (seen,)),
         )
-        if fast_update is None:
-            fast_update = update
-            if args.compile:
-                example = filled(batch, torch.zeros(1, dtype=torch.int64, device=device), args.minibatch_size)
-                fast_update = compile_update(args, agent, example, run.say)
         measured, kl = [], 0.0
         for _ in range(args.update_epochs):
             for minibatch in minibatches(batch, args.minibatch_size):
@@ -1242,7 +1259,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         if agent.kind is Normal:
             agent.log_std.clamp_(min=args.log_std_min)
         reference_kl = agent.kind(agent(batch.observations)).kl(agent.kind(batch.reference)).mean().item()
-        moments.update(rollout.raw)
+        moments.update(rollout.raw.astype(np.float64))
         measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist(), strict=True))
         seconds[2] += time.perf_counter() - clock
         if not all(map(math.isfinite, (*measures.values(), reference_kl, moments.var.sum(), advantages.sum()))):
@@ -1265,7 +1282,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         recent.extend(episode["return"] for episode in episodes)
         row = {"step": step, "wall_time": now, "sps": round(B / (time.perf_counter() - before))}
         row |= measures | {"reference_kl": reference_kl, "kl_coef": kl_coef.item()}
-        row |= {"advantage_mean": advantages.mean().item(), "advantage_positive": (advantages > 0).mean().item()}
+        row |= {"advantage_mean": bare.mean().item(), "advantage_positive": (bare > 0).mean().item()}
         row |= {"degenerate_groups": degenerate.mean().item(), "episode_length": rollout.lengths.mean().item()}
         for name, share in (("quarter", 0.25), ("half", 0.5), ("three_quarters", 0.75)):
             row[f"alive_at_{name}"] = (rollout.lengths > share * limit).mean().item()
@@ -1292,6 +1309,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         if due or stop or step >= total:
             done["saved"] = True
             checkpoint = policy_state | {"learner": [*learner[1:], reference, kl_coef], "done": done}
+            checkpoint |= {"reference_moments": reference_moments.state()}
             checkpoint |= {"starts": starts.bit_generator.state, "recent": list(recent)}
             checkpoint |= {"seconds": torch.from_numpy(seconds), "random": torch.get_rng_state(), "sizes": run.sizes()}
             if device.type == "cuda":

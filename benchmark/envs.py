@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.box2d.lunar_lander import SCALE, VIEWPORT_H, VIEWPORT_W, LunarLander
 
-LIMIT = 1000  # steps of an episode, as in LunarLander-v3; who cuts it earlier sees no pay
+LIMIT = 1000  # steps of an episode, as in LunarLander-v3
 
 
 class DenseLunarLander(LunarLander):
@@ -21,7 +21,7 @@ class DenseLunarLander(LunarLander):
         x = self.np_random.uniform(0.25, 0.75) * VIEWPORT_W / SCALE
         y = self.np_random.uniform(0.75, 1.0) * VIEWPORT_H / SCALE
         self.move(x, y, self.np_random.uniform(-0.3, 0.3))
-        self.prev_shaping = None  # the first reward must not be one for having been moved
+        # This step, whose reward nobody gets, sets the shaping anew: having been moved is not paid for.
         return self.step(np.zeros(2, np.float32) if self.continuous else 0)[0], {}
 
     def move(self, x: float, y: float, angle: float) -> None:
@@ -37,13 +37,14 @@ class SparseLunarLander(DenseLunarLander):
 
     `terminal`: 100 for a landing, -100 for a crash or for leaving, 0 when time is up; `delayed`: the sum of what
     DenseLunarLander would have paid; `graded`: 100 for a landing, otherwise from -100 to 0, the higher the nearer to
-    the pad, the slower at the first touch, and the more legs stand.
+    the pad, the slower at the first touch, and the more legs stand. An episode ends after `limit` steps; who cuts it
+    earlier sees no pay.
     """
 
-    def __init__(self, mode: Literal["terminal", "delayed", "graded"] = "delayed", **kwargs):
+    def __init__(self, mode: Literal["terminal", "delayed", "graded"] = "delayed", limit: int = LIMIT, **kwargs):
         if mode not in ("terminal", "delayed", "graded"):
             raise ValueError(f"mode {mode!r} must be terminal, delayed or graded")
-        self.mode = mode
+        self.mode, self.limit = mode, limit
         super().__init__(**kwargs)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
@@ -64,7 +65,7 @@ class SparseLunarLander(DenseLunarLander):
         self.steps += 1
         self.total += float(reward)
         success = terminated and not self.lander.awake
-        truncated = self.steps == LIMIT
+        truncated = self.steps == self.limit
         over = terminated or truncated
         info = {"success": success, "landing_speed": self.landing_speed, "legs": legs, "distance": distance}
         return observation, self.outcome(info, terminated) if over else 0.0, terminated, truncated, info

@@ -69,6 +69,12 @@ def test_delayed_pay_is_the_sum_of_the_dense():
         assert rewards[-1] == pytest.approx(sum(expected))
 
 
+def test_an_episode_cut_earlier_is_paid_where_it_is_cut():
+    expected, *_ = play(gym.make("DenseLunarLander-v0", max_episode_steps=150), 3, hover)
+    rewards, _, cut = play(gym.make("SparseLunarLander-v0", limit=150), 3, hover)
+    assert cut and len(rewards) == 150 and rewards[-1] == pytest.approx(sum(expected))
+
+
 def test_pay_and_report_of_landings_crashes_and_flights():
     for seed, act, terminal in ((0, heuristic, 100), (1, fall, -100), (3, hover, 0)):
         rewards, info, cut = play(gym.make("SparseLunarLander-v0", mode="terminal"), seed, act)

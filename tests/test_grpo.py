@@ -196,9 +196,11 @@ def test_advantages_equal_a_plain_computation(advantage, baseline, norm):
         args = replace(SMALL, advantage=advantage, baseline=baseline, advantage_norm=norm, process_norm=process_norm)
         args = replace(args, gamma=0.9, hybrid_clip=1.0)
         rewards, alive = random_rewards()
-        advantages = grpo.group_advantages(args, rewards, alive)
+        bare, advantages = grpo.group_advantages(args, rewards, alive)
         np.testing.assert_allclose(advantages, plain_advantages(args, rewards, alive), atol=1e-9)
-        np.testing.assert_array_equal(advantages, grpo.group_advantages(args, np.where(alive, rewards, np.nan), alive))
+        np.testing.assert_allclose(bare, plain_advantages(replace(args, advantage_norm="none"), rewards, alive))
+        again = grpo.group_advantages(args, np.where(alive, rewards, np.nan), alive)
+        np.testing.assert_array_equal((bare, advantages), again)
 
 
 def test_the_group_relative_outcome_of_the_paper():
@@ -207,7 +209,7 @@ def test_the_group_relative_outcome_of_the_paper():
     returns = rewards.sum(-1)
     expected = (returns - returns.mean(1, keepdims=True)) / returns.std(1, keepdims=True)
     args = replace(SMALL, advantage="outcome", advantage_norm="group")
-    advantages = grpo.group_advantages(args, rewards, alive)
+    _, advantages = grpo.group_advantages(args, rewards, alive)
     np.testing.assert_allclose(advantages, np.where(alive, expected[..., None], 0))
 
 
@@ -217,7 +219,7 @@ def test_an_outcome_does_not_care_when_it_is_paid():
     delayed = np.where(last, rewards.sum(-1, keepdims=True), 0)
     for advantage, changes in (("outcome", False), ("rtg", True), ("process", True)):
         args = replace(SMALL, advantage=advantage)
-        dense, late = (grpo.group_advantages(args, paid, alive) for paid in (rewards, delayed))
+        dense, late = (grpo.group_advantages(args, paid, alive)[1] for paid in (rewards, delayed))
         assert np.allclose(dense, late) is not changes
 
 
@@ -236,8 +238,23 @@ def test_a_constant_reward_has_no_process(paid):
     for advantage in ("process", "hybrid"):
         for norm in ("timestep", "group"):
             args = replace(SMALL, advantage=advantage, process_norm=norm)
-            assert not grpo.group_advantages(args, rewards, alive).any()
-    assert grpo.group_advantages(SMALL, rewards, alive).any()
+            assert not np.any(grpo.group_advantages(args, rewards, alive))
+    assert np.all([a.any() for a in grpo.group_advantages(SMALL, rewards, alive)])
+
+
+@pytest.mark.parametrize("paid", [1.0, -0.3])
+@pytest.mark.parametrize("members", [4, 5, 8])
+def test_what_rounding_makes_of_equal_episodes_is_no_advantage(members, paid):
+    """A solved CartPole: normalised, differences of 1e-14 would push the policy about."""
+    rewards, alive = np.full((2, members, 300), paid), np.ones((2, members, 300), bool)
+    differs = rewards.copy()
+    differs[1, 0, 7] += 1
+    for advantage in ("outcome", "process", "hybrid", "rtg"):
+        for baseline in ("mean", "loo"):
+            args = replace(SMALL, advantage=advantage, baseline=baseline)
+            assert not np.any(grpo.group_advantages(args, rewards, alive))
+            _, advantages = grpo.group_advantages(replace(args, advantage_norm="group"), differs, alive)
+            assert advantages[1].any() and not advantages[0].any()
 
 
 def test_a_mode_that_learns_nothing_is_named(small, capsys):
@@ -273,10 +290,11 @@ def test_loss_equals_the_papers(discrete):
     surrogate = torch.minimum(ratio * batch.advantages, ratio.clamp(0.9, 1.3) * batch.advantages)
     penalty = total(torch.distributions.kl_divergence(policy, reference))
     torch.testing.assert_close(policy_loss, -(batch.weights * surrogate).mean())
-    torch.testing.assert_close(entropy, (batch.weights * total(policy.entropy())).mean())
+    torch.testing.assert_close(entropy, total(policy.entropy()).mean())
     torch.testing.assert_close(kl, (ratio - 1 - ratio.log()).mean())
     torch.testing.assert_close(clipped, ((ratio < 0.9) | (ratio > 1.3)).float().mean())
-    torch.testing.assert_close(loss, policy_loss + 0.2 * (batch.weights * penalty).mean() - 0.01 * entropy)
+    rest = batch.weights * (0.2 * penalty - 0.01 * total(policy.entropy()))
+    torch.testing.assert_close(loss, policy_loss + rest.mean())
 
 
 def gradient(agent: grpo.Agent, batch: grpo.Batch) -> torch.Tensor:
@@ -480,16 +498,33 @@ def test_what_a_run_leaves(small):
         assert paid == pytest.approx(float(row["return"]), abs=1e-5)
 
 
+def test_evaluation_of_an_environment_without_a_limit_ends(small):
+    """Mirror ends by itself after 10 steps, and has no limit otherwise."""
+    run = train(replace(small, env_id="tests.envs:Mirror-v0", max_episode_steps=7, total_timesteps=100, num_evals=1))
+    assert {row["length"] for row in rows(run, "evaluations")} == {"7"}
+
+
 def test_a_group_without_a_difference_is_counted(small):
     run = train(replace(small, env_id="tests.envs:Choice-v0", max_episode_steps=20, num_evals=0, total_timesteps=240))
     assert float(rows(run, "progress")[0]["degenerate_groups"]) == 1
     assert float(rows(run, "progress")[0]["policy_loss"]) == 0
 
 
-def test_observations_are_normalised_alike_within_an_iteration(small):
-    run = train(replace(small, total_timesteps=1, num_evals=0))
-    one = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert one["moments"]["count"] == one["step"] == int(rows(run, "progress")[0]["step"])
+def test_observations_are_normalised_alike_within_an_iteration(small, monkeypatch):
+    def watched(agent, moments, *rest):
+        mean, count = moments.mean.copy(), moments.count
+        rollout = play(agent, moments, *rest)
+        expected = RunningMoments(mean.shape, enabled=True)
+        expected.mean, expected.var, expected.count = mean, moments.var, count
+        assert np.array_equal(rollout.observations.numpy(), expected.normalise(rollout.raw))
+        assert moments.count == count
+        counts.append(count)
+        return rollout
+
+    play, counts = grpo.play, []
+    monkeypatch.setattr(grpo, "play", watched)
+    run = train(replace(small, num_evals=0))
+    assert counts == [0, *(int(row["step"]) for row in rows(run, "progress")[:-1])]
 
 
 def test_a_reward_that_is_not_finite_stops_the_run(small, capsys):
@@ -550,12 +585,14 @@ def test_envpool_plays_whole_episodes_too(small, capsys):
 MISTAKES = {
     "--env-id tests.envs:Pair-v0": "Dict",
     "--env-id tests.envs:Several-v0": "MultiDiscrete",
+    "--env-id Pendulum-v1 --log-std-init nan": "--log-std-init",
+    "--env-id Pendulum-v1 --log-std-init -3": "at least --log-std-min",
     "--env-id tests.envs:Clock-v0": "--max-episode-steps",
     "--env-id tests.envs:Endless-v0 --max-episode-steps 9 --distribution beta": "use normal",
     "--distribution beta": "Discrete(2)",
     "--num-groups 0": "--num-groups 0",
     "--group-size 1": "at least 2",
-    "--num-envs 65": "at most 64",
+    "--num-envs 17": "at most 16",
     "--minibatch-size 0": "--minibatch-size",
     "--clip-coef 1": "below 1",
     "--advantage value": "rtg",
