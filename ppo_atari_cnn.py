@@ -75,7 +75,7 @@ class Args:
     num_envs: int = 8
     """games played together"""
     vec: Literal["ale", "envpool"] = "ale"
-    """what plays them: ale-py's own vector environment, or EnvPool"""
+    """what plays them: ale-py's own vector environment, or EnvPool, whose games begin a little differently"""
     total_timesteps: int = 10_000_000
     """steps of the agent, 4 frames each, over all games; rounded down to whole rollouts"""
     seed: int = 1
@@ -158,11 +158,11 @@ def cover(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Frames(gym.Wrapper):
-    """Shows a game as both vector environments do, to the bit: what the agent sees, and how a game begins.
+    """Shows a game as ale-py's vector environment does, to the bit: what the agent sees, and how a game begins.
 
     A step is four frames with the same action. Of the last two it shows the brighter pixels, shrunk to 84 x 84, and
     under them the three steps before. A game begins with up to 29 frames without action, or, where there is FIRE, with
-    that and up to 28.
+    that and up to 28. (EnvPool presses FIRE last, and its first observation is four times the first frame.)
     """
 
     def __init__(self, env: gym.Env):
@@ -302,7 +302,9 @@ class Environments:
             again = seeded | terminated | truncated
             if again.any():
                 restored[again] = self._reset(again, seeded)
-        return np.array_equal(restored, observations)
+        if not (same := np.array_equal(restored, observations)):
+            self.began[:] = len(self.actions) - self.seed_lasts  # what follows has another history: all get new seeds
+        return same
 
 
 # ------------------------------------------------------------------------------------------------------- algorithm
@@ -878,6 +880,8 @@ def check_environments(args: Args) -> None:
         envs = Environments(replace(args, num_envs=1))
         if getattr(envs.envs, "single_action_space", envs.envs.action_space) != eval_env.action_space:
             refuse("--eval-env-kwargs: the evaluation environment must have the training environment's actions")
+    except TypeError as error:  # an argument that the environment does not have
+        refuse(f"--env-kwargs {args.env_kwargs}, --eval-env-kwargs {args.eval_env_kwargs}: {error}")
     except Exception as error:
         refuse(f"{problem}: {' '.join(str(error).split())}")
     envs.close()

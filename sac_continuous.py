@@ -962,6 +962,8 @@ def check_environments(args: Args) -> None:
             spec = importlib.import_module("envpool").make_spec(args.env_id, **json.loads(args.env_kwargs))
             if spec.observation_space.shape != env.unwrapped.observation_space.shape:
                 refuse(f"--vec envpool: its {args.env_id} does not observe what Gymnasium's does; use sync")
+    except TypeError as error:  # an argument that the environment does not have
+        refuse(f"--env-kwargs {args.env_kwargs}, --eval-env-kwargs {args.eval_env_kwargs}: {error}")
     except Exception as error:
         refuse(f"{problem}: {' '.join(str(error).split())}")
     env.close()

@@ -4,9 +4,11 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import gymnasium as gym
@@ -49,12 +51,29 @@ def random_baseline(make_env: Callable[[], gym.Env], key: dict, seeds: list[int]
     return {name: np.array(remembered[name], float) for name in ("return", "length")}
 
 
+def maker(module: ModuleType) -> str:
+    """The source of `make_eval_env`, and of what it is made of in the same file."""
+    found, waiting = {}, ["make_eval_env"]
+    while waiting:
+        name = waiting.pop()
+        block = vars(module)[name]
+        ours = inspect.isroutine(block) | inspect.isclass(block) and block.__module__ == module.__name__
+        if ours and name not in (*found, "Args"):
+            found[name] = inspect.getsource(block)
+            waiting += [word for word in re.findall(r"\w+", found[name]) if word in vars(module)]
+    return "\n".join(found[name] for name in sorted(found))
+
+
+def arguments_of(run: Run) -> dict[str, object]:
+    """The run's arguments that its evaluation environment is made from."""
+    return {name: run.config[name] for name in set(re.findall(r"\bargs\.(\w+)", maker(run.module()))) & set(run.config)}
+
+
 def baseline_of(run: Run, episodes: int = 10) -> dict[str, np.ndarray]:
     """The baseline in the environment that the run's evaluation plays, on as many of its seeds."""
     module = run.module()
     args = module.Args(**run.config)
-    kwargs = json.loads(args.env_kwargs) | json.loads(args.eval_env_kwargs)
-    key = {"env_id": args.env_id, "kwargs": kwargs, "made_by": inspect.getsource(module.make_eval_env)}
+    key = {"made_by": maker(module), "args": arguments_of(run)}
     return random_baseline(lambda: module.make_eval_env(args), key, list(range(10_000, 10_000 + episodes)))
 
 

@@ -14,7 +14,7 @@ import tyro
 
 from benchmark import page
 from benchmark.errors import refuse
-from benchmark.random_policy import baseline_of
+from benchmark.random_policy import arguments_of, baseline_of
 from benchmark.runs import write_atomically
 
 FILMS_LIMIT = 40e6  # bytes of films in the page
@@ -237,10 +237,11 @@ def find_baselines(groups: list) -> dict[str, np.ndarray]:
     baselines = {}
     for env_id in sorted({group.env_id for group in groups}):
         runs = [group.runs[0] for group in groups if group.env_id == env_id]
-        if len({(run.config.get("env_kwargs"), run.config.get("eval_env_kwargs")) for run in runs}) > 1:
-            print(f"no random baseline on {env_id}: its arguments differ between methods")
-            continue
         try:
+            made_from = [arguments_of(run) for run in runs]
+            if any(one[name] != other[name] for one in made_from for other in made_from for name in one.keys() & other):
+                print(f"no random baseline on {env_id}: its arguments differ between methods")
+                continue
             baselines[env_id] = baseline_of(runs[0])["return"]
         except Exception as error:  # whatever the environment or a fork's code raises
             print(f"no random baseline on {env_id}: {' '.join(str(error).split())[:150]}")

@@ -167,12 +167,13 @@ def speed(
                 fastest.get(contender.name, (0.0, contender)), (rate, contender), key=lambda x: x[0]
             )
         rates: dict[str, list[float]] = {name: [] for name in fastest}
-        details = []
+        details: dict[str, list[dict]] = {name: [] for name in OURS[script]}
         for _ in range(rounds):
             for name, (_, contender) in fastest.items():
                 rate, detail = measure(script, contender, settings)
                 rates[name].append(rate)
-                details += [detail] if detail else []
+                if name in details:
+                    details[name].append(detail)
         for name, (_, contender) in fastest.items():
             low, middle, high = min(rates[name]), statistics.median(rates[name]), max(rates[name])
             against = ""
@@ -180,10 +181,14 @@ def speed(
                 ratios = [ours / other for ours, other in zip(rates[mine], rates[name], strict=True)]
                 against += f"   {mine} is {statistics.median(ratios):.2f} x"
             print(f"  {contender!s:<34} {middle:>8,.0f} steps/s ({low:,.0f} to {high:,.0f}){against}", flush=True)
-        shares = {name: statistics.median(detail[name] for detail in details) for name in details[0]}
-        compiling = shares.pop("compiling")
-        print("  ours: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()), end="")
-        print(f"; compiling took {compiling:.1f} s before that", flush=True)
+        shares = {
+            name: {part: statistics.median(row[part] for row in rows) for part in rows[0]}
+            for name, rows in details.items()
+        }
+        compiling = {name: parts.pop("compiling") for name, parts in shares.items()}
+        for name, parts in shares.items():
+            print(f"  {name}: " + ", ".join(f"{part} {share:.0%}" for part, share in parts.items()), end="")
+            print(f"; compiling took {compiling[name]:.1f} s before that", flush=True)
         ways = {name: str(contender) for name, (_, contender) in fastest.items()}
         result = {"settings": settings, "ways": ways, "steps_per_second": rates, "shares": shares}
         report[title] = result | {"compile_seconds": compiling}

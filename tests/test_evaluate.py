@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import ppo_atari_cnn
 import ppo_continuous as ppo
 from benchmark.__main__ import main
 from benchmark.evaluate import Episode, explained_variance, realised_returns
-from benchmark.random_policy import random_baseline
+from benchmark.random_policy import arguments_of, maker, random_baseline
 from benchmark.runs import Run
 from tests.envs import Clock
 
@@ -139,3 +140,10 @@ def test_the_random_baseline_is_played_once(tmp_path, monkeypatch):
     random_baseline(make, {"env_id": "Clock-v0"}, [1, 2, 4])
     random_baseline(make, {"env_id": "Clock-v0", "kwargs": {"cut": False}}, [1, 2, 4])
     assert len(made) == 3 and all(json.loads(path.read_text())["return"] for path in tmp_path.rglob("*.json"))
+
+
+def test_a_baseline_belongs_to_all_that_the_evaluation_environment_is_made_from(run):
+    assert arguments_of(run).keys() == {"env_id", "env_kwargs", "eval_env_kwargs"}
+    assert "def make_env(" in maker(ppo) and "class Agent" not in maker(ppo)
+    games = maker(ppo_atari_cnn)
+    assert "class Frames" in games and "args.repeat_action_probability" in games

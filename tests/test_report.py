@@ -140,6 +140,7 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
 
 
 def test_a_random_policy_and_films_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmark.report.arguments_of", lambda run: {})
     monkeypatch.setattr("benchmark.report.baseline_of", lambda run: {"return": np.array([-5.0, -4.0, -3.0])})
     for env_id in ("A-v0", "B-v0"):
         run = make_run(tmp_path / "runs", env_id, 1)
@@ -157,6 +158,7 @@ def test_a_random_policy_and_films_are_shown(tmp_path, monkeypatch):
 
 
 def test_scores_have_no_scale_where_nothing_is_better_than_random(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("benchmark.report.arguments_of", lambda run: {})
     monkeypatch.setattr("benchmark.report.baseline_of", lambda run: {"return": np.array([run.config["floor"]])})
     for seed in (1, 2, 3):
         for env_id, floor in (("A-v0", 100.0), ("B-v0", 0.0), ("C-v0", 0.0)):

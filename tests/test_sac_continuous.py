@@ -585,7 +585,7 @@ MISTAKES = {
     "--env-id CartPole-v1": "Discrete(2)",
     "--env-id tests.envs:Pair-v0": "Dict",
     "--env-id tests.envs:Endless-v0": "finite bounds",
-    '--env-kwargs {"wings":2}': "wings",
+    '--env-kwargs {"wings":2}': "--env-kwargs",
     "--num-envs 0": "--num-envs 0",
     "--num-envs 8 --buffer-size 31": "--buffer-size 31",
     '--env-id Ant-v4 --eval-env-kwargs {"use_contact_forces":true}': "--eval-env-kwargs",
