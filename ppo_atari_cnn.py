@@ -329,7 +329,7 @@ class Agent(nn.Module):
         x = frames.to(self.conv1.weight.dtype)  # whole numbers to 255 are exact in bfloat16 too
         x = conv2d(x, self.conv1.weight / 255, self.conv1.bias, stride=4).relu()
         x = self.conv3(self.conv2(x).relu()).relu()
-        x = self.hidden(x.flatten(1)).relu().float()
+        x = self.hidden(x.movedim(1, -1).flatten(1)).relu().float()  # as it lies in memory, channels last
         return self.actor(x), self.critic(x).squeeze(-1)
 
 

@@ -7,11 +7,25 @@ import json
 import os
 import sys
 import time
+from functools import partial
+
+
+def game_of(settings: dict) -> str:
+    import ale_py  # noqa: F401  registers the games
+    import gymnasium as gym
+
+    return gym.spec(settings["env_id"]).kwargs["game"]
+
+
+def make_game(env_id: str):
+    import ale_py  # noqa: F401  registers the games, in every process
+    import gymnasium as gym
+
+    return gym.make(env_id)
 
 
 def games(settings: dict):
-    """ale-py's vector environment, the fastest there is, as Stable-Baselines3 wants its environments."""
-    import gymnasium as gym
+    """ale-py's vector environment, as Stable-Baselines3 wants its environments; it does not offer that itself."""
     import numpy as np
     from ale_py.vector_env import AtariVectorEnv
     from stable_baselines3.common.vec_env import VecEnv
@@ -48,19 +62,18 @@ def games(settings: dict):
         def set_attr(self, *_: object) -> None: ...
         def env_method(self, *_: object) -> None: ...
 
-    game = gym.spec(settings["env_id"]).kwargs["game"]
-    return Games(AtariVectorEnv(game, settings["num_envs"], num_threads=settings["threads"]))
+    return Games(AtariVectorEnv(game_of(settings), settings["num_envs"], num_threads=settings["threads"]))
 
 
 def main(library: str, settings: dict) -> None:
     threads, off_policy = settings["threads"], settings["script"] == "sac_continuous"
-    atari = settings["vec"] == "ale"
+    atari = settings["script"] == "ppo_atari_cnn"
     if library == "sbx":
         os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()}"
     import torch
     from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.env_util import make_vec_env
-    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+    from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
     if library == "sb3":
         from stable_baselines3 import PPO, SAC
@@ -93,10 +106,13 @@ def main(library: str, settings: dict) -> None:
 
     torch.set_num_threads(threads)
     rollout = settings["num_envs"] * settings["num_steps"]
-    if atari:
+    vector = {"sync": DummyVecEnv, "async": SubprocVecEnv}.get(settings["vec"])
+    if settings["vec"] == "ale":
         env = games(settings)
+    elif atari:
+        make = partial(make_game, game_of(settings).title().replace("_", "") + "NoFrameskip-v4")
+        env = VecFrameStack(make_atari_env(make, settings["num_envs"], seed=1, vec_env_cls=vector), 4)
     else:
-        vector = {"sync": DummyVecEnv, "async": SubprocVecEnv}[settings["vec"]]
         env = make_vec_env(settings["env_id"], settings["num_envs"], seed=1, vec_env_cls=vector)
     if off_policy:
         model = SAC(

@@ -215,6 +215,7 @@ def test_the_network_is_the_nature_network(agent):
     convolutions = [nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3, 1)]
     nature = nn.Sequential(*convolutions, nn.ReLU(), nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(), nn.Linear(512, 6))
     nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(list(agent.parameters())[:-2]), nature.parameters())
+    nature[7].weight = nn.Parameter(agent.hidden.weight.view(512, 7, 7, 64).movedim(-1, 1).flatten(1))
     batch = random_batch(agent)
     with torch.no_grad():
         expected = nature(batch.observations.float().div(255).contiguous())
