@@ -350,7 +350,7 @@ def test_an_interrupted_run_says_how_to_go_on(small, number):
         time.sleep(0.05)
     time.sleep(0.5)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=120)
     (run,) = Path(args.runs_dir).iterdir()
     assert process.returncode == 128 + number and not errors
     assert f"--resume {run}" in output and (run / "checkpoint.pt").exists()

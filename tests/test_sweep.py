@@ -94,7 +94,7 @@ def test_a_stopped_sweep_stops_its_jobs_and_goes_on_later(tmp_path):
     while sum(len(run.last_rows("progress", 5)) == 5 for run in runs(tmp_path)) < 2:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    assert "stopped; the same command goes on" in process.communicate(timeout=60)[0]
+    assert "stopped; the same command goes on" in process.communicate(timeout=120)[0]
     assert process.returncode == 130
     stopped = [run.last_rows("progress", 1)[0]["step"] for run in runs(tmp_path)]
     assert all(run.result is None and run.last_checkpoint.exists() for run in runs(tmp_path)) and max(stopped) < 20480

@@ -93,7 +93,7 @@ def test_a_stopped_search_goes_on(tmp_path, number):
         time.sleep(0.05)
     time.sleep(0.5)
     process.send_signal(number)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode == (130 if number == signal.SIGINT else -9)
     for path in tmp_path.glob("out/trial-0000/*/*/config.yaml"):  # which what resumes reads
         path.write_text(path.read_text().replace("slow", "well"))
