@@ -17,7 +17,8 @@ What may surprise:
   with probability 0.25 instead: that is `--repeat-action-probability 0.25`, and whatever `--env-id` says.
 - Training clips rewards to [-1, 1] and takes a lost life for an end, though the game goes on; all that is written down
   are scores of whole games, and evaluation plays whole games.
-- FIRE is pressed once when a game begins. After a lost life the agent has to press it.
+- Where there is FIRE, it is pressed when a game begins and, whatever the agent does, after a lost life: some games wait
+  for it, and a deterministic agent that never learnt to press it would wait for ever.
 - No environment resets by itself, so no step is spent on a reset, and none is learnt from.
 - Frames stay bytes until the network, which divides its first weights by 255 rather than millions of pixels.
 """
@@ -175,23 +176,27 @@ class Frames(gym.Wrapper):
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         screen, info = self.env.reset(seed=seed, options=options)
         opening = [0] * int(self.np_random.integers(30))
-        if self.env.unwrapped.get_action_meanings()[1] == "FIRE":
+        if has_fire(self.env):
             opening[:1] = [1]
         for action in opening:
             screen, _, terminated, _, info = self.env.step(action)
             if terminated:
                 screen, info = self.env.reset()
-        self.stack = np.zeros((4, 84, 84), np.uint8)
+        self.stack, self.lives, self.waits = np.zeros((4, 84, 84), np.uint8), info["lives"], False
         return self._see(screen), info
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         screens, total = [], 0.0
+        if self.waits:
+            action = 1
         for _ in range(4):
             screen, reward, terminated, truncated, info = self.env.step(action)
             screens.append(screen)
             total += reward
             if terminated or truncated:
                 break
+        self.waits = has_fire(self.env) and 0 < info["lives"] < self.lives
+        self.lives = info["lives"]
         return self._see(np.max(screens[-2:], axis=0)), total, terminated, truncated, info
 
     def _see(self, screen: np.ndarray) -> np.ndarray:
@@ -212,6 +217,10 @@ def find_game(env_id: str) -> str:
     if "game" not in kwargs:
         raise ValueError("not a game of ale-py's, such as ALE/Pong-v5")
     return kwargs["game"]
+
+
+def has_fire(env: gym.Env) -> bool:
+    return env.unwrapped.get_action_meanings()[1] == "FIRE"
 
 
 def make_eval_env(args: Args, render_mode: str | None = None) -> gym.Env:
@@ -248,15 +257,22 @@ class Environments:
         self.seeds = np.zeros(self.num_envs, int)
         self.began = np.full(self.num_envs, -self.seed_lasts)  # where in `actions` each seed was given
         self.lives = np.zeros(self.num_envs, int)
+        with make_eval_env(args) as env:
+            self.fire = has_fire(env)
+        self.waits = np.zeros(self.num_envs, bool)  # whose next action is FIRE, whatever the agent does
         self.actions: list[np.ndarray] = []
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The true next observations (N, 4, 84, 84), rewards, terminated, truncated; and where a life was lost."""
+        pressed = np.where(self.waits, 1, actions)
         if self.kind != "envpool":
-            self.actions.append(actions.copy())
-        observations, rewards, terminated, truncated, info = self.envs.step(actions)
+            self.actions.append(pressed)
+        return self._step(pressed)
+
+    def _step(self, pressed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        observations, rewards, terminated, truncated, info = self.envs.step(pressed)
         lost = (info["lives"] < self.lives) & (info["lives"] > 0) & ~terminated
-        self.lives = info["lives"].copy()
+        self.lives, self.waits = info["lives"].copy(), lost & self.fire
         return observations, rewards, terminated, truncated, lost
 
     def reset(self, which: np.ndarray) -> np.ndarray:
@@ -267,6 +283,7 @@ class Environments:
         return self._reset(which, seeded)
 
     def _reset(self, which: np.ndarray, seeded: np.ndarray) -> np.ndarray:
+        self.waits[which] = False
         if self.kind == "envpool":
             observations, info = self.envs.reset(np.flatnonzero(which))
             self.lives[which] = info["lives"]
@@ -295,9 +312,8 @@ class Environments:
         self.actions = list(state["actions"].numpy())
         everyone = np.ones(self.num_envs, bool)
         restored = self._reset(everyone, everyone)
-        for t, actions in enumerate(self.actions, start=1):
-            restored, _, terminated, truncated, info = self.envs.step(actions)
-            self.lives = info["lives"].copy()
+        for t, pressed in enumerate(self.actions, start=1):
+            restored, _, terminated, truncated, _ = self._step(pressed)
             seeded = self.began == t  # a seed is given here; what was played before only passed the time
             again = seeded | terminated | truncated
             if again.any():

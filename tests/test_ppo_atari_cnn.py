@@ -106,6 +106,27 @@ def test_a_game_goes_on_after_a_lost_life_and_nothing_is_spent_on_resets():
     assert (over >= 2).all()
 
 
+def test_fire_is_pressed_after_a_lost_life_in_training_and_in_evaluation():
+    """Breakout waits for it: without, an agent that never presses it would lose no second life."""
+    args = replace(SMALL, num_envs=1, eval_env_kwargs="{}")
+    env, envs = make_eval_env(args), Environments(args)
+    env.reset(seed=1)
+    envs.reset(np.ones(1, bool))
+    lives, lost = [], 0
+    for _ in range(300):
+        *_, terminated, _, info = env.step(0)
+        lives.append(info["lives"])
+        if terminated:
+            break
+    for _ in range(300):
+        *_, over, _, died = envs.step(np.zeros(1, int))
+        lost += died[0]
+        if over[0]:
+            break
+    assert terminated and set(lives) == {0, 1, 2, 3, 4, 5} and over[0] and lost == 4
+    assert [int(pressed[0]) for pressed in envs.actions].count(1) == 4
+
+
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_sticky_actions_are_a_setting(probability):
     """At probability 1 every frame repeats the doing nothing of the start, so that actions make no difference."""
@@ -151,7 +172,7 @@ def test_games_are_restored_exactly(monkeypatch, probability):
                 drawn.append(envs.seeds.tolist())
         return observations.copy()
 
-    at = play(envs, 400)
+    at = play(envs, 520)
     assert over >= 5 and len({str(seeds) for seeds in drawn}) < len(drawn)
     state, actions, lives = envs.state(), random.bit_generator.state, envs.lives
     assert len(state["actions"]) > max(state["began"]) > 0
