@@ -16,6 +16,8 @@ from benchmark.runs import MARKS, Run, find_runs
 INCIDENTAL = {"env_id", "seed", "threads", "compile", "device", "num_evals", "eval_episodes", "checkpoint_every"}
 INCIDENTAL |= {"runs_dir", "resume", "config", "capture_video", "track", "wandb_project_name"}
 
+NEAR = 0.05  # of a run's steps: evaluations that lie so near to each other are compared
+
 
 @dataclass(frozen=True)
 class Group:
@@ -29,12 +31,21 @@ class Group:
 
     @cached_property
     def curves(self) -> tuple[np.ndarray, np.ndarray]:
-        """Steps of the evaluations that all seeds made (K,), and each seed's mean return at them (seeds, K)."""
+        """Steps of the evaluations that all seeds made (K,), and each seed's mean return at them (seeds, K).
+
+        Where iterations are whole episodes, a seed's steps lie beside another's: then it is their mean.
+        """
         means = []
         for table in self.evaluations:
             steps, which = np.unique(table["step"], return_inverse=True)
             means.append(dict(zip(steps, np.bincount(which, table["return"]) / np.bincount(which), strict=True)))
+        if len({len(mean) for mean in means}) == 1:
+            every = np.array([list(mean) for mean in means])
+            if np.ptp(every, axis=0).max() <= NEAR * every.max():
+                return every.mean(0), np.array([list(mean.values()) for mean in means])
         steps = sorted(set.intersection(*map(set, means)))
+        if not steps:
+            return np.array([np.mean([max(mean) for mean in means])]), np.array([[mean[max(mean)]] for mean in means])
         return np.array(steps), np.array([[mean[step] for step in steps] for mean in means])
 
     @cached_property
@@ -59,8 +70,11 @@ class Group:
 
     def at_share(self, share: float) -> np.ndarray:
         """Returns of all evaluation episodes at the evaluation nearest to a share of the run, over all seeds."""
-        step = self.step_at(share)
-        return np.concatenate([table["return"][table["step"] == step] for table in self.evaluations])
+        step, found = self.step_at(share), []
+        for table in self.evaluations:
+            distance = np.abs(table["step"] - step)
+            found.append(table["return"][distance == distance.min()])
+        return np.concatenate(found)
 
     def step_at(self, share: float) -> float:
         steps = self.curves[0]
@@ -138,8 +152,13 @@ def gather(paths: list[Path]) -> Material:
     states = {run: read(run) for run in find_runs(paths)}
     finished = [run for run, state in states.items() if state == "finished"]
     settings = {run: {k: v for k, v in run.config.items() if k not in INCIDENTAL} for run in finished}
-    for run in finished:  # returns after different numbers of steps are no repetitions of each other
-        settings[run]["last_step"] = int(run.evaluations["step"].max())
+    # Returns after different numbers of steps are no repetitions of each other; but iterations may be whole episodes.
+    last: tuple[int, str] = (0, "")
+    for run in sorted(finished, key=lambda run: (run.config["env_id"], run.evaluations["step"].max())):
+        step = int(run.evaluations["step"].max())
+        if last[1] != run.config["env_id"] or step > (1 + NEAR) * last[0]:
+            last = step, run.config["env_id"]
+        settings[run]["last_step"] = last[0]
 
     # A setting sets methods apart if it varies between runs of one script on one environment.
     seen: dict[tuple, set[str]] = defaultdict(set)

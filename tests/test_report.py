@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib")
 
 from benchmark import stats
 from benchmark.__main__ import main
+from benchmark.groups import gather
 from benchmark.report import FILMS_LIMIT
 
 
@@ -191,6 +192,23 @@ def test_seeds_evaluated_at_other_steps(tmp_path):
         ("ppo_x last-step=100", "3"),
         ("ppo_x last-step=50", "1"),
     ]
+
+
+def test_seeds_that_end_with_their_last_episodes_are_compared(tmp_path):
+    """As grpo.py's do: at evaluations that lie beside each other, and at the mean of their steps."""
+    for seed, late in ((1, 0), (2, 2), (3, 4)):
+        run = make_run(tmp_path / "runs", "A-v0", seed)
+        steps = (("50", 1.0), ("100", 2.0))
+        lines = [f"{int(step) + late},{n},{n},{value + seed},7" for step, value in steps for n in range(3)]
+        (run / "evaluations.csv").write_text("\n".join(["step,episode,seed,return,length", *lines]) + "\n")
+    assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
+    assert [(row["method"], row["seeds"], row["steps"]) for row in rows(tmp_path / "out" / "results.csv")] == [
+        ("ppo_x", "3", "102")
+    ]
+    (group,) = gather([tmp_path / "runs"]).groups
+    steps, curves = group.curves
+    assert steps.tolist() == [52, 102] and curves.tolist() == [[2, 3], [3, 4], [4, 5]]
+    assert sorted(group.at_share(0.5)) == [2, 2, 2, 3, 3, 3, 4, 4, 4]
 
 
 def test_a_thousand_runs(tmp_path):
