@@ -16,7 +16,7 @@ from benchmark.runs import MARKS, Run, find_runs
 INCIDENTAL = {"env_id", "seed", "threads", "compile", "device", "num_evals", "eval_episodes", "checkpoint_every"}
 INCIDENTAL |= {"runs_dir", "resume", "config", "capture_video", "track", "wandb_project_name"}
 
-NEAR = 0.05  # of a run's steps: evaluations that lie so near to each other are compared
+NEAR = 0.1  # of a run's steps: evaluations that lie so near to each other are compared
 
 
 @dataclass(frozen=True)
