@@ -153,12 +153,12 @@ def gather(paths: list[Path]) -> Material:
     finished = [run for run, state in states.items() if state == "finished"]
     settings = {run: {k: v for k, v in run.config.items() if k not in INCIDENTAL} for run in finished}
     # Returns after different numbers of steps are no repetitions of each other; but iterations may be whole episodes.
-    last: tuple[int, str] = (0, "")
-    for run in sorted(finished, key=lambda run: (run.config["env_id"], run.evaluations["step"].max())):
-        step = int(run.evaluations["step"].max())
-        if last[1] != run.config["env_id"] or step > (1 + NEAR) * last[0]:
-            last = step, run.config["env_id"]
-        settings[run]["last_step"] = last[0]
+    shortest: dict[tuple[str, str], int] = {}  # of those that lie beside each other
+    for run in sorted(finished, key=lambda run: run.evaluations["step"].max()):
+        which, step = (run.script, run.config["env_id"]), int(run.evaluations["step"].max())
+        if step > (1 + NEAR) * shortest.get(which, 0):
+            shortest[which] = step
+        settings[run]["last_step"] = shortest[which]
 
     # A setting sets methods apart if it varies between runs of one script on one environment.
     seen: dict[tuple, set[str]] = defaultdict(set)

@@ -57,7 +57,7 @@ def maker(module: ModuleType) -> str:
     while waiting:
         name = waiting.pop()
         block = vars(module)[name]
-        ours = inspect.isroutine(block) | inspect.isclass(block) and block.__module__ == module.__name__
+        ours = (inspect.isroutine(block) or inspect.isclass(block)) and block.__module__ == module.__name__
         if ours and name not in (*found, "Args"):
             found[name] = inspect.getsource(block)
             waiting += [word for word in re.findall(r"\w+", found[name]) if word in vars(module)]

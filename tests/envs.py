@@ -61,6 +61,8 @@ class Endless(Clock):
 
 
 class Ticks(Clock):
+    """Every action is as good as any other."""
+
     action_space = gym.spaces.Discrete(2)
 
 
@@ -163,12 +165,6 @@ class Luck(gym.Env):
         return self._observe(), float(action), self.t == self.length_of(self.seed), False, {}
 
 
-class Choice(Clock):
-    """Every action is as good as any other."""
-
-    action_space = gym.spaces.Discrete(2)
-
-
 class Several(Clock):
     action_space = gym.spaces.MultiDiscrete([2, 2])
 
@@ -184,5 +180,4 @@ gym.register("Endless-v0", Endless)
 gym.register("Filmed-v0", Filmed)
 gym.register("ChannelsFirst-v0", ChannelsFirst)
 gym.register("Luck-v0", Luck, max_episode_steps=40)
-gym.register("Choice-v0", Choice)
 gym.register("Several-v0", Several)

@@ -505,7 +505,7 @@ def test_evaluation_of_an_environment_without_a_limit_ends(small):
 
 
 def test_a_group_without_a_difference_is_counted(small):
-    run = train(replace(small, env_id="tests.envs:Choice-v0", max_episode_steps=20, num_evals=0, total_timesteps=240))
+    run = train(replace(small, env_id="tests.envs:Ticks-v0", max_episode_steps=20, num_evals=0, total_timesteps=240))
     assert float(rows(run, "progress")[0]["degenerate_groups"]) == 1
     assert float(rows(run, "progress")[0]["policy_loss"]) == 0
 

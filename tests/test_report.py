@@ -205,7 +205,9 @@ def test_seeds_that_end_with_their_last_episodes_are_compared(tmp_path):
     assert [(row["method"], row["seeds"], row["steps"]) for row in rows(tmp_path / "out" / "results.csv")] == [
         ("ppo_x", "3", "102")
     ]
-    (group,) = gather([tmp_path / "runs"]).groups
+    other = make_run(tmp_path / "others", "A-v0", 1, script="sac_x")  # another script's end does not part these
+    (other / "evaluations.csv").write_text("step,episode,seed,return,length\n93,0,0,1,7\n")
+    (group, _) = gather([tmp_path / "runs", tmp_path / "others"]).groups
     steps, curves = group.curves
     assert steps.tolist() == [52, 102] and curves.tolist() == [[2, 3], [3, 4], [4, 5]]
     assert sorted(group.at_share(0.5)) == [2, 2, 2, 3, 3, 3, 4, 4, 4]
