@@ -636,7 +636,8 @@ def compile_update(args: Args, agent: Agent, batch: Batch, say: Callable[[str], 
     started = time.perf_counter()
     try:
         torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
-        fast = torch.compile(update, fullgraph=True, dynamic=False)
+        on_cpu = next(agent.parameters()).device.type == "cpu"  # there, calling many small kernels from Python costs
+        fast = torch.compile(update, fullgraph=True, dynamic=False, options={"cpp_wrapper": on_cpu})
         fast(agent, args, Learner.of(copy.deepcopy(agent)), batch, torch.zeros((), device=batch.weights.device))
     except Exception as error:
         say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
@@ -1205,9 +1206,9 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
     fast_update = update
     if args.compile:
-        observations, column = torch.zeros(args.minibatch_size, D, device=device), torch.zeros(args.minibatch_size)
-        outputs, column = agent(observations), column.to(device)
-        example = Batch(observations, agent.kind(outputs).best(), column, column, column, outputs)
+        observations, *columns = (torch.zeros(args.minibatch_size, *size, device=device) for size in ((D,), (), (), ()))
+        outputs = agent(observations)
+        example = Batch(observations, agent.kind(outputs).best().contiguous(), *columns, outputs)
         fast_update = compile_update(args, agent, example, run.say)
     started = time.perf_counter() - done["elapsed"]
 

@@ -28,9 +28,9 @@ import csv
 import difflib
 import importlib
 import io
-import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -189,6 +189,7 @@ class Frames:
         return np.concatenate(self.frames, axis=-1)
 
     def _prepare(self, image: np.ndarray) -> np.ndarray:
+        image = image.copy()  # it may be a flipped view, or memory that the environment draws into again
         if self.grayscale and image.shape[-1] == 3:
             image = (image @ np.float32([[0.299], [0.587], [0.114]])).round().astype(np.uint8)  # ITU-R BT.601
         if self.size and image.shape[:2] != (self.size, self.size):
@@ -199,11 +200,12 @@ class Frames:
 
 
 class Pixels(gym.Wrapper):
-    """Shows `Frames`, and takes each action several times. Renders what passed since it was last asked."""
+    """Shows `Frames`, and takes each action several times. If `filmed`, renders what passed since it was last asked."""
 
-    def __init__(self, env: gym.Env, args: Args):
+    def __init__(self, env: gym.Env, args: Args, filmed: bool):
         super().__init__(env)
-        self.frames, self.action_repeat, self.rendered = Frames(args), args.action_repeat, []
+        self.frames, self.action_repeat = Frames(args), args.action_repeat
+        self.filmed, self.rendered = filmed, []
         shape = self.frames.begin(np.zeros(env.observation_space.shape, np.uint8)).shape
         self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
 
@@ -223,17 +225,22 @@ class Pixels(gym.Wrapper):
         return self.frames.add(observation), total, terminated, truncated, info
 
     def _render(self) -> None:
-        if self.render_mode:
+        if self.filmed:
             self.rendered.append(self.env.render())
 
-    def render(self) -> list[np.ndarray]:
+    def render(self) -> object:
+        if not self.filmed:
+            return self.env.render()
         rendered, self.rendered = self.rendered, []
         return rendered
 
 
-def as_pixels(env: gym.Env, args: Args) -> gym.Env:
+def as_pixels(env: gym.Env, args: Args, filmed: bool = False) -> gym.Env:
     if is_image(env.observation_space):
-        return Pixels(env, args)
+        shape = env.observation_space.shape
+        if shape[2] > min(shape[:2]):  # also where --resize would hide it
+            raise ValueError(f"observes images of {shape}; this script needs (height, width, channels)")
+        return Pixels(env, args, filmed)
     for name in ("grayscale", "resize", "frame_stack", "action_repeat", "precision"):
         if getattr(args, name) != getattr(Args, name):
             raise ValueError(f"observes no images, and {flag(name)} is for images")
@@ -252,15 +259,16 @@ class PixelsOfMany:
         return np.stack([self.frames[n].begin(image) for n, image in zip(which, images, strict=True)]), info
 
     def step(self, actions: np.ndarray) -> tuple:
-        images, totals, *ended, info = self.envs.step(actions)
+        images, totals, terminated, truncated, info = self.envs.step(actions)
         for _ in range(self.action_repeat - 1):
-            running = np.flatnonzero(~(ended[0] | ended[1]))
+            running = np.flatnonzero(~(terminated | truncated))
             if not running.size:
                 break
-            images[running], rewards, *over, _ = self.envs.step(actions[running], running)
+            again = self.envs.step(actions[running], running)
+            images[running], rewards, terminated[running], truncated[running], _ = again
             totals[running] += rewards
-            ended[0][running], ended[1][running] = over
-        return np.stack([self.frames[n].add(image) for n, image in enumerate(images)]), totals, *ended, info
+        observations = np.stack([frames.add(image) for frames, image in zip(self.frames, images, strict=True)])
+        return observations, totals, terminated, truncated, info
 
     def close(self) -> None:
         self.envs.close()
@@ -268,7 +276,7 @@ class PixelsOfMany:
 
 def make_eval_env(args: Args, render_mode: str | None = None) -> gym.Env:
     kwargs = json.loads(args.env_kwargs) | json.loads(args.eval_env_kwargs)
-    return as_pixels(make_env(args.env_id, kwargs, render_mode), args)
+    return as_pixels(make_env(args.env_id, kwargs, render_mode), args, filmed=render_mode == "rgb_array")
 
 
 class WithoutInfo(gym.Wrapper):
@@ -279,6 +287,8 @@ class WithoutInfo(gym.Wrapper):
 
 
 def make_train_env(args: Args) -> gym.Env:
+    if multiprocessing.parent_process():
+        torch.set_num_threads(1)  # in a fork, OpenMP would wait for threads that only the parent has
     return as_pixels(WithoutInfo(make_env(args.env_id, json.loads(args.env_kwargs))), args)
 
 
@@ -421,13 +431,13 @@ class Encoder(nn.Sequential):
     def __init__(self, shape: tuple[int, ...], bf16: bool):
         *sides, channels = shape
         layers: list[nn.Module] = []
-        for outputs, kernel in itertools.chain(((16, 8), (32, 4)), itertools.repeat((64, 4))):
-            layers += [nn.Conv2d(channels, outputs, kernel, stride=kernel // 2, padding=kernel // 4), nn.ReLU()]
-            nn.init.orthogonal_(layers[-2].weight, math.sqrt(2))
-            nn.init.zeros_(layers[-2].bias)
+        while not layers or min(sides) > 4:
+            outputs, kernel = ((16, 8), (32, 4), (64, 4))[min(len(layers) // 2, 2)]
+            convolution = nn.Conv2d(channels, outputs, kernel, stride=kernel // 2, padding=kernel // 4)
+            nn.init.orthogonal_(convolution.weight, math.sqrt(2))
+            nn.init.zeros_(convolution.bias)
+            layers += [convolution, nn.ReLU()]
             channels, sides = outputs, [side // (kernel // 2) for side in sides]
-            if min(sides) <= 4:
-                break
         super().__init__(*layers, nn.Flatten())
         self.shape, self.bf16, self.size = shape, bf16, channels * math.prod(sides)
 
@@ -491,7 +501,7 @@ def log_beta(alpha: Tensor, beta: Tensor) -> Tensor:
     a, b, total = alpha + 3, beta + 3, alpha + beta
     s = total + 6
     back = [(alpha + i) * (beta + i) / ((total + 2 * i) * (total + 2 * i + 1)) for i in range(3)]
-    leading = (a - 0.5) * (a / s).log() + (b - 0.5) * (b / s).log() + 0.5 * (2 * math.pi / s).log()
+    leading = (0.5 - a) * (b / a).log1p() + (0.5 - b) * (a / b).log1p() + 0.5 * (2 * math.pi / s).log()
     return leading + stirling(a) + stirling(b) - stirling(s) - (back[0] * back[1] * back[2]).log()
 
 
@@ -623,7 +633,8 @@ def compile_update(args: Args, agent: Agent, columns: Batch, say: Callable[[str]
     indices = torch.arange(len(columns.returns) // args.num_minibatches, device=columns.returns.device)
     try:
         torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
-        fast = torch.compile(update, fullgraph=True, dynamic=False)
+        on_cpu = next(agent.parameters()).device.type == "cpu"  # there, calling many small kernels from Python costs
+        fast = torch.compile(update, fullgraph=True, dynamic=False, options={"cpp_wrapper": on_cpu})
         fast(agent, args, Learner.of(copy.deepcopy(agent)), columns, indices)
     except Exception as error:
         say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
@@ -1087,13 +1098,14 @@ def check_environments(args: Args) -> None:
 def check_spaces(problem: str, observations: gym.Space, actions: gym.Space) -> None:
     if not isinstance(observations, gym.spaces.Box):
         refuse(f"{problem}: observes a {type(observations).__name__}; this script needs a Box")
-    if is_image(observations) and min(observations.shape[:2]) < max(8, observations.shape[2]):
-        needed = "images of (height, width, channels), 8 wide and high or more"
-        refuse(f"{problem}: observes images of {observations.shape}; this script needs {needed}")
+    if is_image(observations) and min(observations.shape[:2]) < 8:
+        refuse(f"{problem}: observes images of {observations.shape}; this script needs them 8 wide and high or more")
     if not isinstance(actions, gym.spaces.Box):
         refuse(f"{problem}: acts in {actions}; this script needs a Box, ppo_discrete.py is for Discrete")
     if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all()):
         refuse(f"{problem}: acts in {actions}; this script needs finite bounds, ppo_continuous.py does not")
+    if not np.issubdtype(actions.dtype, np.floating):
+        refuse(f"{problem}: acts in {actions}; this script needs real numbers")
 
 
 def check(args: Args) -> None:
@@ -1244,7 +1256,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         measured, kl = [], 0.0
         for epoch in range(args.update_epochs):
             if epoch == 0 or args.recompute_advantages:
-                values = agent.value(normalised.view(-1, D)).view(T + 1, N)
+                values = torch.cat([agent.value(part) for part in normalised.view(-1, D).split(1024)]).view(T + 1, N)
                 next_values, values = values[1:].clone(), values[:-1]
                 if last_at:  # what an ended episode saw last, instead of what the next one saw first
                     next_values[where] = agent.value(last)

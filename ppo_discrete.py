@@ -424,7 +424,8 @@ def compile_update(args: Args, agent: Agent, columns: Batch, say: Callable[[str]
     indices = torch.arange(len(columns.returns) // args.num_minibatches, device=columns.returns.device)
     try:
         torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
-        fast = torch.compile(update, fullgraph=True, dynamic=False)
+        on_cpu = next(agent.parameters()).device.type == "cpu"  # there, calling many small kernels from Python costs
+        fast = torch.compile(update, fullgraph=True, dynamic=False, options={"cpp_wrapper": on_cpu})
         fast(agent, args, Learner.of(copy.deepcopy(agent)), columns, indices)
     except Exception as error:
         say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")

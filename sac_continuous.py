@@ -368,10 +368,10 @@ class Networks(nn.Module):
         x = inputs.expand(self.count, *inputs.shape)
         *hidden, (weight, bias) = zip(self.weights, self.biases, strict=True)
         for hidden_weight, hidden_bias in hidden:
-            x = torch.baddbmm(hidden_bias.to(dtype), x.to(dtype), hidden_weight.to(dtype)).relu()
+            x = (torch.bmm(x.to(dtype), hidden_weight.to(dtype)) + hidden_bias.to(dtype)).relu()
         if weight.shape[-1] == 1:  # for a single column, a sum is faster than a matrix product
             return (x.float() * weight.mT).sum(-1, keepdim=True) + bias
-        return torch.baddbmm(bias, x.float(), weight)
+        return torch.bmm(x.float(), weight) + bias
 
 
 class Agent(nn.Module):
@@ -384,16 +384,21 @@ class Agent(nn.Module):
         self.log_alpha = nn.ParameterList([torch.tensor([0.0 if args.autotune else math.log(args.alpha)])])
 
 
+def gaussian(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """The policy's μ and log σ before squashing, (B, A) each."""
+    mean, log_std = outputs.squeeze(0).chunk(2, -1)
+    return mean, log_std.clamp(-20, 2)
+
+
 def squash(outputs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """The actions a = tanh(u), where u = μ + σ ε, and log π(a) = log N(u; μ, σ) − Σ log(1 − tanh² u).
 
     log(1 − tanh² u) = 2 (log 2 − u − softplus(−2u)), which stays exact where tanh u rounds to 1.
     """
-    mean, log_std = outputs.squeeze(0).chunk(2, -1)  # (B, A) each
-    log_std = log_std.clamp(-20, 2)
+    mean, log_std = gaussian(outputs)
     u = mean + log_std.exp() * noise
-    gaussian = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
-    return u.tanh(), (gaussian - 2 * (math.log(2) - u - softplus(-2 * u))).sum(-1)
+    log_density = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+    return u.tanh(), (log_density - 2 * (math.log(2) - u - softplus(-2 * u))).sum(-1)
 
 
 class Learner(NamedTuple):
@@ -494,7 +499,8 @@ def compile_update(args: Args, agent: Agent, D: int, A: int, say: Callable[[str]
     period = math.lcm(args.policy_frequency, args.target_network_frequency)
     try:
         torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
-        fast = torch.compile(update, fullgraph=True, dynamic=False)
+        on_cpu = next(agent.parameters()).device.type == "cpu"  # there, calling many small kernels from Python costs
+        fast = torch.compile(update, fullgraph=True, dynamic=False, options={"cpp_wrapper": on_cpu})
         for parts in {parts_of_update(args, number) for number in range(period)}:
             fast(agent, args, Learners.of(copy.deepcopy(agent)), batch, noise, *parts)
     except Exception as error:
@@ -542,10 +548,9 @@ class Policy:
     def act(self, inputs: Tensor, sample: bool = False) -> Tensor:
         """Actions in [-1, 1]."""
         with torch.no_grad():
-            outputs = self.agent.actor(inputs)
-            size = outputs.shape[-1] // 2
-            noise = torch.randn if sample else torch.zeros
-            return squash(outputs, noise((len(inputs), size), device=inputs.device))[0]
+            mean, log_std = gaussian(self.agent.actor(inputs))
+            u = mean + log_std.exp() * torch.randn_like(mean) if sample else mean
+            return u.tanh()
 
     def scale(self, actions: Tensor) -> np.ndarray:
         """From [-1, 1] to the environment's bounds."""

@@ -338,7 +338,7 @@ class Pool:
 
 def test_one_and_many_environments_show_the_same():
     many = ppo.PixelsOfMany(Pool(IMAGES), IMAGES, 3)
-    single = [ppo.Pixels(env, IMAGES) for env in Pool(IMAGES).envs]
+    single = [ppo.Pixels(env, IMAGES, filmed=False) for env in Pool(IMAGES).envs]
     np.testing.assert_array_equal(many.reset(np.arange(3))[0], [env.reset(seed=n)[0] for n, env in enumerate(single)])
     random = np.random.default_rng(0)
     for t in range(7):
