@@ -43,6 +43,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zipfile
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
@@ -761,6 +762,9 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 def load_checkpoint(path: Path) -> dict:
     """On the CPU; a ValueError says in one line what is wrong with a torn or foreign file."""
     try:
+        with zipfile.ZipFile(path) as records:
+            if records.testzip():  # torch reads on over damaged numbers
+                raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["args"]["env_id"], checkpoint["script"], checkpoint["agent"]
     except FileNotFoundError:

@@ -38,6 +38,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zipfile
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
@@ -341,7 +342,8 @@ class ReplayBuffer:
     def state(self) -> dict:
         rings = self.observations, self.actions, self.rewards, self.terminated, self.between.T
         used = (self.seen, *[self.end] * 4)
-        kept = [ring[:number].clone() for ring, number in zip(rings, used, strict=True)]
+        whole = self.end >= self.size  # a part is copied, as it would be saved with all of its ring
+        kept = [ring if whole else ring[:number].to("cpu", copy=True) for ring, number in zip(rings, used, strict=True)]
         return {"rings": kept, "seen": self.seen, "first": self.first, "end": self.end}
 
     def restore(self, state: dict) -> None:
@@ -364,11 +366,12 @@ class Networks(nn.Module):
             self.biases.append(torch.empty(count, 1, outputs).uniform_(-bound, bound))
 
     def forward(self, inputs: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(B, inputs) to (count, B, outputs); the hidden layers are computed in `dtype`."""
+        """(B, inputs) to (count, B, outputs); what lies between the first and the last layer is computed in `dtype`."""
         x = inputs.expand(self.count, *inputs.shape)
         *hidden, (weight, bias) = zip(self.weights, self.biases, strict=True)
-        for hidden_weight, hidden_bias in hidden:
-            x = (torch.bmm(x.to(dtype), hidden_weight.to(dtype)) + hidden_bias.to(dtype)).relu()
+        for n, (hidden_weight, hidden_bias) in enumerate(hidden):
+            kind = dtype if n else torch.float32  # observations need all of their digits
+            x = (torch.bmm(x.to(kind), hidden_weight.to(kind)) + hidden_bias.to(kind)).relu()
         if weight.shape[-1] == 1:  # for a single column, a sum is faster than a matrix product
             return (x.float() * weight.mT).sum(-1, keepdim=True) + bias
         return torch.bmm(x.float(), weight) + bias
@@ -554,8 +557,8 @@ class Policy:
 
     def scale(self, actions: Tensor) -> np.ndarray:
         """From [-1, 1] to the environment's bounds."""
-        actions = actions.cpu().numpy().reshape(-1, *self.low.shape)
-        return (self.low + (self.high - self.low) * (0.5 * actions + 0.5)).clip(self.low, self.high)
+        share = 0.5 * actions.cpu().numpy().reshape(-1, *self.low.shape) + 0.5
+        return (self.low * (1 - share) + self.high * share).clip(self.low, self.high)
 
     def input(self, observations: np.ndarray) -> Tensor:
         # Torch's own memory: a matrix product's last bits depend on the alignment, which numpy's memory lacks.
@@ -641,6 +644,9 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 def load_checkpoint(path: Path) -> dict:
     """On the CPU; a ValueError says in one line what is wrong with a torn or foreign file."""
     try:
+        with zipfile.ZipFile(path) as records:
+            if records.testzip():  # torch reads on over damaged numbers
+                raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["args"]["env_id"], checkpoint["script"], checkpoint["agent"]
     except FileNotFoundError:
@@ -1019,7 +1025,6 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
     check(args)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
@@ -1030,14 +1035,19 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     total = args.total_timesteps // N * N
     interval = max(1, min(1000, args.checkpoint_every) // N) * N  # from one row of progress to the next
 
+    dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32
+    try:
+        buffer = ReplayBuffer(args.buffer_size, N, D, A, dtype, device)
+    except RuntimeError:
+        refuse(f"--buffer-size {args.buffer_size}: that many observations do not fit into the memory of {device}")
+    directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
+
     agent = Agent(args, D, A).requires_grad_(False).to(device)
     learners = Learners.of(agent)
     moments = RunningMoments((D,), args.norm_obs)
     policy = Policy(agent, moments, np.stack((low, high)))
-    buffer = ReplayBuffer(args.buffer_size, N, D, A, torch.uint8 if space.dtype == np.uint8 else torch.float32, device)
     envs = Environments(args)
-    observations = envs.reset(np.ones(N, bool))
-    buffer.begin(observations)
+    observations, restored = envs.reset(np.ones(N, bool)), False
     returns, lengths = np.zeros(N), np.zeros(N, int)  # of the running episodes
     recent: deque[float] = deque(maxlen=100)  # returns of the last finished episodes
     seconds = np.zeros(3)  # stepping, acting, updating
@@ -1067,11 +1077,12 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         else:
             learn_from = done["step"] + args.learning_starts
             run.say(f"the checkpoint holds no replay buffer; a new one is filled until step {learn_from:,}")
-        if not (restored and saved["buffer"]):
-            buffer.begin(observations)
         torch.set_rng_state(saved["random"])
         if device.type == "cuda" and "cuda_random" in saved:
             torch.cuda.set_rng_state(saved["cuda_random"], device)
+    if not (restored and saved["buffer"]):
+        buffer.begin(observations)
+    saved.clear()  # the replay buffer in it has been copied
 
     run.say(
         f"{Path(__file__).stem}  {args.env_id}  {D} observations, {A} actions in {low.min():g} to {high.max():g}\n"
@@ -1086,6 +1097,9 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         step, before, seconds_before = done["step"], time.perf_counter(), seconds.copy()
         measured, episodes, finite = [], [], True
         until = min((step // interval + 1) * interval, total)
+        if args.num_evals:  # each at its own step: the first of which this share of the total is done
+            following = step * args.num_evals // total + 1
+            until = min(until, math.ceil(following * total / (args.num_evals * N)) * N)
         while finite and step < until and not (interrupts and step > done["step"]):
             # Step every environment once.
             clock = time.perf_counter()
@@ -1120,8 +1134,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             factor = lr_factor(args, step // N, total // N)
             for learner, rate in zip(learners[:3], (args.policy_lr, args.q_lr, None), strict=True):
                 learner.learning_rate.fill_(factor * (rate or args.learning_rate))
-            due = int(step * args.updates_per_step) - int((step - N) * args.updates_per_step)
-            for _ in range(due if step > learn_from else 0):
+            updates = int(step * args.updates_per_step) - int((step - N) * args.updates_per_step)
+            for _ in range(updates if step > learn_from else 0):
                 batch = buffer.sample(B, moments)
                 noise = torch.randn((1 + args.policy_frequency, B, A), device=device)
                 done["updates"] += 1

@@ -363,6 +363,7 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(small, capsys):
     for damage in (
         lambda good: good[: len(good) // 2],
         lambda good: good[:3000] + bytes(200) + good[3200:],
+        lambda good: good[:20_000] + bytes(255 - byte for byte in good[20_000:20_200]) + good[20_200:],
         lambda _: b"",
     ):
         good = checkpoint.read_bytes()

@@ -143,7 +143,8 @@ def linear(networks: sac.Networks, n: int) -> torch.nn.Sequential:
 def test_updates_equal_the_papers(autotune):
     """Against a plain implementation with torch's modules, distributions and optimisers."""
     torch.manual_seed(0)
-    args = Args(actor_sizes=(16,), critic_sizes=(16, 16), policy_frequency=2, autotune=autotune, alpha=0.3, tau=0.1)
+    args = Args(actor_sizes=(16,), critic_sizes=(16, 16), autotune=autotune, alpha=0.3, tau=0.1)
+    args = replace(args, policy_frequency=2, target_network_frequency=3)
     agent = sac.Agent(args, 3, 2).requires_grad_(False)
     actor, critics = linear(agent.actor, 0), [linear(agent.critics, n) for n in (0, 1)]
     targets = copy.deepcopy(critics)
@@ -167,7 +168,7 @@ def test_updates_equal_the_papers(autotune):
     for number in range(1, 7):
         batch, noise = random_batch(), torch.randn(3, 32, 2)
         improve, follow = sac.parts_of_update(args, number)
-        assert improve == (number % 2 == 0) and follow
+        assert (improve, follow) == (number % 2 == 0, number % 3 == 0)
         measures = dict(
             zip(sac.MEASURES, sac.update(agent, args, learners, batch, noise, improve, follow), strict=True)
         )
@@ -195,7 +196,7 @@ def test_updates_equal_the_papers(autotune):
         assert measures["policy_loss"].isfinite() == improve
         for target, critic in zip(targets, critics, strict=True):
             for slow, fast in zip(target.parameters(), critic.parameters(), strict=True):
-                slow.data = 0.9 * slow.data + 0.1 * fast.data
+                slow.data = 0.9 * slow.data + 0.1 * fast.data if follow else slow.data
 
     close = {"atol": 2e-5, "rtol": 1e-4}
     torch.testing.assert_close(agent.log_alpha[0], log_alpha.detach().view(1), **close)
@@ -226,10 +227,13 @@ def test_the_compiled_update_is_the_update(precision):
             tensor.copy_(value)
     learners.target.copy_(start.target)
     close = {"atol": 1e-5, "rtol": 1e-4} if precision == "fp32" else {"atol": 0.02, "rtol": 0.02}
-    torch.testing.assert_close(sac.update(agent, args, learners, batch, noise, True, True), measures, **close)
+    eager = sac.update(agent, args, learners, batch, noise, True, True)
+    torch.testing.assert_close(eager, measures, **close)
     for learner, other in zip(learners[:3], compiled[:3], strict=True):
         torch.testing.assert_close(learner.theta, other.theta, atol=3e-5 if precision == "fp32" else 5e-3, rtol=1e-3)
     torch.testing.assert_close(learners.target, compiled.target, atol=1e-5, rtol=1e-4)
+    exact = sac.update(agent, replace(args, precision="fp32"), start, batch, noise, True, True)
+    assert torch.equal(exact, eager) == (precision == "fp32")
 
 
 def test_moments_equal_those_of_all_data():
@@ -329,6 +333,16 @@ def test_a_million_steps_fit_into_120_mb():
     assert sum(ring.nbytes for ring in rings) == 105_000_000
 
 
+@pytest.mark.parametrize("vec", ["sync", "async"])
+def test_every_next_observation_is_the_true_one(small, vec):
+    """The clock shows how long an episode has run: each transition, the last of an episode too, is one tick."""
+    run = train(replace(small, env_id="tests.envs:Clock-v0", vec=vec, num_evals=0, learning_starts=512))
+    buffer = load(run)["buffer"]
+    (observations, *_, between), held = buffer["rings"], torch.arange(buffer["first"], buffer["end"]) % 600
+    before, after = (observations[between[held, i].long() % 600] for i in (0, 1))
+    torch.testing.assert_close(after - before, torch.full_like(after, 1 / 20))
+
+
 # --------------------------------------------------------------------------------------------------------- learning
 
 
@@ -347,6 +361,11 @@ def test_truncation_bootstraps_and_termination_does_not(small, cut):
 def test_learns_to_mirror(small, norm_obs):
     settings = {"total_timesteps": 6000, "learning_rate": 3e-3, "gamma": 0.0, "buffer_size": 10_000}
     run = train(replace(small, **settings, norm_obs=norm_obs))
+    if norm_obs:  # all that was seen but for the first observations of all
+        saved = load(run)
+        seen = saved["buffer"]["rings"][0][small.num_envs :].double()
+        torch.testing.assert_close(saved["moments"]["mean"].flatten(), seen.mean(0), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(saved["moments"]["var"].flatten(), seen.var(0, correction=0), atol=1e-6, rtol=1e-5)
     assert json.loads((run / "result.json").read_text())["evaluation"]["mean"] > -0.5  # a random policy's is -11
 
 
@@ -360,11 +379,23 @@ def test_updates_count_environment_steps(small, num_envs):
 
 
 def test_actions_are_random_until_learning_starts(small):
-    run = train(replace(small, total_timesteps=1200, learning_starts=1000, num_evals=0))
+    run = train(replace(small, total_timesteps=1200, learning_starts=1000, num_evals=0, buffer_size=2000))
     actions = load(run)["buffer"]["rings"][1].numpy()
     assert [row["q_loss"] for row in rows(run, "progress")][:3] == ["nan"] * 3
-    counts, _ = np.histogram(actions[:400], bins=4, range=(-1, 1))  # of steps 600 to 1000, the oldest in the ring
-    assert np.abs(counts - 400).max() < 80
+    counts, _ = np.histogram(actions[:1000], bins=4, range=(-1, 1))
+    assert np.abs(counts - actions.shape[1] * 250).max() < 90
+
+
+def test_evaluations_come_at_their_own_steps(small):
+    run = train(replace(small, total_timesteps=700, num_evals=7, checkpoint_every=256))
+    assert [row["step"] for row in rows(run, "evaluations")][:: small.eval_episodes] == [
+        str(step) for step in range(100, 701, 100)
+    ]
+
+
+def test_bytes_stay_bytes_until_they_are_used(small):
+    run = train(replace(small, env_id="tests.envs:Filmed-v0", num_evals=1, buffer_size=300, total_timesteps=256))
+    assert load(run)["buffer"]["rings"][0].dtype == torch.uint8
 
 
 def test_rates_follow_the_schedule(small):
@@ -439,7 +470,7 @@ def test_what_a_run_leaves(small):
 
 
 def test_a_loaded_policy_plays_as_the_evaluation_did(small):
-    run = train(small)
+    run = train(replace(small, norm_obs=True))
     policy, env = load_policy(run / "checkpoint.pt"), make_eval_env(small)
     for row in rows(run, "evaluations")[2:]:
         (observation, _), total, over = env.reset(seed=int(row["seed"])), 0.0, False
@@ -507,7 +538,6 @@ def test_a_run_without_its_buffer_fills_a_new_one_first(small, capsys):
     run = train(replace(small, total_timesteps=512, checkpoint_buffer=False))
     saved, updates = load(run), int(rows(run, "progress")[-1]["updates"])
     assert not saved["buffer"]
-    saved["args"]["total_timesteps"] = 1024
     config = (run / "config.yaml").read_text().replace("total_timesteps: 512", "total_timesteps: 1024")
     (run / "config.yaml").write_text(config)
     train(parse(["--resume", str(run), "--checkpoint-every", "64"]))
@@ -525,6 +555,7 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(small, capsys):
     for damage in (
         lambda good: good[: len(good) // 2],
         lambda good: good[:3000] + bytes(200) + good[3200:],
+        lambda good: good[:20_000] + bytes(255 - byte for byte in good[20_000:20_200]) + good[20_200:],
         lambda _: b"",
     ):
         good = checkpoint.read_bytes()
