@@ -997,6 +997,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     logits, values = torch.empty((T, N, A), device=device), torch.empty((T + 1, N), device=device)
     rewards, terminated, ended = np.empty((T, N), np.float32), np.empty((T, N), bool), np.empty((T, N), bool)
     batch = Batch(frames[:T].view(B, 4, 84, 84), actions.view(B), *(torch.zeros(B, device=device) for _ in range(4)))
+    actor = copy.deepcopy(agent)  # plays with the weights in the precision that the update computes in
     fast_update = compile_update(args, agent, batch, run.say) if args.compile else update
     started = time.perf_counter() - done["elapsed"]
 
@@ -1005,13 +1006,15 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         learner.learning_rate.fill_(args.learning_rate * lr_factor(args, iteration, iterations))
 
         # Collect T steps of every game.
-        act = partial(functional_call, agent, lowered(dict(agent.named_parameters()), args.precision))
+        weights = lowered(dict(agent.named_parameters()), args.precision)
+        for parameter, weight in zip(actor.parameters(), weights.values(), strict=True):
+            parameter.data = weight
         noise = -torch.empty((T, N, A), device=device).exponential_().log()  # with it, the largest logit is a draw
         cut_at, cut_observations, episodes = [], [], []
         for t in range(T):
             clock = time.perf_counter()
             frames[t] = torch.from_numpy(observations)
-            logits[t], values[t] = act((frames[t],))
+            logits[t], values[t] = actor(frames[t])
             actions[t] = (logits[t] + noise[t]).argmax(-1)
             seconds[1] += time.perf_counter() - clock
 
@@ -1036,10 +1039,10 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         # Estimate the advantages.
         clock = time.perf_counter()
         frames[T] = torch.from_numpy(observations)
-        values[T] = act((frames[T],))[1]
+        values[T] = actor(frames[T])[1]
         next_values = values[1:].clone()
         if cut_at:  # what a game that was cut showed last, instead of what the next one showed first
-            next_values[tuple(np.array(cut_at).T)] = act((torch.tensor(np.stack(cut_observations), device=device),))[1]
+            next_values[tuple(np.array(cut_at).T)] = actor(torch.tensor(np.stack(cut_observations), device=device))[1]
         signals = (torch.from_numpy(signal).to(device) for signal in (terminated, ended))
         advantages = generalised_advantages(
             torch.from_numpy(rewards).to(device), values[:T], next_values, *signals, args.gamma, args.gae_lambda
