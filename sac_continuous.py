@@ -43,7 +43,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from ctypes.util import find_library
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
 from functools import partial
 from importlib.metadata import version
@@ -83,8 +83,8 @@ class Args:
     """torch threads"""
     compile: bool = True
     """compile the update (needs a C++ compiler; 5 to 40 s at the start)"""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """of the hidden layers' products in the update; bf16 is twice as fast where the processor has it"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """of the update's products between hidden layers; auto is bf16 where the processor multiplies in it, faster"""
 
     learning_rate: float = 1e-3
     """Adam's step size at the start, of everything that has none of its own (Tianshou's in MuJoCo)"""
@@ -490,6 +490,15 @@ def update(
     if follow:
         target.lerp_(critics.theta, args.tau)
     return torch.stack((q_loss, values.mean(), policy_loss, -next_logprobs.mean(), alpha.squeeze())).detach()
+
+
+def decided(args: Args, device: torch.device) -> Args:
+    """With a precision instead of `auto`."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return replace(args, precision="bf16" if fast else "fp32") if args.precision == "auto" else args
 
 
 def compile_update(args: Args, agent: Agent, D: int, A: int, say: Callable[[str], None]) -> Callable:
@@ -1025,6 +1034,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
     check(args)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    args = decided(args, device)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
@@ -1087,7 +1097,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     run.say(
         f"{Path(__file__).stem}  {args.env_id}  {D} observations, {A} actions in {low.min():g} to {high.max():g}\n"
         f"{N} environments ({args.vec}), {args.updates_per_step:g} updates of {B} per step from step {learn_from:,} on,"
-        f" {sum(learner.theta.numel() for learner in learners[:3]):,} parameters, {device}\n{directory}"
+        f" {sum(learner.theta.numel() for learner in learners[:3]):,} parameters, {args.precision}, {device}"
+        f"\n{directory}"
     )
 
     fast_update = compile_update(args, agent, D, A, run.say) if args.compile else update

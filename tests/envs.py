@@ -133,6 +133,19 @@ class Filmed(Clock):
         return self.render(), reward, over and not self.cut, over and self.cut, {}
 
 
+class Large(Filmed):
+    """Large enough for torch to share scaling it out among threads."""
+
+    observation_space = gym.spaces.Box(0, 255, (240, 240, 3), np.uint8)
+
+    def render(self):
+        return super().render().repeat(10, axis=0).repeat(10, axis=1)
+
+
+class Whole(Clock):
+    action_space = gym.spaces.Box(0, 3, (1,), np.int64)
+
+
 class ChannelsFirst(Clock):
     observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
 
@@ -178,6 +191,8 @@ gym.register("Pair-v0", Pair)
 gym.register("Bits-v0", Bits)
 gym.register("Endless-v0", Endless)
 gym.register("Filmed-v0", Filmed)
+gym.register("Large-v0", Large)
+gym.register("Whole-v0", Whole)
 gym.register("ChannelsFirst-v0", ChannelsFirst)
 gym.register("Luck-v0", Luck, max_episode_steps=40)
 gym.register("Several-v0", Several)

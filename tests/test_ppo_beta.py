@@ -306,6 +306,31 @@ def test_grey_and_resizing():
     assert one.tolist() == [[[128, 100, 50]]]  # the mean, rounded to even
 
 
+def test_frames_outlive_the_memory_they_were_drawn_into():
+    frames, drawing = ppo.Frames(Args(frame_stack=2, resize=4)), np.zeros((8, 8, 1), np.uint8)
+    frames.begin(drawing[::-1])  # upside down, as OpenGL draws: the rows' stride is negative
+    drawing[:] = 5
+    assert frames.add(drawing)[0, 0].tolist() == [0, 5]
+    frames = ppo.Frames(Args(frame_stack=2))
+    frames.begin(drawing)
+    drawing[:] = 7
+    assert frames.add(drawing)[0, 0].tolist() == [5, 7]
+
+
+def test_nothing_is_rendered_that_nobody_films():
+    env = ppo.make_env("tests.envs:Filmed-v0", {}, "rgb_array")
+    for filmed, images in ((False, 0), (True, 1 + IMAGES.action_repeat)):
+        pixels = ppo.Pixels(env, IMAGES, filmed)
+        pixels.reset(seed=0)
+        pixels.step(np.float32([0, 0]))
+        assert len(pixels.rendered) == images
+
+
+def test_workers_need_no_threads_that_only_their_parent_has(images):
+    args = replace(images, env_id="tests.envs:Large-v0", vec="async", threads=2, num_evals=0)
+    subprocess.run(command(args), check=True, timeout=120)
+
+
 def test_an_action_is_repeated_until_the_episode_ends():
     env = make_eval_env(IMAGES)
     observation, _ = env.reset(seed=0)
@@ -451,7 +476,9 @@ MISTAKES = {
     "--env-id tests.envs:Endless-v0": "finite bounds",
     "--env-id CartPole-v1": "ppo_discrete.py",
     "--env-id tests.envs:ChannelsFirst-v0": "(height, width, channels)",
+    "--env-id tests.envs:ChannelsFirst-v0 --resize 84": "(height, width, channels)",
     "--env-id tests.envs:Filmed-v0 --resize 7": "8 wide",
+    "--env-id tests.envs:Whole-v0": "real numbers",
     "--env-id Pendulum-v1 --frame-stack 4": "--frame-stack is for images",
     "--env-id Pendulum-v1 --precision bf16": "--precision is for images",
     "--env-id tests.envs:Filmed-v0 --action-repeat 0": "--action-repeat",

@@ -36,6 +36,7 @@ SMALL = Args(
     eval_episodes=2,
     checkpoint_every=256,
     compile=False,
+    precision="fp32",
     threads=1,
 )
 
@@ -398,6 +399,13 @@ def test_bytes_stay_bytes_until_they_are_used(small):
     assert load(run)["buffer"]["rings"][0].dtype == torch.uint8
 
 
+def test_a_run_says_which_precision_it_chose(small):
+    run = train(replace(small, precision="auto", total_timesteps=256, num_evals=0))
+    chosen = "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
+    assert f"precision: {chosen}" in (run / "config.yaml").read_text()
+    assert same(run, train(replace(small, precision=chosen, total_timesteps=256, num_evals=0)))
+
+
 def test_rates_follow_the_schedule(small):
     run = train(replace(small, lr_schedule="linear", policy_lr=1e-3, q_lr=2e-3, learning_rate=4e-3))
     rates = [learner[-1].item() for learner in load(run)["learners"]]
@@ -492,7 +500,13 @@ def test_what_is_not_finite_stops_the_run(small, capsys):
 
 
 RESUMED = {
-    "HalfCheetah-v4": {"num_envs": 1, "total_timesteps": 6144, "policy_frequency": 2, "lr_schedule": "linear"},
+    "HalfCheetah-v4": {
+        "num_envs": 1,
+        "total_timesteps": 6144,
+        "policy_frequency": 2,
+        "lr_schedule": "linear",
+        "precision": "bf16",
+    },
     "Hopper-v4": {"num_envs": 4, "total_timesteps": 6144, "norm_obs": True},
     "LunarLander-v3": {"num_envs": 4, "total_timesteps": 6144, "env_kwargs": '{"continuous": true}'},
 }
