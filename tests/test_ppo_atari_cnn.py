@@ -32,6 +32,7 @@ SMALL = Args(
     eval_episodes=2,
     checkpoint_every=128,
     threads=1,
+    precision="fp32",
     compile=False,
 )
 
