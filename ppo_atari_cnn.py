@@ -89,7 +89,7 @@ class Args:
     compile: bool = True
     """compile the update (needs a C++ compiler; 10 to 30 s at the start)"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of the convolutions and the hidden layer in training; auto is bf16 where the processor multiplies in it, faster"""
+    """of the convolutions and hidden layer in training; auto is bf16 where the processor multiplies in it, faster"""
 
     num_steps: int = 128
     """steps of each game per rollout"""
