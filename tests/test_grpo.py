@@ -357,6 +357,14 @@ def test_the_compiled_update_is_the_update():
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
+@needs_compiler
+def test_a_run_compiles_once(small):
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run = train(replace(small, **PENDULUM, compile=True, num_evals=0))
+    assert "compiled in" in (run / "run.log").read_text()
+
+
 def test_the_penalty_adapts_outside_its_dead_band():
     for kl, factor in ((0.0301, 1.5), (0.0299, 1), (0.0134, 1), (0.0133, 1 / 1.5)):
         assert grpo.adapted(0.3, kl, 0.02) == pytest.approx(0.3 * factor)
