@@ -248,7 +248,7 @@ def test_the_network_is_the_nature_network(agent):
 
 
 def test_loss_equals_the_papers(agent):
-    args, batch = Args(clip_vloss=True), random_batch(agent)
+    args, batch = Args(clip_vloss=True, precision="fp32"), random_batch(agent)
     loss, (policy_loss, value_loss, entropy, kl, clipped) = ppo.ppo_loss(
         dict(agent.named_parameters()), agent, args, batch
     )
@@ -268,7 +268,7 @@ def test_loss_equals_the_papers(agent):
 
 
 def test_an_update_is_that_of_torchs_adam(agent):
-    args, batch = Args(), random_batch(agent)
+    args, batch = Args(precision="fp32"), random_batch(agent)
     parameters = [parameter.clone().requires_grad_() for parameter in agent.parameters()]
     adam = torch.optim.Adam(parameters, lr=1e-3, eps=1e-5)
     learner = ppo.Learner.of(agent)
@@ -287,7 +287,7 @@ def test_an_update_is_that_of_torchs_adam(agent):
 
 @needs_compiler
 def test_the_compiled_update_is_the_update(agent):
-    args, batch, said = Args(num_minibatches=2), random_batch(agent), []
+    args, batch, said = Args(num_minibatches=2, precision="fp32"), random_batch(agent), []
     learner = ppo.Learner.of(agent)
     learner.learning_rate.fill_(1e-4)
     fast = ppo.compile_update(args, agent, batch, said.append)

@@ -145,7 +145,7 @@ def test_updates_equal_the_papers(autotune):
     """Against a plain implementation with torch's modules, distributions and optimisers."""
     torch.manual_seed(0)
     args = Args(actor_sizes=(16,), critic_sizes=(16, 16), autotune=autotune, alpha=0.3, tau=0.1)
-    args = replace(args, policy_frequency=2, target_network_frequency=3)
+    args = replace(args, precision="fp32", policy_frequency=2, target_network_frequency=3)
     agent = sac.Agent(args, 3, 2).requires_grad_(False)
     actor, critics = linear(agent.actor, 0), [linear(agent.critics, n) for n in (0, 1)]
     targets = copy.deepcopy(critics)
