@@ -383,7 +383,8 @@ class Learner(NamedTuple):
     theta: Tensor
     first_moment: Tensor
     second_moment: Tensor
-    steps: Tensor
+    first_decay: Tensor  # β₁ᵗ after t steps
+    second_decay: Tensor  # β₂ᵗ
     learning_rate: Tensor
 
     @staticmethod
@@ -392,16 +393,17 @@ class Learner(NamedTuple):
         sizes = [parameter.numel() for parameter in agent.parameters()]
         for parameter, piece in zip(agent.parameters(), theta.split(sizes), strict=True):
             parameter.data = piece.view_as(parameter)
-        steps, learning_rate = torch.zeros(2, device=theta.device)
-        return Learner(theta, torch.zeros_like(theta), torch.zeros_like(theta), steps, learning_rate)
+        scalars = torch.tensor((1.0, 1.0, 0.0), device=theta.device)
+        return Learner(theta, torch.zeros_like(theta), torch.zeros_like(theta), *scalars)
 
     @torch.no_grad()
     def adam_step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5) -> None:
-        self.steps.add_(1)
+        self.first_decay.mul_(beta1)  # a power would be taken anew for every 16 parameters in compiled code
+        self.second_decay.mul_(beta2)
         self.first_moment.lerp_(gradient, 1 - beta1)
         self.second_moment.lerp_(gradient**2, 1 - beta2)
-        mean = self.first_moment / (1 - beta1**self.steps)
-        deviation = (self.second_moment / (1 - beta2**self.steps)).sqrt()
+        mean = self.first_moment / (1 - self.first_decay)
+        deviation = (self.second_moment / (1 - self.second_decay)).sqrt()
         self.theta.sub_(self.learning_rate * mean / (deviation + eps))
 
 

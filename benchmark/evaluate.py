@@ -27,7 +27,16 @@ class Episode:
     seed: int
     rewards: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)  # of every observation; where it was cut, of the last too
+    at_bounds: list[float] = field(default_factory=list)  # share of each action's components
     terminated: bool = False
+
+
+def share_at_bounds(action: np.ndarray, space: gym.Space) -> float:
+    """Of an action's components, those within a hundredth of their range of a bound; NaN where there is no range."""
+    if not isinstance(space, gym.spaces.Box) or not np.isfinite(space.high - space.low).all():
+        return float("nan")
+    place = (action - space.low) / (space.high - space.low)
+    return float(((place < 0.01) | (place > 0.99)).mean())
 
 
 def play(policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool, values: bool) -> list[Episode]:
@@ -42,6 +51,7 @@ def play(policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool, 
         for i, action, value in zip(tuple(running), actions, expected, strict=True):
             observations[i], reward, terminated, truncated, _ = envs[i].step(action)
             episodes[i].rewards.append(float(reward))
+            episodes[i].at_bounds.append(share_at_bounds(action, envs[i].action_space))
             if values:
                 episodes[i].values.append(float(value))
                 if truncated and not terminated:
@@ -170,7 +180,8 @@ def evaluate(
 ) -> None:
     """Play the policies of runs, each in the environment of its own evaluation, and print and keep the returns.
 
-    The script's copy in the run directory is what loads the policy, so forks are evaluated just as well.
+    The script's copy in the run directory is what loads the policy, so forks are evaluated just as well. "At bounds" is
+    the share of the actions' components that lie within a hundredth of their range of a bound.
 
     Args:
         runs: run directories, or folders of them
@@ -220,7 +231,7 @@ def evaluate(
         refuse(f"--output {output}: {error.strerror}")
 
     rows = []
-    print(f"{'run':<60} {'episodes':>8} {'return':>22} {'lowest':>10} {'highest':>10} {'length':>8}")
+    print(f"{'run':<60} {'episodes':>8} {'return':>22} {'lowest':>10} {'highest':>10} {'length':>8} {'at bounds':>9}")
     for run, module, args, chosen in loaded:
         torch.manual_seed(seeds[0])  # stochastic episodes, too, are the same each time
         played: list[Episode] = []
@@ -233,12 +244,14 @@ def evaluate(
                 env.close()
         returns = np.array([sum(episode.rewards) for episode in played])
         lengths = np.array([len(episode.rewards) for episode in played])
+        at_bounds = np.array([np.mean(episode.at_bounds) for episode in played])
+        share = "-" if np.isnan(at_bounds).any() else f"{np.average(at_bounds, weights=lengths):.0%}"
         print(
             f"{run.directory.name[-60:]:<60} {len(played):>8} {f'{returns.mean():,.1f} ± {returns.std():,.1f}':>22}"
-            f" {returns.min():>10,.1f} {returns.max():>10,.1f} {lengths.mean():>8,.1f}"
+            f" {returns.min():>10,.1f} {returns.max():>10,.1f} {lengths.mean():>8,.1f} {share:>9}"
         )
-        for episode, value, length in zip(played, returns, lengths, strict=True):
-            rows.append([run.directory.name, policy, episode.seed, value, length, int(episode.terminated)])
+        for episode, value, length, bounds in zip(played, returns, lengths, at_bounds, strict=True):
+            rows.append([run.directory.name, policy, episode.seed, value, length, int(episode.terminated), bounds])
         if video or gif:
             path = output / f"{run.directory.name}.mp4"
             env = module.make_eval_env(args, "rgb_array")
@@ -250,6 +263,6 @@ def evaluate(
             print(f"  explained variance {plot_values(run, played, run.config['gamma'], path):.3f}  {path}")
     with (output / "episodes.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["run", "policy", "seed", "return", "length", "terminated"])
+        writer.writerow(["run", "policy", "seed", "return", "length", "terminated", "at_bounds"])
         writer.writerows(rows)
     print(f"{output / 'episodes.csv'}")

@@ -4,13 +4,14 @@ import csv
 import json
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
 import ppo_atari_cnn
 import ppo_continuous as ppo
 from benchmark.__main__ import main
-from benchmark.evaluate import Episode, explained_variance, realised_returns
+from benchmark.evaluate import Episode, explained_variance, realised_returns, share_at_bounds
 from benchmark.random_policy import arguments_of, maker, random_baseline
 from benchmark.runs import Run
 from tests.envs import Clock
@@ -53,6 +54,23 @@ def test_stochastic_episodes_differ_and_repeat(run, tmp_path):
         assert evaluate(run.directory, "--seeds", 7, 8, *more, "-o", tmp_path) == 0
         played.append([row["return"] for row in rows(tmp_path / "episodes.csv")])
     assert played[0] != played[1] == played[2]
+
+
+def test_share_at_bounds(run, tmp_path, capsys):
+    space = gym.spaces.Box(np.float32([-1, 0, 0]), np.float32([3, 10, 10]))
+    assert share_at_bounds(np.float32([2.97, 0.2, 0.05]), space) == pytest.approx(2 / 3)
+    assert np.isnan(share_at_bounds(np.float32([0]), gym.spaces.Box(0, np.inf, (1,))))
+    assert np.isnan(share_at_bounds(1, gym.spaces.Discrete(2)))
+
+    assert evaluate(run.directory, "--episodes", 1, "-o", tmp_path) == 0
+    policy, env = run.module().load_policy(run.last_checkpoint), gym.make("Pendulum-v1")
+    observation, at_bounds = env.reset(seed=10_000)[0], []
+    for _ in range(200):
+        action = policy(observation[None])[0]
+        at_bounds.append(abs(action.item()) > 1.96)
+        observation = env.step(action)[0]
+    assert float(rows(tmp_path / "episodes.csv")[0]["at_bounds"]) == pytest.approx(np.mean(at_bounds))
+    assert f"{np.mean(at_bounds):>9.0%}" in capsys.readouterr().out
 
 
 def test_films_and_animations(run, tmp_path):

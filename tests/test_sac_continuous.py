@@ -46,6 +46,12 @@ def small(tmp_path):
     return replace(SMALL, runs_dir=str(tmp_path / "runs"))
 
 
+@pytest.fixture(autouse=True)
+def float32_products():
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = "none"  # which training chooses for its process
+
+
 def load(run: Path) -> dict:
     return torch.load(run / "checkpoint.pt", weights_only=True)
 
@@ -207,6 +213,17 @@ def test_updates_equal_the_papers(autotune):
         torch.testing.assert_close(agent.critics(inputs)[n], critics[n](inputs).detach(), **close)
         moved = sac.call(agent.critics, learners.target, inputs, torch.float32)[n]
         torch.testing.assert_close(moved, targets[n](inputs).detach(), **close)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 256])
+def test_products_of_float32_are_not_rounded(small, rows):
+    train(replace(small, num_evals=0, total_timesteps=256))  # which decides how this process multiplies
+    for inputs, outputs in [(17, 256), (256, 256), (256, 12), (1024, 1024)]:
+        left, right = torch.randn(2, rows, inputs), torch.randn(2, inputs, outputs)
+        for product, factors in [((2, rows, outputs), (left, right)), ((2, inputs, outputs), (left.mT, left @ right))]:
+            exact = torch.bmm(*(factor.double() for factor in factors))
+            error = (torch.bmm(*factors) - exact).abs().max() / exact.abs().max()
+            assert exact.shape == product and error < 2e-6  # rounded to bfloat16, it is 2e-3
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
