@@ -3,7 +3,7 @@
 import csv
 import itertools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -260,6 +260,15 @@ def best_films(groups: list) -> dict[str, Path]:
     return films
 
 
+def best_methods(groups: list, count: int) -> list[str]:
+    """The methods of the best mean rank among those of their environments, by name."""
+    ranks = defaultdict(list)
+    for group in groups:
+        others = [other.final.mean() for other in groups if other.env_id == group.env_id]
+        ranks[group.method].append(sum(other > group.final.mean() for other in others) / len(others))
+    return sorted(sorted(ranks, key=lambda method: np.mean(ranks[method]))[:count])
+
+
 def make_report(
     material, asked: dict[str, list[float]], baselines: dict[str, np.ndarray], films: dict[str, Path], output: Path
 ) -> Table:
@@ -275,8 +284,8 @@ def make_report(
     if (compared := improvements(groups)).rows:
         tables["improvements"] = compared
 
-    methods = figures.methods_of(groups)
-    drawn = [group for group in groups if group.method in methods[:MOST_METHODS]]
+    number, methods = len(figures.methods_of(groups)), best_methods(groups, MOST_METHODS)
+    drawn = [group for group in groups if group.method in methods]
     made = {
         "curves-steps": figures.learning_curves(drawn, baselines, "steps"),
         "curves-time": figures.learning_curves(drawn, baselines, "minutes"),
@@ -288,7 +297,7 @@ def make_report(
     left_out = []
     if len(environments) > 1 and len(baselines) == len(environments):
         scores, scaled, left_out = normalised_scores(groups, baselines)
-        scores = {method: score for method, score in scores.items() if method in methods[:MOST_METHODS]}
+        scores = {method: score for method, score in scores.items() if method in methods}
         if scores and len(scaled) > 1:
             levels = np.linspace(0, 1.5, 61)
             profiles = {method: stats.performance_profile(score, levels) for method, score in scores.items()}
@@ -345,8 +354,8 @@ def make_report(
         ]
         if pictures:
             sections[title] = "".join(pictures)
-    if len(methods) > MOST_METHODS:
-        note = f"The figures show the first {MOST_METHODS} of {len(methods)} methods; the tables show all."
+    if number > len(methods):
+        note = f"The figures show the {len(methods)} of {number} methods that rank best; the tables show all."
         sections["Results"] += page.paragraph(note)
     sections["Results"] += "".join(page.paragraph(note) for note in notes)
     if tables["thresholds"].rows:
@@ -373,7 +382,7 @@ def make_report(
         rows += [[str(path), reason] for path, reason in material.unreadable.items()]
         sections["Left out"] = Table(["directory", "why"], rows).html()
     count = sum(len(group.runs) for group in groups)
-    subtitle = f"runs: {count}, methods: {len(methods)}, environments: {len(environments)}"
+    subtitle = f"runs: {count}, methods: {number}, environments: {len(environments)}"
     write_atomically(output / "index.html", page.page("SoloRL report", subtitle, sections))
     for note in notes + left_out:
         print(f"note: {note}")

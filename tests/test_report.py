@@ -181,6 +181,18 @@ def test_one_seed_has_no_interval_and_a_repeated_one_is_told(tmp_path, capsys):
     assert "note: A-v0, ppo_x: 2 runs of seed 1 count as 2 seeds" in capsys.readouterr().out
 
 
+def test_figures_show_the_methods_that_rank_best(tmp_path):
+    for place in range(10):
+        for env_id, final in (("A-v0", place), ("B-v0", -place / 100)):
+            if place < 9 or env_id == "A-v0":
+                make_run(tmp_path / "runs", env_id, 1, script=f"script_{place}", final=float(final) if place else 99.0)
+    assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
+    shown = (tmp_path / "out" / "curves-steps.svg").read_text()
+    assert "script_0" in shown and "script_9" in shown  # the best on both, and the second on its only environment
+    assert len(set(re.findall(r"script_\d", shown))) == 8
+    assert "the 8 of 10 methods that rank best" in (tmp_path / "out" / "index.html").read_text()
+
+
 def test_seeds_evaluated_at_other_steps(tmp_path):
     """A group's curve is at the steps that its seeds share; runs of other lengths are other groups."""
     for seed, evaluations in ((1, 10), (2, 10), (3, 5)):
