@@ -1016,6 +1016,9 @@ def check(args: Args) -> None:
     if args.total_timesteps < args.learning_starts + args.num_envs:
         starts = f"--learning-starts {args.learning_starts}, which is when learning begins"
         refuse(f"--total-timesteps {args.total_timesteps}: must be above {starts}")
+    if 0 < (risen := args.lr_warmup * args.total_timesteps) <= args.learning_starts:
+        end = f"ends at step {risen:,.0f}, before learning begins"
+        refuse(f"--lr-warmup {args.lr_warmup:g}: {end}; must end after --learning-starts, {args.learning_starts}")
     check_setup(args)
     check_environments(args)
 

@@ -665,6 +665,7 @@ MISTAKES = {
     "--target-network-frequency 0": "--target-network-frequency",
     "--learning-starts -1": "--learning-starts",
     "--total-timesteps 100": "--learning-starts",
+    "--lr-warmup 0.01": "ends at step 10,000, before learning begins",
     "--critic-sizes 64 0": "--critic-sizes",
     "--device cuda": "--device cuda",
     "--vec envpool": "pip install envpool",
