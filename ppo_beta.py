@@ -91,7 +91,7 @@ class Args:
 
     num_steps: int | None = None
     """steps of each environment per rollout; by default 2048 over all environments"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 5e-4
     """Adam's step size at the start"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """how the learning rate falls; linear and cosine end at 0"""
