@@ -33,9 +33,10 @@ class Episode:
 
 def share_at_bounds(action: np.ndarray, space: gym.Space) -> float:
     """Of an action's components, those within a hundredth of their range of a bound; NaN where there is no range."""
-    if not isinstance(space, gym.spaces.Box) or not np.isfinite(space.high - space.low).all():
+    if not (isinstance(space, gym.spaces.Box) and space.is_bounded()):
         return float("nan")
-    place = (action - space.low) / (space.high - space.low)
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    place = (action - low) / (high - low)
     return float(((place < 0.01) | (place > 0.99)).mean())
 
 

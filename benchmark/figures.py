@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import cycle
+from textwrap import fill
 
 import matplotlib
 
@@ -59,7 +60,7 @@ def panels(groups: list[Group], draw: Callable[[Axes, str, list[Group]], None], 
             axis.set_visible(False)
         for axis, env_id in zip(axes.flat, environments, strict=False):
             draw(axis, env_id, [group for group in groups if group.env_id == env_id])
-            axis.set_title(env_id, fontsize=min(10, 400 / len(env_id)))  # a long name, smaller, is not cut off
+            axis.set_title(fill(env_id, 34))
         handles = {}
         for axis in axes.flat:
             handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -184,8 +185,7 @@ def histograms(groups: list[Group], baselines: Baselines) -> Figure:
                     shown = {"color": colour[group.method], "label": group.method}
                     axis.hist(values, edges, weights=weights, alpha=0.25, **shown)
                     axis.hist(values, edges, weights=weights, histtype="step", lw=1.2, color=shown["color"])
-                title = f"{env_id}, {share:.0%}"
-                axis.set_title(title, fontsize=min(10, 400 / len(title)))
+                axis.set_title(fill(f"{env_id}, {share:.0%}", 34))
                 axis.set_xlabel("return of an episode")
                 handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
             row[0].set_ylabel("share of episodes")
