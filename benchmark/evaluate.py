@@ -232,7 +232,10 @@ def evaluate(
         refuse(f"--output {output}: {error.strerror}")
 
     rows = []
-    print(f"{'run':<60} {'episodes':>8} {'return':>22} {'lowest':>10} {'highest':>10} {'length':>8} {'at bounds':>9}")
+    width = max(len(run.directory.name) for run, *_ in loaded)
+    print(
+        f"{'run':<{width}} {'episodes':>8} {'return':>22} {'lowest':>10} {'highest':>10} {'length':>8} {'at bounds':>9}"
+    )
     for run, module, args, chosen in loaded:
         torch.manual_seed(seeds[0])  # stochastic episodes, too, are the same each time
         played: list[Episode] = []
@@ -248,7 +251,7 @@ def evaluate(
         at_bounds = np.array([np.mean(episode.at_bounds) for episode in played])
         share = "-" if np.isnan(at_bounds).any() else f"{np.average(at_bounds, weights=lengths):.0%}"
         print(
-            f"{run.directory.name[-60:]:<60} {len(played):>8} {f'{returns.mean():,.1f} ± {returns.std():,.1f}':>22}"
+            f"{run.directory.name:<{width}} {len(played):>8} {f'{returns.mean():,.1f} ± {returns.std():,.1f}':>22}"
             f" {returns.min():>10,.1f} {returns.max():>10,.1f} {lengths.mean():>8,.1f} {share:>9}"
         )
         for episode, value, length, bounds in zip(played, returns, lengths, at_bounds, strict=True):
