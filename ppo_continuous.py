@@ -122,7 +122,7 @@ class Args:
     """hidden layers of the policy"""
     critic_sizes: tuple[int, ...] = (64, 64)
     """hidden layers of the value function"""
-    log_std_init: float = -0.5
+    log_std_init: float = -0.75
     """logarithm of the policy's first standard deviation"""
     log_std_min: float = -2.0
     """the logarithm stays above this: a policy that no longer varies no longer learns to recover"""
