@@ -13,7 +13,7 @@ Schulman et al. 2017, https://arxiv.org/abs/1707.06347; advantages: https://arxi
 
 What may surprise:
 - An episode cut by a time limit bootstraps from the value of its true last observation; only termination ends a return.
-- Each environment's first episode is cut at another length, or those of HalfCheetah would go on in step for ever.
+- Each environment is cut short once, at its own time: episodes that all last equally long would else stay in step.
 - The statistics that normalise observations change once per rollout, after its update; nothing shifts within it.
 - All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
 - Advantages are recomputed with the current critic at every epoch (`--no-recompute-advantages` for the usual once).
