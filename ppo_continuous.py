@@ -13,7 +13,6 @@ Schulman et al. 2017, https://arxiv.org/abs/1707.06347; advantages: https://arxi
 
 What may surprise:
 - An episode cut by a time limit bootstraps from the value of its true last observation; only termination ends a return.
-- Each environment is cut short once, at its own time: episodes that all last equally long would else stay in step.
 - The statistics that normalise observations change once per rollout, after its update; nothing shifts within it.
 - All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
 - Advantages are recomputed with the current critic at every epoch (`--no-recompute-advantages` for the usual once).
@@ -123,7 +122,7 @@ class Args:
     """hidden layers of the policy"""
     critic_sizes: tuple[int, ...] = (64, 64)
     """hidden layers of the value function"""
-    log_std_init: float = -0.6
+    log_std_init: float = -0.5
     """logarithm of the policy's first standard deviation"""
     log_std_min: float = -2.0
     """the logarithm stays above this: a policy that no longer varies no longer learns to recover"""
@@ -934,9 +933,6 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     N, T, D, A = args.num_envs, args.num_steps, math.prod(eval_envs[0].observation_space.shape), low.size
     B = N * T
     iterations = args.total_timesteps // B
-    # Each environment begins anew once, at its own time: where all episodes last equally long, a rollout would hold the
-    # same part of every one.
-    cuts = np.arange(1, N + 1) * (eval_envs[0].spec.max_episode_steps or 0) // N
 
     agent = Agent(args, D, A).requires_grad_(False).to(device)
     learner = Learner.of(agent)
@@ -999,17 +995,15 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
             clock = time.perf_counter()
             observations, rewards[t], terminated[t], truncated = envs.step(clipped)
-            over = terminated[t] | truncated
-            ended[t] = over | (cuts == (iteration - 1) * T + t + 1)
+            ended[t] = terminated[t] | truncated
             returns += rewards[t]
             lengths += 1
             if ended[t].any():
                 for n in np.flatnonzero(ended[t]):
                     last_at.append((t, n))
                     last_observations.append(moments.normalise(observations[n]))
-                    if over[n]:
-                        now = {"step": step - B + (t + 1) * N, "wall_time": round(clock - started, 3)}
-                        episodes.append(now | {"return": returns[n].item(), "length": lengths[n].item()})
+                    now = {"step": step - B + (t + 1) * N, "wall_time": round(clock - started, 3)}
+                    episodes.append(now | {"return": returns[n].item(), "length": lengths[n].item()})
                 observations[ended[t]] = envs.reset(ended[t])
                 returns[ended[t]], lengths[ended[t]] = 0, 0
             seconds[0] += time.perf_counter() - clock
