@@ -14,6 +14,8 @@
 Shao et al. 2024, https://arxiv.org/abs/2402.03300 (outcome and process advantages); https://arxiv.org/abs/2503.20783
 (what normalising by deviations and lengths distorts).
 
+The algorithm ends with `train`; what follows keeps, evaluates and checks, and is much the same in every script.
+
 What may surprise:
 - An iteration is `num_groups` x `group_size` whole episodes, however long they are; the run ends with the iteration
   that reaches `total_timesteps`. Only the steps of these episodes are counted.
@@ -662,9 +664,6 @@ def lr_factor(args: Args, iteration: int, iterations: int) -> float:
     return decay[args.lr_schedule] * min(1.0, rise)
 
 
-# ------------------------------------------------------------------------------------------------------ evaluation
-
-
 class Policy:
     """What is deployed: a batch of observations to actions, with the normaliser frozen inside.
 
@@ -697,6 +696,275 @@ def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:
     agent = Agent(args, moments.mean.size, space)
     agent.load_state_dict(checkpoint["agent"])
     return Policy(agent.to(device), moments, space)
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+MEASURES = ["policy_loss", "entropy", "kl", "clip_fraction", "grad_norm"]
+STATE = ["reference_kl", "kl_coef", "advantage_mean", "advantage_positive", "degenerate_groups"]
+STATE += ["episode_length", "alive_at_quarter", "alive_at_half", "alive_at_three_quarters", "learning_rate", "updates"]
+SECONDS = ["seconds_stepping", "seconds_acting", "seconds_updating"]
+TABLES = {
+    "episodes": ["step", "wall_time", "return", "length"],
+    "progress": ["step", "wall_time", "sps", *MEASURES, *STATE, *SECONDS],
+    "evaluations": ["step", "episode", "seed", "return", "length"],
+}
+
+
+def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
+    """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
+    check(args)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+    eval_envs = [make_eval_env(args) for _ in range(args.eval_episodes)]
+    probe = make_train_env(args)
+    space, D = probe.action_space, math.prod(probe.observation_space.shape)
+    limit = min(filter(None, (args.max_episode_steps, probe.spec.max_episode_steps)))
+    probe.close()
+    P, G = args.num_groups, args.group_size
+    N = args.num_envs or min(P * G, 64)
+
+    agent = Agent(args, D, space).requires_grad_(False).to(device)
+    learner = Learner.of(agent)
+    reference, reference_moments = learner.theta.clone(), RunningMoments((D,), args.norm_obs)
+    kl_coef = torch.tensor(args.kl_coef, device=device)
+    moments = RunningMoments((D,), args.norm_obs)
+    policy = Policy(agent, moments, space)
+    slots = Slots(args, N)
+    starts = np.random.default_rng(args.seed)
+    recent: deque[float] = deque(maxlen=100)  # returns of the last finished episodes
+    seconds = np.zeros(3)  # stepping, acting, updating
+    done = {"iteration": 0, "step": 0, "elapsed": 0.0, "updates": 0, "evaluation": {}, "best": {}}
+    done |= {"saved": False, "warned": False}
+    run = Run(args, directory, saved.get("sizes", {}), saved.get("step", 0))
+    if saved:
+        (directory / "result.json").unlink(missing_ok=True)
+        agent.load_state_dict(saved["agent"])
+        for tensor, value in zip((*learner[1:], reference, kl_coef), saved["learner"], strict=True):
+            tensor.copy_(value)
+        moments.restore(saved["moments"])
+        reference_moments.restore(saved["reference_moments"])
+        starts.bit_generator.state = saved["starts"]
+        recent.extend(saved["recent"])
+        seconds, done = saved["seconds"].numpy(), saved["done"]
+        torch.set_rng_state(saved["random"])
+        if device.type == "cuda" and "cuda_random" in saved:
+            torch.cuda.set_rng_state(saved["cuda_random"], device)
+        if args.vec == "envpool":
+            run.say("--vec envpool cannot repeat its episodes; other ones follow, all else continues")
+
+    run.say(
+        f"{Path(__file__).stem}  {args.env_id}  {D} observations, actions in {space}\n"
+        f"{P} groups of {G} episodes of at most {limit} steps, in {N} environments ({args.vec}),"
+        f" {args.update_epochs} epochs of minibatches of {args.minibatch_size},"
+        f" {learner.theta.numel():,} parameters, {device}\n{directory}"
+    )
+
+    fast_update = update
+    if args.compile:
+        observations, *columns = (torch.zeros(args.minibatch_size, *size, device=device) for size in ((D,), (), (), ()))
+        outputs = agent(observations)
+        example = Batch(observations, agent.kind(outputs).best().contiguous(), *columns, outputs)
+        fast_update = compile_update(args, agent, example, run.say)
+    started = time.perf_counter() - done["elapsed"]
+
+    while done["step"] < args.total_timesteps:
+        before, seconds_before = time.perf_counter(), seconds.copy()
+        iteration, step_before = done["iteration"] + 1, done["step"]
+        learner.learning_rate.fill_(args.learning_rate * lr_factor(args, step_before + 1, args.total_timesteps))
+        if (iteration - 1) % args.ref_update_every == 0:
+            reference.copy_(learner.theta)
+            reference_moments.restore(moments.state())
+
+        # Play the groups' episodes.
+        seeds = np.broadcast_to(starts.integers(2**31, size=(P, 1 if args.identical_start else G)), (P, G)).ravel()
+        rollout = play(agent, moments, slots, space, seeds, limit, seconds)
+        B = len(rollout.rewards)
+        step = step_before + B
+
+        # Compare the members of each group at each time.
+        clock = time.perf_counter()
+        rewards = np.zeros((P * G, rollout.lengths.max()))
+        rewards[rollout.episodes, rollout.times] = rollout.rewards
+        returns, alive = rewards.sum(1), np.arange(rewards.shape[1]) < rollout.lengths[:, None]
+        of_all = group_advantages(args, rewards.reshape(P, G, -1), alive.reshape(P, G, -1))
+        bare, advantages = (a.reshape(P * G, -1)[rollout.episodes, rollout.times] for a in of_all)
+        degenerate = np.ptp(returns.reshape(P, G), axis=1) <= 1e-9 * np.abs(returns).reshape(P, G).max(1)
+        if not (advantages.any() or degenerate.all() or done["warned"]):
+            done["warned"] = True
+            run.say(
+                f"warning: every {args.advantage} advantage is 0, though returns differ, so nothing is learnt;"
+                " rewards that never vary have no process: use --advantage rtg or outcome"
+            )
+
+        # Improve the policy.
+        weights = step_weights(args, rollout.lengths, limit)[rollout.episodes]
+        seen = torch.tensor(reference_moments.normalise(rollout.raw), device=device)  # as the reference sees it
+        batch = Batch(
+            rollout.observations,
+            rollout.actions,
+            agent.kind(agent(rollout.observations)).log_prob(rollout.actions),
+            *torch.tensor(np.stack((advantages, weights)), dtype=torch.float32, device=device),
+            functional_call(agent, parameters_of(agent, reference), (seen,)),
+        )
+        measured, kl = [], 0.0
+        for _ in range(args.update_epochs):
+            for minibatch in minibatches(batch, args.minibatch_size):
+                measured.append(fast_update(agent, args, learner, minibatch, kl_coef))
+                if args.stop_kl and (kl := measured[-1][MEASURES.index("kl")]) > args.stop_kl:
+                    break
+            if args.stop_kl and kl > args.stop_kl:
+                break
+        if agent.kind is Normal:
+            agent.log_std.clamp_(min=args.log_std_min)
+        reference_kl = agent.kind(agent(batch.observations)).kl(agent.kind(batch.reference)).mean().item()
+        moments.update(rollout.raw.astype(np.float64))
+        measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist(), strict=True))
+        seconds[2] += time.perf_counter() - clock
+        if not all(map(math.isfinite, (*measures.values(), reference_kl, moments.var.sum(), advantages.sum()))):
+            run.say(f"stopped: not finite in the iteration that ended at step {step:,}: {measures}")
+            run.say("the last checkpoint is from before that" if done["saved"] else "there is no checkpoint yet")
+            run.close()
+            slots.close()
+            raise SystemExit(1)
+
+        # Log.
+        elapsed = time.perf_counter() - started
+        done |= {"iteration": iteration, "step": step, "elapsed": elapsed, "updates": done["updates"] + len(measured)}
+        now = round(elapsed, 3)
+        order = np.argsort(rollout.ended_at, kind="stable")
+        episodes = [
+            {"step": int(step_before + rollout.ended_at[m]), "wall_time": now, "return": returns[m].item()}
+            | {"length": int(rollout.lengths[m])}
+            for m in order
+        ]
+        recent.extend(episode["return"] for episode in episodes)
+        row = {"step": step, "wall_time": now, "sps": round(B / (time.perf_counter() - before))}
+        row |= measures | {"reference_kl": reference_kl, "kl_coef": kl_coef.item()}
+        row |= {"advantage_mean": bare.mean().item(), "advantage_positive": (bare > 0).mean().item()}
+        row |= {"degenerate_groups": degenerate.mean().item(), "episode_length": rollout.lengths.mean().item()}
+        for name, share in (("quarter", 0.25), ("half", 0.5), ("three_quarters", 0.75)):
+            row[f"alive_at_{name}"] = (rollout.lengths > share * limit).mean().item()
+        row |= {"learning_rate": learner.learning_rate.item(), "updates": done["updates"]}
+        row |= dict(zip(SECONDS, (seconds - seconds_before).round(4).tolist(), strict=True))
+        run.record(row, episodes)
+        if args.target_kl:
+            kl_coef.fill_(adapted(kl_coef.item(), reference_kl, args.target_kl))
+
+        # Evaluate.
+        policy_state = {"script": Path(__file__).stem, "args": asdict(args), "step": step, "agent": agent.state_dict()}
+        policy_state |= {"moments": moments.state()}
+        if isinstance(space, gym.spaces.Discrete):
+            policy_state |= {"choices": int(space.n), "first_choice": int(space.start)}
+        else:
+            policy_state |= {"action_bounds": torch.from_numpy(np.stack((space.low, space.high)))}
+        reached, total = min(step, args.total_timesteps), args.total_timesteps
+        if reached * args.num_evals // total > step_before * args.num_evals // total:
+            evaluate_and_keep(args, run, directory, policy, policy_state, eval_envs, done)
+
+        # Checkpoint. No episode is running.
+        due = step // args.checkpoint_every > step_before // args.checkpoint_every
+        stop = list(interrupts)  # looked at once: what stops the run has been saved
+        if due or stop or step >= total:
+            done["saved"] = True
+            checkpoint = policy_state | {"learner": [*learner[1:], reference, kl_coef], "done": done}
+            checkpoint |= {"reference_moments": reference_moments.state()}
+            checkpoint |= {"starts": starts.bit_generator.state, "recent": list(recent)}
+            checkpoint |= {"seconds": torch.from_numpy(seconds), "random": torch.get_rng_state(), "sizes": run.sizes()}
+            if device.type == "cuda":
+                checkpoint["cuda_random"] = torch.cuda.get_rng_state(device)
+            save_checkpoint(directory / "checkpoint.pt", checkpoint)
+
+        run.progress(row, max(step, total), done, recent, f"KL {row['kl']:.4f}  length {row['episode_length']:.0f}")
+        if stop:
+            command = shlex.join(["python", sys.argv[0], "--resume", str(directory)])
+            run.say(f"stopped at step {step:,}; continue with\n  {command}")
+            run.close()
+            slots.close()
+            raise SystemExit(128 + stop[0])
+
+    finish(args, run, directory, done["step"], done, recent, seconds)
+    run.close()
+    slots.close()
+    return directory
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+def check(args: Args) -> None:
+    """Refuses what cannot work, before anything is written."""
+    check_numbers(
+        args,
+        at_least_1="num_envs num_groups max_episode_steps minibatch_size update_epochs total_timesteps threads"
+        " eval_episodes checkpoint_every actor_sizes",
+        at_least_0="seed ent_coef kl_coef hybrid_alpha hybrid_beta num_evals",
+        above_0="learning_rate clip_coef clip_coef_high hybrid_clip ref_update_every target_kl stop_kl max_grad_norm",
+        shares="gamma lr_warmup",
+    )
+    if args.group_size < 2:
+        refuse(f"--group-size {args.group_size}: must be at least 2, as episodes are compared within their group")
+    if args.clip_coef >= 1:
+        refuse(f"--clip-coef {args.clip_coef}: must be below 1; above 1 there is --clip-coef-high")
+    if not args.log_std_min <= args.log_std_init < math.inf:
+        refuse(f"--log-std-init {args.log_std_init}: must be at least --log-std-min {args.log_std_min}, and finite")
+    if args.target_kl and not args.kl_coef:
+        refuse("--target-kl: there is no penalty to adapt; set --kl-coef to what it begins with")
+    episodes = args.num_groups * args.group_size
+    if args.num_envs and args.num_envs > episodes:
+        refuse(f"--num-envs {args.num_envs}: must be at most {episodes}, the episodes of an iteration")
+    check_setup(args)
+    check_environments(args)
+    if args.vec == "envpool" and args.identical_start:
+        refuse("--vec envpool: it cannot begin episodes alike; use sync, or --no-identical-start")
+    env = make_train_env(args)
+    if args.distribution == "beta":
+        if isinstance(env.action_space, gym.spaces.Discrete):
+            refuse(f"--distribution beta: {args.env_id} acts in {env.action_space}; beta is for a Box")
+        if not env.action_space.is_bounded():
+            refuse(f"--distribution beta: {args.env_id} acts in {env.action_space}; use normal, which needs no bounds")
+    if not (args.max_episode_steps or env.spec.max_episode_steps):
+        refuse(f"--max-episode-steps: {args.env_id} has no limit of its own; set one, as whole episodes are played")
+    env.close()
+
+
+def check_environments(args: Args) -> None:
+    """Makes one of each kind; refuses what cannot be made, drawn or acted in."""
+    problem = f"--env-id {args.env_id}"
+    try:
+        env, eval_env = make_train_env(args), make_eval_env(args, "rgb_array" if args.capture_video else None)
+        check_spaces(problem, env.observation_space, env.action_space)
+        if env.observation_space.shape != eval_env.observation_space.shape or env.action_space != eval_env.action_space:
+            refuse("--eval-env-kwargs: the evaluation environment must have the training environment's spaces")
+        if args.capture_video:
+            problem = f"--capture-video: {args.env_id} cannot be rendered here"
+            eval_env.reset(seed=0)
+            eval_env.render()
+        if args.vec == "envpool":
+            problem = f"--vec envpool: EnvPool cannot make {args.env_id}; use sync"
+            spec = importlib.import_module("envpool").make_spec(args.env_id, **json.loads(args.env_kwargs))
+            if spec.observation_space.shape != env.unwrapped.observation_space.shape:
+                refuse(f"--vec envpool: its {args.env_id} does not observe what Gymnasium's does; use sync")
+    except TypeError as error:  # an argument that the environment does not have
+        refuse(f"--env-kwargs {args.env_kwargs}, --eval-env-kwargs {args.eval_env_kwargs}: {error}")
+    except Exception as error:
+        refuse(f"{problem}: {' '.join(str(error).split())}")
+    env.close()
+    eval_env.close()
+
+
+def check_spaces(problem: str, observations: gym.Space, actions: gym.Space) -> None:
+    if not isinstance(observations, gym.spaces.Box):
+        refuse(f"{problem}: observes a {type(observations).__name__}; this script needs a Box")
+    if not isinstance(actions, gym.spaces.Box | gym.spaces.Discrete):
+        refuse(f"{problem}: acts in {actions}; this script needs a Box or Discrete")
+
+
+# From here on every script is the same.
+# ------------------------------------------------------------------------------------------------------ evaluation
 
 
 def evaluate(policy: Policy, envs: list[gym.Env], seeds: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -1075,268 +1343,6 @@ def check_setup(args: Args) -> None:
         if find_library("EGL"):
             os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
-
-
-def check_environments(args: Args) -> None:
-    """Makes one of each kind; refuses what cannot be made, drawn or acted in."""
-    problem = f"--env-id {args.env_id}"
-    try:
-        env, eval_env = make_train_env(args), make_eval_env(args, "rgb_array" if args.capture_video else None)
-        check_spaces(problem, env.observation_space, env.action_space)
-        if env.observation_space.shape != eval_env.observation_space.shape or env.action_space != eval_env.action_space:
-            refuse("--eval-env-kwargs: the evaluation environment must have the training environment's spaces")
-        if args.capture_video:
-            problem = f"--capture-video: {args.env_id} cannot be rendered here"
-            eval_env.reset(seed=0)
-            eval_env.render()
-        if args.vec == "envpool":
-            problem = f"--vec envpool: EnvPool cannot make {args.env_id}; use sync"
-            spec = importlib.import_module("envpool").make_spec(args.env_id, **json.loads(args.env_kwargs))
-            if spec.observation_space.shape != env.unwrapped.observation_space.shape:
-                refuse(f"--vec envpool: its {args.env_id} does not observe what Gymnasium's does; use sync")
-    except TypeError as error:  # an argument that the environment does not have
-        refuse(f"--env-kwargs {args.env_kwargs}, --eval-env-kwargs {args.eval_env_kwargs}: {error}")
-    except Exception as error:
-        refuse(f"{problem}: {' '.join(str(error).split())}")
-    env.close()
-    eval_env.close()
-
-
-def check_spaces(problem: str, observations: gym.Space, actions: gym.Space) -> None:
-    if not isinstance(observations, gym.spaces.Box):
-        refuse(f"{problem}: observes a {type(observations).__name__}; this script needs a Box")
-    if not isinstance(actions, gym.spaces.Box | gym.spaces.Discrete):
-        refuse(f"{problem}: acts in {actions}; this script needs a Box or Discrete")
-
-
-def check(args: Args) -> None:
-    """Refuses what cannot work, before anything is written."""
-    check_numbers(
-        args,
-        at_least_1="num_envs num_groups max_episode_steps minibatch_size update_epochs total_timesteps threads"
-        " eval_episodes checkpoint_every actor_sizes",
-        at_least_0="seed ent_coef kl_coef hybrid_alpha hybrid_beta num_evals",
-        above_0="learning_rate clip_coef clip_coef_high hybrid_clip ref_update_every target_kl stop_kl max_grad_norm",
-        shares="gamma lr_warmup",
-    )
-    if args.group_size < 2:
-        refuse(f"--group-size {args.group_size}: must be at least 2, as episodes are compared within their group")
-    if args.clip_coef >= 1:
-        refuse(f"--clip-coef {args.clip_coef}: must be below 1; above 1 there is --clip-coef-high")
-    if not args.log_std_min <= args.log_std_init < math.inf:
-        refuse(f"--log-std-init {args.log_std_init}: must be at least --log-std-min {args.log_std_min}, and finite")
-    if args.target_kl and not args.kl_coef:
-        refuse("--target-kl: there is no penalty to adapt; set --kl-coef to what it begins with")
-    episodes = args.num_groups * args.group_size
-    if args.num_envs and args.num_envs > episodes:
-        refuse(f"--num-envs {args.num_envs}: must be at most {episodes}, the episodes of an iteration")
-    check_setup(args)
-    check_environments(args)
-    if args.vec == "envpool" and args.identical_start:
-        refuse("--vec envpool: it cannot begin episodes alike; use sync, or --no-identical-start")
-    env = make_train_env(args)
-    if args.distribution == "beta":
-        if isinstance(env.action_space, gym.spaces.Discrete):
-            refuse(f"--distribution beta: {args.env_id} acts in {env.action_space}; beta is for a Box")
-        if not env.action_space.is_bounded():
-            refuse(f"--distribution beta: {args.env_id} acts in {env.action_space}; use normal, which needs no bounds")
-    if not (args.max_episode_steps or env.spec.max_episode_steps):
-        refuse(f"--max-episode-steps: {args.env_id} has no limit of its own; set one, as whole episodes are played")
-    env.close()
-
-
-# -------------------------------------------------------------------------------------------------------- training
-
-MEASURES = ["policy_loss", "entropy", "kl", "clip_fraction", "grad_norm"]
-STATE = ["reference_kl", "kl_coef", "advantage_mean", "advantage_positive", "degenerate_groups"]
-STATE += ["episode_length", "alive_at_quarter", "alive_at_half", "alive_at_three_quarters", "learning_rate", "updates"]
-SECONDS = ["seconds_stepping", "seconds_acting", "seconds_updating"]
-TABLES = {
-    "episodes": ["step", "wall_time", "return", "length"],
-    "progress": ["step", "wall_time", "sps", *MEASURES, *STATE, *SECONDS],
-    "evaluations": ["step", "episode", "seed", "return", "length"],
-}
-
-
-def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
-    """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
-    check(args)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-
-    eval_envs = [make_eval_env(args) for _ in range(args.eval_episodes)]
-    probe = make_train_env(args)
-    space, D = probe.action_space, math.prod(probe.observation_space.shape)
-    limit = min(filter(None, (args.max_episode_steps, probe.spec.max_episode_steps)))
-    probe.close()
-    P, G = args.num_groups, args.group_size
-    N = args.num_envs or min(P * G, 64)
-
-    agent = Agent(args, D, space).requires_grad_(False).to(device)
-    learner = Learner.of(agent)
-    reference, reference_moments = learner.theta.clone(), RunningMoments((D,), args.norm_obs)
-    kl_coef = torch.tensor(args.kl_coef, device=device)
-    moments = RunningMoments((D,), args.norm_obs)
-    policy = Policy(agent, moments, space)
-    slots = Slots(args, N)
-    starts = np.random.default_rng(args.seed)
-    recent: deque[float] = deque(maxlen=100)  # returns of the last finished episodes
-    seconds = np.zeros(3)  # stepping, acting, updating
-    done = {"iteration": 0, "step": 0, "elapsed": 0.0, "updates": 0, "evaluation": {}, "best": {}}
-    done |= {"saved": False, "warned": False}
-    run = Run(args, directory, saved.get("sizes", {}), saved.get("step", 0))
-    if saved:
-        (directory / "result.json").unlink(missing_ok=True)
-        agent.load_state_dict(saved["agent"])
-        for tensor, value in zip((*learner[1:], reference, kl_coef), saved["learner"], strict=True):
-            tensor.copy_(value)
-        moments.restore(saved["moments"])
-        reference_moments.restore(saved["reference_moments"])
-        starts.bit_generator.state = saved["starts"]
-        recent.extend(saved["recent"])
-        seconds, done = saved["seconds"].numpy(), saved["done"]
-        torch.set_rng_state(saved["random"])
-        if device.type == "cuda" and "cuda_random" in saved:
-            torch.cuda.set_rng_state(saved["cuda_random"], device)
-        if args.vec == "envpool":
-            run.say("--vec envpool cannot repeat its episodes; other ones follow, all else continues")
-
-    run.say(
-        f"{Path(__file__).stem}  {args.env_id}  {D} observations, actions in {space}\n"
-        f"{P} groups of {G} episodes of at most {limit} steps, in {N} environments ({args.vec}),"
-        f" {args.update_epochs} epochs of minibatches of {args.minibatch_size},"
-        f" {learner.theta.numel():,} parameters, {device}\n{directory}"
-    )
-
-    fast_update = update
-    if args.compile:
-        observations, *columns = (torch.zeros(args.minibatch_size, *size, device=device) for size in ((D,), (), (), ()))
-        outputs = agent(observations)
-        example = Batch(observations, agent.kind(outputs).best().contiguous(), *columns, outputs)
-        fast_update = compile_update(args, agent, example, run.say)
-    started = time.perf_counter() - done["elapsed"]
-
-    while done["step"] < args.total_timesteps:
-        before, seconds_before = time.perf_counter(), seconds.copy()
-        iteration, step_before = done["iteration"] + 1, done["step"]
-        learner.learning_rate.fill_(args.learning_rate * lr_factor(args, step_before + 1, args.total_timesteps))
-        if (iteration - 1) % args.ref_update_every == 0:
-            reference.copy_(learner.theta)
-            reference_moments.restore(moments.state())
-
-        # Play the groups' episodes.
-        seeds = np.broadcast_to(starts.integers(2**31, size=(P, 1 if args.identical_start else G)), (P, G)).ravel()
-        rollout = play(agent, moments, slots, space, seeds, limit, seconds)
-        B = len(rollout.rewards)
-        step = step_before + B
-
-        # Compare the members of each group at each time.
-        clock = time.perf_counter()
-        rewards = np.zeros((P * G, rollout.lengths.max()))
-        rewards[rollout.episodes, rollout.times] = rollout.rewards
-        returns, alive = rewards.sum(1), np.arange(rewards.shape[1]) < rollout.lengths[:, None]
-        of_all = group_advantages(args, rewards.reshape(P, G, -1), alive.reshape(P, G, -1))
-        bare, advantages = (a.reshape(P * G, -1)[rollout.episodes, rollout.times] for a in of_all)
-        degenerate = np.ptp(returns.reshape(P, G), axis=1) <= 1e-9 * np.abs(returns).reshape(P, G).max(1)
-        if not (advantages.any() or degenerate.all() or done["warned"]):
-            done["warned"] = True
-            run.say(
-                f"warning: every {args.advantage} advantage is 0, though returns differ, so nothing is learnt;"
-                " rewards that never vary have no process: use --advantage rtg or outcome"
-            )
-
-        # Improve the policy.
-        weights = step_weights(args, rollout.lengths, limit)[rollout.episodes]
-        seen = torch.tensor(reference_moments.normalise(rollout.raw), device=device)  # as the reference sees it
-        batch = Batch(
-            rollout.observations,
-            rollout.actions,
-            agent.kind(agent(rollout.observations)).log_prob(rollout.actions),
-            *torch.tensor(np.stack((advantages, weights)), dtype=torch.float32, device=device),
-            functional_call(agent, parameters_of(agent, reference), (seen,)),
-        )
-        measured, kl = [], 0.0
-        for _ in range(args.update_epochs):
-            for minibatch in minibatches(batch, args.minibatch_size):
-                measured.append(fast_update(agent, args, learner, minibatch, kl_coef))
-                if args.stop_kl and (kl := measured[-1][MEASURES.index("kl")]) > args.stop_kl:
-                    break
-            if args.stop_kl and kl > args.stop_kl:
-                break
-        if agent.kind is Normal:
-            agent.log_std.clamp_(min=args.log_std_min)
-        reference_kl = agent.kind(agent(batch.observations)).kl(agent.kind(batch.reference)).mean().item()
-        moments.update(rollout.raw.astype(np.float64))
-        measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist(), strict=True))
-        seconds[2] += time.perf_counter() - clock
-        if not all(map(math.isfinite, (*measures.values(), reference_kl, moments.var.sum(), advantages.sum()))):
-            run.say(f"stopped: not finite in the iteration that ended at step {step:,}: {measures}")
-            run.say("the last checkpoint is from before that" if done["saved"] else "there is no checkpoint yet")
-            run.close()
-            slots.close()
-            raise SystemExit(1)
-
-        # Log.
-        elapsed = time.perf_counter() - started
-        done |= {"iteration": iteration, "step": step, "elapsed": elapsed, "updates": done["updates"] + len(measured)}
-        now = round(elapsed, 3)
-        order = np.argsort(rollout.ended_at, kind="stable")
-        episodes = [
-            {"step": int(step_before + rollout.ended_at[m]), "wall_time": now, "return": returns[m].item()}
-            | {"length": int(rollout.lengths[m])}
-            for m in order
-        ]
-        recent.extend(episode["return"] for episode in episodes)
-        row = {"step": step, "wall_time": now, "sps": round(B / (time.perf_counter() - before))}
-        row |= measures | {"reference_kl": reference_kl, "kl_coef": kl_coef.item()}
-        row |= {"advantage_mean": bare.mean().item(), "advantage_positive": (bare > 0).mean().item()}
-        row |= {"degenerate_groups": degenerate.mean().item(), "episode_length": rollout.lengths.mean().item()}
-        for name, share in (("quarter", 0.25), ("half", 0.5), ("three_quarters", 0.75)):
-            row[f"alive_at_{name}"] = (rollout.lengths > share * limit).mean().item()
-        row |= {"learning_rate": learner.learning_rate.item(), "updates": done["updates"]}
-        row |= dict(zip(SECONDS, (seconds - seconds_before).round(4).tolist(), strict=True))
-        run.record(row, episodes)
-        if args.target_kl:
-            kl_coef.fill_(adapted(kl_coef.item(), reference_kl, args.target_kl))
-
-        # Evaluate.
-        policy_state = {"script": Path(__file__).stem, "args": asdict(args), "step": step, "agent": agent.state_dict()}
-        policy_state |= {"moments": moments.state()}
-        if isinstance(space, gym.spaces.Discrete):
-            policy_state |= {"choices": int(space.n), "first_choice": int(space.start)}
-        else:
-            policy_state |= {"action_bounds": torch.from_numpy(np.stack((space.low, space.high)))}
-        reached, total = min(step, args.total_timesteps), args.total_timesteps
-        if reached * args.num_evals // total > step_before * args.num_evals // total:
-            evaluate_and_keep(args, run, directory, policy, policy_state, eval_envs, done)
-
-        # Checkpoint. No episode is running.
-        due = step // args.checkpoint_every > step_before // args.checkpoint_every
-        stop = list(interrupts)  # looked at once: what stops the run has been saved
-        if due or stop or step >= total:
-            done["saved"] = True
-            checkpoint = policy_state | {"learner": [*learner[1:], reference, kl_coef], "done": done}
-            checkpoint |= {"reference_moments": reference_moments.state()}
-            checkpoint |= {"starts": starts.bit_generator.state, "recent": list(recent)}
-            checkpoint |= {"seconds": torch.from_numpy(seconds), "random": torch.get_rng_state(), "sizes": run.sizes()}
-            if device.type == "cuda":
-                checkpoint["cuda_random"] = torch.cuda.get_rng_state(device)
-            save_checkpoint(directory / "checkpoint.pt", checkpoint)
-
-        run.progress(row, max(step, total), done, recent, f"KL {row['kl']:.4f}  length {row['episode_length']:.0f}")
-        if stop:
-            command = shlex.join(["python", sys.argv[0], "--resume", str(directory)])
-            run.say(f"stopped at step {step:,}; continue with\n  {command}")
-            run.close()
-            slots.close()
-            raise SystemExit(128 + stop[0])
-
-    finish(args, run, directory, done["step"], done, recent, seconds)
-    run.close()
-    slots.close()
-    return directory
 
 
 if __name__ == "__main__":

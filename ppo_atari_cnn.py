@@ -11,6 +11,8 @@
 
 Schulman et al. 2017, https://arxiv.org/abs/1707.06347; network: https://doi.org/10.1038/nature14236.
 
+The algorithm ends with `train`; what follows keeps, evaluates and checks, and is much the same in every script.
+
 What may surprise:
 - A step is one action of the agent and four frames of the game: 10M steps are 40M frames.
 - The emulator does as it is told, as in the papers of DQN and PPO. ale-py's v5 environments repeat the last action
@@ -485,9 +487,6 @@ def lr_factor(args: Args, iteration: int, iterations: int) -> float:
     return decay[args.lr_schedule] * min(1.0, rise)
 
 
-# ------------------------------------------------------------------------------------------------------ evaluation
-
-
 class Policy:
     """What is deployed: a batch of observations to actions. It computes in float32, whatever the training did.
 
@@ -512,6 +511,247 @@ def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:
     agent = Agent(len(weights["actor.bias"]))
     agent.load_state_dict(weights)
     return Policy(agent.to(device))
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+MEASURES = ["policy_loss", "value_loss", "entropy", "kl", "clip_fraction", "grad_norm"]
+STATE = ["explained_variance", "learning_rate", "updates"]
+SECONDS = ["seconds_stepping", "seconds_acting", "seconds_updating"]
+TABLES = {
+    "episodes": ["step", "wall_time", "return", "length"],
+    "progress": ["step", "wall_time", "sps", *MEASURES, *STATE, *SECONDS],
+    "evaluations": ["step", "episode", "seed", "return", "length"],
+}
+
+
+def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
+    """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
+    check(args)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    args = decided(args, device)
+    directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+    eval_envs = [make_eval_env(args) for _ in range(args.eval_episodes)]
+    N, T, A = args.num_envs, args.num_steps, int(eval_envs[0].action_space.n)
+    B = N * T
+    iterations = args.total_timesteps // B
+
+    agent = Agent(A).requires_grad_(False).to(device)
+    learner = Learner.of(agent)
+    policy = Policy(agent)
+    envs = Environments(args)
+    observations = envs.reset(np.ones(N, bool))
+    returns, lengths = np.zeros(N), np.zeros(N, int)  # of the running games
+    recent: deque[float] = deque(maxlen=100)  # returns of the last finished games
+    seconds = np.zeros(3)  # stepping, acting, updating
+    done = {"iteration": 0, "elapsed": 0.0, "updates": 0, "evaluation": {}, "best": {}, "saved": False}
+    run = Run(args, directory, saved.get("sizes", {}), saved.get("step", 0))
+    if saved:
+        (directory / "result.json").unlink(missing_ok=True)
+        agent.load_state_dict(saved["agent"])
+        for tensor, value in zip(learner[1:], saved["learner"], strict=True):
+            tensor.copy_(value)
+        if envs.restore(saved["environments"], saved["observations"].numpy()):
+            observations = saved["observations"].numpy()
+            returns, lengths = (saved[name].numpy() for name in ("returns", "lengths"))
+        else:
+            run.say(f"--vec {args.vec} cannot restore the running games; they begin anew, all else continues")
+            observations = envs.reset(np.ones(N, bool))
+        recent.extend(saved["recent"])
+        seconds, done = saved["seconds"].numpy(), saved["done"]
+        torch.set_rng_state(saved["random"])
+        if device.type == "cuda" and "cuda_random" in saved:
+            torch.cuda.set_rng_state(saved["cuda_random"], device)
+
+    run.say(
+        f"{Path(__file__).stem}  {args.env_id}  {A} actions, repeated with chance {args.repeat_action_probability:g}\n"
+        f"{N} games ({args.vec}) x {T} steps, {args.update_epochs} epochs of {args.num_minibatches} minibatches"
+        f" of {B // args.num_minibatches}, {learner.theta.numel():,} parameters, {args.precision}, {device}"
+        f"\n{directory}"
+    )
+
+    frames = torch.empty((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device).movedim(-1, 2)
+    actions = torch.zeros((T, N), dtype=torch.long, device=device)
+    logits, values = torch.empty((T, N, A), device=device), torch.empty((T + 1, N), device=device)
+    rewards, terminated, ended = np.empty((T, N), np.float32), np.empty((T, N), bool), np.empty((T, N), bool)
+    batch = Batch(frames[:T].view(B, 4, 84, 84), actions.view(B), *(torch.zeros(B, device=device) for _ in range(4)))
+    actor = copy.deepcopy(agent)  # plays with the weights in the precision that the update computes in
+    fast_update = compile_update(args, agent, batch, run.say) if args.compile else update
+    started = time.perf_counter() - done["elapsed"]
+
+    for iteration in range(done["iteration"] + 1, iterations + 1):
+        step, before, seconds_before = iteration * B, time.perf_counter(), seconds.copy()
+        learner.learning_rate.fill_(args.learning_rate * lr_factor(args, iteration, iterations))
+
+        # Collect T steps of every game.
+        weights = lowered(dict(agent.named_parameters()), args.precision)
+        for parameter, weight in zip(actor.parameters(), weights.values(), strict=True):
+            parameter.data = weight
+        noise = -torch.empty((T, N, A), device=device).exponential_().log()  # with it, the largest logit is a draw
+        cut_at, cut_observations, episodes = [], [], []
+        for t in range(T):
+            clock = time.perf_counter()
+            frames[t] = torch.from_numpy(observations)
+            logits[t], values[t] = actor(frames[t])
+            actions[t] = (logits[t] + noise[t]).argmax(-1)
+            seconds[1] += time.perf_counter() - clock
+
+            clock = time.perf_counter()
+            observations, scores, over, truncated, lost = envs.step(actions[t].cpu().numpy())
+            rewards[t] = scores.clip(-1, 1)
+            terminated[t] = over | lost  # a lost life ends the return, but not the game
+            ended[t] = terminated[t] | truncated
+            returns += scores
+            lengths += 1
+            for n in np.flatnonzero(truncated & ~terminated[t]):
+                cut_at.append((t, n))
+                cut_observations.append(observations[n].copy())
+            if (over := over | truncated).any():
+                for n in np.flatnonzero(over):
+                    now = {"step": step - B + (t + 1) * N, "wall_time": round(clock - started, 3)}
+                    episodes.append(now | {"return": returns[n].item(), "length": lengths[n].item()})
+                observations[over] = envs.reset(over)
+                returns[over], lengths[over] = 0, 0
+            seconds[0] += time.perf_counter() - clock
+
+        # Estimate the advantages.
+        clock = time.perf_counter()
+        frames[T] = torch.from_numpy(observations)
+        values[T] = actor(frames[T])[1]
+        next_values = values[1:].clone()
+        if cut_at:  # what a game that was cut showed last, instead of what the next one showed first
+            next_values[tuple(np.array(cut_at).T)] = actor(torch.tensor(np.stack(cut_observations), device=device))[1]
+        signals = (torch.from_numpy(signal).to(device) for signal in (terminated, ended))
+        advantages = generalised_advantages(
+            torch.from_numpy(rewards).to(device), values[:T], next_values, *signals, args.gamma, args.gae_lambda
+        )
+        batch.logprobs[:] = log_probs(logits, actions).flatten()
+        batch.values[:] = values[:T].flatten()
+        batch.advantages[:] = advantages.flatten()
+        batch.returns[:] = batch.advantages + batch.values
+        explained_variance = 1 - batch.advantages.var() / batch.returns.var()
+
+        # Improve the policy, and the critic with it.
+        measured, kl = [], 0.0
+        for _ in range(args.update_epochs):
+            for indices in torch.randperm(B, device=device).split(B // args.num_minibatches):
+                measured.append(fast_update(agent, args, learner, batch, indices))
+                if args.target_kl and (kl := measured[-1][MEASURES.index("kl")]) > args.target_kl:
+                    break
+            if args.target_kl and kl > args.target_kl:
+                break
+        measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist(), strict=True))
+        seconds[2] += time.perf_counter() - clock
+        if not all(map(math.isfinite, measures.values())):
+            run.say(f"stopped: not finite in the rollout that ended at step {step:,}: {measures}")
+            run.say("the last checkpoint is from before that" if done["saved"] else "there is no checkpoint yet")
+            run.close()
+            envs.close()
+            raise SystemExit(1)
+
+        # Log.
+        done |= {"iteration": iteration, "elapsed": time.perf_counter() - started}
+        done["updates"] += len(measured)
+        recent.extend(episode["return"] for episode in episodes)
+        row = {"step": step, "wall_time": round(done["elapsed"], 3), "sps": round(B / (time.perf_counter() - before))}
+        row |= measures | {"explained_variance": explained_variance.item(), "updates": done["updates"]}
+        row |= {"learning_rate": learner.learning_rate.item()}
+        row |= dict(zip(SECONDS, (seconds - seconds_before).round(4).tolist(), strict=True))
+        run.record(row, episodes)
+
+        # Evaluate.
+        policy_state = {"script": Path(__file__).stem, "args": asdict(args), "step": step, "agent": agent.state_dict()}
+        if iteration * args.num_evals // iterations > (iteration - 1) * args.num_evals // iterations:
+            evaluate_and_keep(args, run, directory, policy, policy_state, eval_envs, done)
+
+        # Checkpoint.
+        due = step // args.checkpoint_every > (step - B) // args.checkpoint_every
+        stop = list(interrupts)  # looked at once: what stops the run has been saved
+        if due or stop or iteration == iterations:
+            arrays = {"observations": observations, "returns": returns, "lengths": lengths}
+            done["saved"] = True
+            checkpoint = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()} | policy_state
+            checkpoint |= {"learner": list(learner[1:]), "done": done}
+            checkpoint |= {"environments": envs.state(), "recent": list(recent), "seconds": torch.from_numpy(seconds)}
+            checkpoint |= {"random": torch.get_rng_state(), "sizes": run.sizes()}
+            if device.type == "cuda":
+                checkpoint["cuda_random"] = torch.cuda.get_rng_state(device)
+            save_checkpoint(directory / "checkpoint.pt", checkpoint)
+
+        run.progress(row, iterations * B, done, recent, f"KL {row['kl']:.4f}  entropy {row['entropy']:.2f}")
+        if stop:
+            command = shlex.join(["python", sys.argv[0], "--resume", str(directory)])
+            run.say(f"stopped at step {step:,}; continue with\n  {command}")
+            run.close()
+            envs.close()
+            raise SystemExit(128 + stop[0])
+
+    finish(args, run, directory, iterations * B, done, recent, seconds)
+    run.close()
+    envs.close()
+    return directory
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+def check(args: Args) -> None:
+    """Refuses what cannot work, before anything is written."""
+    check_numbers(
+        args,
+        at_least_1="num_envs num_steps num_minibatches update_epochs threads eval_episodes checkpoint_every",
+        at_least_0="seed ent_coef vf_coef num_evals",
+        above_0="learning_rate clip_coef max_grad_norm target_kl",
+        shares="gamma gae_lambda lr_warmup repeat_action_probability",
+    )
+    batch_size = args.num_envs * args.num_steps
+    if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
+        rollout = f"a rollout of {args.num_envs} x {args.num_steps} = {batch_size} steps"
+        refuse(f"--num-minibatches {args.num_minibatches}: must divide {rollout} into parts of two or more")
+    if args.total_timesteps < batch_size:
+        refuse(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {batch_size} steps")
+    check_setup(args)
+    check_environments(args)
+
+
+def check_environments(args: Args) -> None:
+    """Makes one of each kind; refuses what cannot be made, drawn or acted in."""
+    problem = f"--env-id {args.env_id}"
+    if not find_spec("ale_py"):
+        refuse(f"{problem}: ale-py is not installed; pip install ale-py")
+    for name in ("env_kwargs", "eval_env_kwargs"):
+        fixed = {"frameskip", "obs_type", "repeat_action_probability"} & json.loads(getattr(args, name)).keys()
+        if fixed:
+            refuse(f"{flag(name)}: leave out {min(fixed)}, which the script sets")
+    try:
+        eval_env = make_eval_env(args, "rgb_array" if args.capture_video else None)
+        check_spaces(problem, eval_env.observation_space, eval_env.action_space)
+        if args.capture_video:
+            problem = f"--capture-video: {args.env_id} cannot be rendered here"
+            eval_env.reset(seed=0)
+            eval_env.render()
+        problem = f"--vec {args.vec}: cannot make {args.env_id}"
+        envs = Environments(replace(args, num_envs=1))
+        if getattr(envs.envs, "single_action_space", envs.envs.action_space) != eval_env.action_space:
+            refuse("--eval-env-kwargs: the evaluation environment must have the training environment's actions")
+    except TypeError as error:  # an argument that the environment does not have
+        refuse(f"--env-kwargs {args.env_kwargs}, --eval-env-kwargs {args.eval_env_kwargs}: {error}")
+    except Exception as error:
+        refuse(f"{problem}: {' '.join(str(error).split())}")
+    envs.close()
+    eval_env.close()
+
+
+def check_spaces(problem: str, observations: gym.Space, actions: gym.Space) -> None:
+    if not isinstance(actions, gym.spaces.Discrete):
+        refuse(f"{problem}: acts in {actions}; this script needs Discrete actions")
+
+
+# From here on every script is the same.
+# ------------------------------------------------------------------------------------------------------ evaluation
 
 
 def evaluate(policy: Policy, envs: list[gym.Env], seeds: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -890,240 +1130,6 @@ def check_setup(args: Args) -> None:
         if find_library("EGL"):
             os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
-
-
-def check_environments(args: Args) -> None:
-    """Makes one of each kind; refuses what cannot be made, drawn or acted in."""
-    problem = f"--env-id {args.env_id}"
-    if not find_spec("ale_py"):
-        refuse(f"{problem}: ale-py is not installed; pip install ale-py")
-    for name in ("env_kwargs", "eval_env_kwargs"):
-        fixed = {"frameskip", "obs_type", "repeat_action_probability"} & json.loads(getattr(args, name)).keys()
-        if fixed:
-            refuse(f"{flag(name)}: leave out {min(fixed)}, which the script sets")
-    try:
-        eval_env = make_eval_env(args, "rgb_array" if args.capture_video else None)
-        check_spaces(problem, eval_env.observation_space, eval_env.action_space)
-        if args.capture_video:
-            problem = f"--capture-video: {args.env_id} cannot be rendered here"
-            eval_env.reset(seed=0)
-            eval_env.render()
-        problem = f"--vec {args.vec}: cannot make {args.env_id}"
-        envs = Environments(replace(args, num_envs=1))
-        if getattr(envs.envs, "single_action_space", envs.envs.action_space) != eval_env.action_space:
-            refuse("--eval-env-kwargs: the evaluation environment must have the training environment's actions")
-    except TypeError as error:  # an argument that the environment does not have
-        refuse(f"--env-kwargs {args.env_kwargs}, --eval-env-kwargs {args.eval_env_kwargs}: {error}")
-    except Exception as error:
-        refuse(f"{problem}: {' '.join(str(error).split())}")
-    envs.close()
-    eval_env.close()
-
-
-def check_spaces(problem: str, observations: gym.Space, actions: gym.Space) -> None:
-    if not isinstance(actions, gym.spaces.Discrete):
-        refuse(f"{problem}: acts in {actions}; this script needs Discrete actions")
-
-
-def check(args: Args) -> None:
-    """Refuses what cannot work, before anything is written."""
-    check_numbers(
-        args,
-        at_least_1="num_envs num_steps num_minibatches update_epochs threads eval_episodes checkpoint_every",
-        at_least_0="seed ent_coef vf_coef num_evals",
-        above_0="learning_rate clip_coef max_grad_norm target_kl",
-        shares="gamma gae_lambda lr_warmup repeat_action_probability",
-    )
-    batch_size = args.num_envs * args.num_steps
-    if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
-        rollout = f"a rollout of {args.num_envs} x {args.num_steps} = {batch_size} steps"
-        refuse(f"--num-minibatches {args.num_minibatches}: must divide {rollout} into parts of two or more")
-    if args.total_timesteps < batch_size:
-        refuse(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {batch_size} steps")
-    check_setup(args)
-    check_environments(args)
-
-
-# -------------------------------------------------------------------------------------------------------- training
-
-MEASURES = ["policy_loss", "value_loss", "entropy", "kl", "clip_fraction", "grad_norm"]
-STATE = ["explained_variance", "learning_rate", "updates"]
-SECONDS = ["seconds_stepping", "seconds_acting", "seconds_updating"]
-TABLES = {
-    "episodes": ["step", "wall_time", "return", "length"],
-    "progress": ["step", "wall_time", "sps", *MEASURES, *STATE, *SECONDS],
-    "evaluations": ["step", "episode", "seed", "return", "length"],
-}
-
-
-def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
-    """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
-    check(args)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    args = decided(args, device)
-    directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-
-    eval_envs = [make_eval_env(args) for _ in range(args.eval_episodes)]
-    N, T, A = args.num_envs, args.num_steps, int(eval_envs[0].action_space.n)
-    B = N * T
-    iterations = args.total_timesteps // B
-
-    agent = Agent(A).requires_grad_(False).to(device)
-    learner = Learner.of(agent)
-    policy = Policy(agent)
-    envs = Environments(args)
-    observations = envs.reset(np.ones(N, bool))
-    returns, lengths = np.zeros(N), np.zeros(N, int)  # of the running games
-    recent: deque[float] = deque(maxlen=100)  # returns of the last finished games
-    seconds = np.zeros(3)  # stepping, acting, updating
-    done = {"iteration": 0, "elapsed": 0.0, "updates": 0, "evaluation": {}, "best": {}, "saved": False}
-    run = Run(args, directory, saved.get("sizes", {}), saved.get("step", 0))
-    if saved:
-        (directory / "result.json").unlink(missing_ok=True)
-        agent.load_state_dict(saved["agent"])
-        for tensor, value in zip(learner[1:], saved["learner"], strict=True):
-            tensor.copy_(value)
-        if envs.restore(saved["environments"], saved["observations"].numpy()):
-            observations = saved["observations"].numpy()
-            returns, lengths = (saved[name].numpy() for name in ("returns", "lengths"))
-        else:
-            run.say(f"--vec {args.vec} cannot restore the running games; they begin anew, all else continues")
-            observations = envs.reset(np.ones(N, bool))
-        recent.extend(saved["recent"])
-        seconds, done = saved["seconds"].numpy(), saved["done"]
-        torch.set_rng_state(saved["random"])
-        if device.type == "cuda" and "cuda_random" in saved:
-            torch.cuda.set_rng_state(saved["cuda_random"], device)
-
-    run.say(
-        f"{Path(__file__).stem}  {args.env_id}  {A} actions, repeated with chance {args.repeat_action_probability:g}\n"
-        f"{N} games ({args.vec}) x {T} steps, {args.update_epochs} epochs of {args.num_minibatches} minibatches"
-        f" of {B // args.num_minibatches}, {learner.theta.numel():,} parameters, {args.precision}, {device}"
-        f"\n{directory}"
-    )
-
-    frames = torch.empty((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device).movedim(-1, 2)
-    actions = torch.zeros((T, N), dtype=torch.long, device=device)
-    logits, values = torch.empty((T, N, A), device=device), torch.empty((T + 1, N), device=device)
-    rewards, terminated, ended = np.empty((T, N), np.float32), np.empty((T, N), bool), np.empty((T, N), bool)
-    batch = Batch(frames[:T].view(B, 4, 84, 84), actions.view(B), *(torch.zeros(B, device=device) for _ in range(4)))
-    actor = copy.deepcopy(agent)  # plays with the weights in the precision that the update computes in
-    fast_update = compile_update(args, agent, batch, run.say) if args.compile else update
-    started = time.perf_counter() - done["elapsed"]
-
-    for iteration in range(done["iteration"] + 1, iterations + 1):
-        step, before, seconds_before = iteration * B, time.perf_counter(), seconds.copy()
-        learner.learning_rate.fill_(args.learning_rate * lr_factor(args, iteration, iterations))
-
-        # Collect T steps of every game.
-        weights = lowered(dict(agent.named_parameters()), args.precision)
-        for parameter, weight in zip(actor.parameters(), weights.values(), strict=True):
-            parameter.data = weight
-        noise = -torch.empty((T, N, A), device=device).exponential_().log()  # with it, the largest logit is a draw
-        cut_at, cut_observations, episodes = [], [], []
-        for t in range(T):
-            clock = time.perf_counter()
-            frames[t] = torch.from_numpy(observations)
-            logits[t], values[t] = actor(frames[t])
-            actions[t] = (logits[t] + noise[t]).argmax(-1)
-            seconds[1] += time.perf_counter() - clock
-
-            clock = time.perf_counter()
-            observations, scores, over, truncated, lost = envs.step(actions[t].cpu().numpy())
-            rewards[t] = scores.clip(-1, 1)
-            terminated[t] = over | lost  # a lost life ends the return, but not the game
-            ended[t] = terminated[t] | truncated
-            returns += scores
-            lengths += 1
-            for n in np.flatnonzero(truncated & ~terminated[t]):
-                cut_at.append((t, n))
-                cut_observations.append(observations[n].copy())
-            if (over := over | truncated).any():
-                for n in np.flatnonzero(over):
-                    now = {"step": step - B + (t + 1) * N, "wall_time": round(clock - started, 3)}
-                    episodes.append(now | {"return": returns[n].item(), "length": lengths[n].item()})
-                observations[over] = envs.reset(over)
-                returns[over], lengths[over] = 0, 0
-            seconds[0] += time.perf_counter() - clock
-
-        # Estimate the advantages.
-        clock = time.perf_counter()
-        frames[T] = torch.from_numpy(observations)
-        values[T] = actor(frames[T])[1]
-        next_values = values[1:].clone()
-        if cut_at:  # what a game that was cut showed last, instead of what the next one showed first
-            next_values[tuple(np.array(cut_at).T)] = actor(torch.tensor(np.stack(cut_observations), device=device))[1]
-        signals = (torch.from_numpy(signal).to(device) for signal in (terminated, ended))
-        advantages = generalised_advantages(
-            torch.from_numpy(rewards).to(device), values[:T], next_values, *signals, args.gamma, args.gae_lambda
-        )
-        batch.logprobs[:] = log_probs(logits, actions).flatten()
-        batch.values[:] = values[:T].flatten()
-        batch.advantages[:] = advantages.flatten()
-        batch.returns[:] = batch.advantages + batch.values
-        explained_variance = 1 - batch.advantages.var() / batch.returns.var()
-
-        # Improve the policy, and the critic with it.
-        measured, kl = [], 0.0
-        for _ in range(args.update_epochs):
-            for indices in torch.randperm(B, device=device).split(B // args.num_minibatches):
-                measured.append(fast_update(agent, args, learner, batch, indices))
-                if args.target_kl and (kl := measured[-1][MEASURES.index("kl")]) > args.target_kl:
-                    break
-            if args.target_kl and kl > args.target_kl:
-                break
-        measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist(), strict=True))
-        seconds[2] += time.perf_counter() - clock
-        if not all(map(math.isfinite, measures.values())):
-            run.say(f"stopped: not finite in the rollout that ended at step {step:,}: {measures}")
-            run.say("the last checkpoint is from before that" if done["saved"] else "there is no checkpoint yet")
-            run.close()
-            envs.close()
-            raise SystemExit(1)
-
-        # Log.
-        done |= {"iteration": iteration, "elapsed": time.perf_counter() - started}
-        done["updates"] += len(measured)
-        recent.extend(episode["return"] for episode in episodes)
-        row = {"step": step, "wall_time": round(done["elapsed"], 3), "sps": round(B / (time.perf_counter() - before))}
-        row |= measures | {"explained_variance": explained_variance.item(), "updates": done["updates"]}
-        row |= {"learning_rate": learner.learning_rate.item()}
-        row |= dict(zip(SECONDS, (seconds - seconds_before).round(4).tolist(), strict=True))
-        run.record(row, episodes)
-
-        # Evaluate.
-        policy_state = {"script": Path(__file__).stem, "args": asdict(args), "step": step, "agent": agent.state_dict()}
-        if iteration * args.num_evals // iterations > (iteration - 1) * args.num_evals // iterations:
-            evaluate_and_keep(args, run, directory, policy, policy_state, eval_envs, done)
-
-        # Checkpoint.
-        due = step // args.checkpoint_every > (step - B) // args.checkpoint_every
-        stop = list(interrupts)  # looked at once: what stops the run has been saved
-        if due or stop or iteration == iterations:
-            arrays = {"observations": observations, "returns": returns, "lengths": lengths}
-            done["saved"] = True
-            checkpoint = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()} | policy_state
-            checkpoint |= {"learner": list(learner[1:]), "done": done}
-            checkpoint |= {"environments": envs.state(), "recent": list(recent), "seconds": torch.from_numpy(seconds)}
-            checkpoint |= {"random": torch.get_rng_state(), "sizes": run.sizes()}
-            if device.type == "cuda":
-                checkpoint["cuda_random"] = torch.cuda.get_rng_state(device)
-            save_checkpoint(directory / "checkpoint.pt", checkpoint)
-
-        run.progress(row, iterations * B, done, recent, f"KL {row['kl']:.4f}  entropy {row['entropy']:.2f}")
-        if stop:
-            command = shlex.join(["python", sys.argv[0], "--resume", str(directory)])
-            run.say(f"stopped at step {step:,}; continue with\n  {command}")
-            run.close()
-            envs.close()
-            raise SystemExit(128 + stop[0])
-
-    finish(args, run, directory, iterations * B, done, recent, seconds)
-    run.close()
-    envs.close()
-    return directory
 
 
 if __name__ == "__main__":

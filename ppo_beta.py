@@ -13,6 +13,8 @@
 Schulman et al. 2017, https://arxiv.org/abs/1707.06347; advantages: https://arxiv.org/abs/1506.02438;
 Beta policy: Chou et al. 2017, https://proceedings.mlr.press/v70/chou17a.html.
 
+The algorithm ends with `train`; what follows keeps, evaluates and checks, and is much the same in every script.
+
 What may surprise:
 - An episode cut by a time limit bootstraps from the value of its true last observation; only termination ends a return.
 - The statistics that normalise observations change once per rollout, after its update; nothing shifts within it.
@@ -653,9 +655,6 @@ def lr_factor(args: Args, iteration: int, iterations: int) -> float:
     return decay[args.lr_schedule] * min(1.0, rise)
 
 
-# ------------------------------------------------------------------------------------------------------ evaluation
-
-
 class Policy:
     """What is deployed: a batch of observations to actions, with the normaliser frozen inside.
 
@@ -696,6 +695,271 @@ def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:
     agent = Agent(args, tuple(checkpoint["observation_shape"]), bounds[0].size)
     agent.load_state_dict(checkpoint["agent"])
     return Policy(agent.to(device), moments, return_moments, bounds)
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+MEASURES = ["policy_loss", "value_loss", "entropy", "kl", "clip_fraction", "grad_norm"]
+STATE = ["explained_variance", "learning_rate", "updates", "concentration", "saturation"]
+SECONDS = ["seconds_stepping", "seconds_acting", "seconds_updating"]
+TABLES = {
+    "episodes": ["step", "wall_time", "return", "length"],
+    "progress": ["step", "wall_time", "sps", *MEASURES, *STATE, *SECONDS],
+    "evaluations": ["step", "episode", "seed", "return", "length"],
+}
+
+
+def default_steps(rollout: int, num_envs: int, num_minibatches: int) -> int:
+    """Steps of each environment for rollouts of this length, or as near as the minibatches divide them."""
+    unit = num_minibatches // math.gcd(num_envs, num_minibatches)
+    return max(1, round(rollout / num_envs / unit)) * unit
+
+
+def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
+    """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
+    if args.num_steps is None and args.num_envs > 0 and args.num_minibatches > 0:
+        args = replace(args, num_steps=default_steps(2048, args.num_envs, args.num_minibatches))
+    check(args)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+    eval_envs = [make_eval_env(args) for _ in range(args.eval_episodes)]
+    low, high = eval_envs[0].action_space.low, eval_envs[0].action_space.high
+    space, images = eval_envs[0].observation_space, is_image(eval_envs[0].observation_space)
+    N, T, D, A = args.num_envs, args.num_steps, math.prod(space.shape), low.size
+    B, shape = N * T, space.shape if images else (D,)
+    iterations = args.total_timesteps // B
+
+    agent = Agent(args, shape, A).requires_grad_(False).to(device)
+    learner = Learner.of(agent)
+    moments, return_moments = observation_moments(args, shape), RunningMoments((), args.norm_reward)
+    policy = Policy(agent, moments, return_moments, np.stack((low, high)))
+    envs = Environments(args)
+    observations = envs.reset(np.ones(N, bool))
+    returns, lengths, discounted = np.zeros(N), np.zeros(N, int), np.zeros(N)  # of the running episodes
+    recent: deque[float] = deque(maxlen=100)  # returns of the last finished episodes
+    seconds = np.zeros(3)  # stepping, acting, updating
+    done = {"iteration": 0, "elapsed": 0.0, "updates": 0, "evaluation": {}, "best": {}, "saved": False}
+    run = Run(args, directory, saved.get("sizes", {}), saved.get("step", 0))
+    if saved:
+        (directory / "result.json").unlink(missing_ok=True)
+        agent.load_state_dict(saved["agent"])
+        for tensor, value in zip(learner[1:], saved["learner"], strict=True):
+            tensor.copy_(value)
+        moments.restore(saved["moments"])
+        return_moments.restore(saved["return_moments"])
+        if envs.restore(saved["environments"], saved["observations"].numpy()):
+            observations = saved["observations"].numpy()
+            returns, lengths, discounted = (saved[name].numpy() for name in ("returns", "lengths", "discounted"))
+        else:
+            run.say(f"--vec {args.vec} cannot restore the running episodes; they begin anew, all else continues")
+            observations = envs.reset(np.ones(N, bool))
+        recent.extend(saved["recent"])
+        seconds, done = saved["seconds"].numpy(), saved["done"]
+        torch.set_rng_state(saved["random"])
+        if device.type == "cuda" and "cuda_random" in saved:
+            torch.cuda.set_rng_state(saved["cuda_random"], device)
+
+    run.say(
+        f"{Path(__file__).stem}  {args.env_id}  {D} observations, {A} actions in {low.min():g} to {high.max():g}\n"
+        f"{N} environments ({args.vec}) x {T} steps, {args.update_epochs} epochs of {args.num_minibatches} minibatches"
+        f" of {B // args.num_minibatches}, {learner.theta.numel():,} parameters, {device}\n{directory}"
+    )
+
+    raw = np.empty((T, N, D), np.uint8 if images else np.float64)
+    normalised = torch.empty((T + 1, N, D), dtype=torch.uint8 if images else torch.float32, device=device)
+    actions, alpha, beta = torch.empty((3, T, N, A), device=device)
+    rewards, terminated, ended = np.empty((T, N)), np.empty((T, N), bool), np.empty((T, N), bool)
+    of_policy = (tensor.view(B, A) for tensor in (actions, alpha, beta))
+    batch = Batch(normalised[:T].view(B, D), *of_policy, *(torch.zeros(B, device=device) for _ in range(4)))
+    fast_update = compile_update(args, agent, batch, run.say) if args.compile else update
+    started = time.perf_counter() - done["elapsed"]
+
+    for iteration in range(done["iteration"] + 1, iterations + 1):
+        step, before, seconds_before = iteration * B, time.perf_counter(), seconds.copy()
+        learner.learning_rate.fill_(args.learning_rate * lr_factor(args, iteration, iterations))
+
+        # Collect T steps of every environment.
+        last_at, last_observations, episodes = [], [], []
+        for t in range(T):
+            clock = time.perf_counter()
+            raw[t] = observations
+            normalised[t] = torch.from_numpy(moments.normalise(observations))
+            alpha[t], beta[t] = agent.policy(normalised[t])
+            actions[t] = draw(alpha[t], beta[t])
+            scaled_actions = scale(actions[t], low, high)
+            seconds[1] += time.perf_counter() - clock
+
+            clock = time.perf_counter()
+            observations, rewards[t], terminated[t], truncated = envs.step(scaled_actions)
+            ended[t] = terminated[t] | truncated
+            returns += rewards[t]
+            lengths += 1
+            if ended[t].any():
+                for n in np.flatnonzero(ended[t]):
+                    last_at.append((t, n))
+                    last_observations.append(moments.normalise(observations[n]))
+                    now = {"step": step - B + (t + 1) * N, "wall_time": round(clock - started, 3)}
+                    episodes.append(now | {"return": returns[n].item(), "length": lengths[n].item()})
+                observations[ended[t]] = envs.reset(ended[t])
+                returns[ended[t]], lengths[ended[t]] = 0, 0
+            seconds[0] += time.perf_counter() - clock
+        normalised[T] = torch.from_numpy(moments.normalise(observations))
+
+        # Scale the rewards by the deviation of the discounted return, which starts anew with every episode.
+        clock = time.perf_counter()
+        discounted_returns = np.empty((T, N))
+        for t in range(T):
+            discounted_returns[t] = discounted = discounted * args.gamma + rewards[t]
+            discounted = np.where(ended[t], 0.0, discounted)
+        return_moments.update(discounted_returns.ravel())
+        scaled = torch.from_numpy(return_moments.scale(rewards).astype(np.float32)).to(device)
+        stops = torch.from_numpy(terminated).to(device), torch.from_numpy(ended).to(device)
+
+        # Improve the policy, and the critic with it.
+        if last_at:
+            where, last = tuple(np.array(last_at).T), torch.tensor(np.stack(last_observations), device=device)
+        batch.logprobs[:] = log_prob(batch.alpha, batch.beta, batch.actions)
+        measured, kl = [], 0.0
+        for epoch in range(args.update_epochs):
+            if epoch == 0 or args.recompute_advantages:
+                values = torch.cat([agent.value(part) for part in normalised.view(-1, D).split(1024)]).view(T + 1, N)
+                next_values, values = values[1:].clone(), values[:-1]
+                if last_at:  # what an ended episode saw last, instead of what the next one saw first
+                    next_values[where] = agent.value(last)
+                advantages = generalised_advantages(scaled, values, next_values, *stops, args.gamma, args.gae_lambda)
+                batch.advantages[:] = advantages.flatten()
+                batch.returns[:] = (advantages + values).flatten()
+            if epoch == 0:
+                batch.values[:] = values.flatten()
+                explained_variance = 1 - (batch.returns - batch.values).var() / batch.returns.var()
+            for indices in torch.randperm(B, device=device).split(B // args.num_minibatches):
+                measured.append(fast_update(agent, args, learner, batch, indices))
+                if args.target_kl and (kl := measured[-1][MEASURES.index("kl")]) > args.target_kl:
+                    break
+            if args.target_kl and kl > args.target_kl:
+                break
+        moments.update(raw.reshape(B, D))
+        measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist(), strict=True))
+        seconds[2] += time.perf_counter() - clock
+        if not all(map(math.isfinite, (*measures.values(), moments.var.sum(), return_moments.var))):
+            run.say(f"stopped: not finite in the rollout that ended at step {step:,}: {measures}")
+            run.say("the last checkpoint is from before that" if done["saved"] else "there is no checkpoint yet")
+            run.close()
+            envs.close()
+            raise SystemExit(1)
+
+        # Log.
+        done |= {"iteration": iteration, "elapsed": time.perf_counter() - started}
+        done["updates"] += len(measured)
+        recent.extend(episode["return"] for episode in episodes)
+        row = {"step": step, "wall_time": round(done["elapsed"], 3), "sps": round(B / (time.perf_counter() - before))}
+        row |= measures | {"explained_variance": explained_variance.item(), "updates": done["updates"]}
+        row |= {"learning_rate": learner.learning_rate.item(), "concentration": (alpha + beta).mean().item()}
+        row |= {"saturation": ((actions - 0.5).abs() > 0.49).float().mean().item()}  # actions next to a bound
+        row |= dict(zip(SECONDS, (seconds - seconds_before).round(4).tolist(), strict=True))
+        run.record(row, episodes)
+
+        # Evaluate.
+        policy_state = {"script": Path(__file__).stem, "args": asdict(args), "step": step, "agent": agent.state_dict()}
+        policy_state |= {"moments": moments.state(), "return_moments": return_moments.state()}
+        policy_state |= {"action_bounds": torch.from_numpy(np.stack((low, high))), "observation_shape": list(shape)}
+        if iteration * args.num_evals // iterations > (iteration - 1) * args.num_evals // iterations:
+            evaluate_and_keep(args, run, directory, policy, policy_state, eval_envs, done)
+
+        # Checkpoint.
+        due = step // args.checkpoint_every > (step - B) // args.checkpoint_every
+        stop = list(interrupts)  # looked at once: what stops the run has been saved
+        if due or stop or iteration == iterations:
+            arrays = {"observations": observations, "returns": returns, "lengths": lengths, "discounted": discounted}
+            done["saved"] = True
+            checkpoint = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()} | policy_state
+            checkpoint |= {"learner": list(learner[1:]), "done": done}
+            checkpoint |= {"environments": envs.state(), "recent": list(recent), "seconds": torch.from_numpy(seconds)}
+            checkpoint |= {"random": torch.get_rng_state(), "sizes": run.sizes()}
+            if device.type == "cuda":
+                checkpoint["cuda_random"] = torch.cuda.get_rng_state(device)
+            save_checkpoint(directory / "checkpoint.pt", checkpoint)
+
+        run.progress(row, iterations * B, done, recent, f"KL {row['kl']:.4f}  concentration {row['concentration']:.1f}")
+        if stop:
+            command = shlex.join(["python", sys.argv[0], "--resume", str(directory)])
+            run.say(f"stopped at step {step:,}; continue with\n  {command}")
+            run.close()
+            envs.close()
+            raise SystemExit(128 + stop[0])
+
+    finish(args, run, directory, iterations * B, done, recent, seconds)
+    run.close()
+    envs.close()
+    return directory
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+def check(args: Args) -> None:
+    """Refuses what cannot work, before anything is written."""
+    check_numbers(
+        args,
+        at_least_1="num_envs num_steps num_minibatches update_epochs threads eval_episodes checkpoint_every"
+        " actor_sizes critic_sizes resize frame_stack action_repeat",
+        at_least_0="seed ent_coef vf_coef num_evals",
+        above_0="learning_rate clip_coef max_grad_norm target_kl",
+        shares="gamma gae_lambda lr_warmup",
+    )
+    batch_size = args.num_envs * args.num_steps
+    if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
+        rollout = f"a rollout of {args.num_envs} x {args.num_steps} = {batch_size} steps"
+        refuse(f"--num-minibatches {args.num_minibatches}: must divide {rollout} into parts of two or more")
+    if args.total_timesteps < batch_size:
+        refuse(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {batch_size} steps")
+    check_setup(args)
+    check_environments(args)
+
+
+def check_environments(args: Args) -> None:
+    """Makes one of each kind; refuses what cannot be made, drawn or acted in."""
+    problem = f"--env-id {args.env_id}"
+    try:
+        env, eval_env = make_train_env(args), make_eval_env(args, "rgb_array" if args.capture_video else None)
+        check_spaces(problem, env.observation_space, env.action_space)
+        if env.observation_space.shape != eval_env.observation_space.shape or env.action_space != eval_env.action_space:
+            refuse("--eval-env-kwargs: the evaluation environment must have the training environment's spaces")
+        if args.capture_video:
+            problem = f"--capture-video: {args.env_id} cannot be rendered here"
+            eval_env.reset(seed=0)
+            eval_env.render()
+        if args.vec == "envpool":
+            problem = f"--vec envpool: EnvPool cannot make {args.env_id}; use sync"
+            spec = importlib.import_module("envpool").make_spec(args.env_id, **json.loads(args.env_kwargs))
+            if spec.observation_space.shape != env.unwrapped.observation_space.shape:
+                refuse(f"--vec envpool: its {args.env_id} does not observe what Gymnasium's does; use sync")
+    except TypeError as error:  # an argument that the environment does not have
+        refuse(f"--env-kwargs {args.env_kwargs}, --eval-env-kwargs {args.eval_env_kwargs}: {error}")
+    except Exception as error:
+        refuse(f"{problem}: {' '.join(str(error).split())}")
+    env.close()
+    eval_env.close()
+
+
+def check_spaces(problem: str, observations: gym.Space, actions: gym.Space) -> None:
+    if not isinstance(observations, gym.spaces.Box):
+        refuse(f"{problem}: observes a {type(observations).__name__}; this script needs a Box")
+    if is_image(observations) and min(observations.shape[:2]) < 8:
+        refuse(f"{problem}: observes images of {observations.shape}; this script needs them 8 wide and high or more")
+    if not isinstance(actions, gym.spaces.Box):
+        refuse(f"{problem}: acts in {actions}; this script needs a Box, ppo_discrete.py is for Discrete")
+    if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all()):
+        refuse(f"{problem}: acts in {actions}; this script needs finite bounds, ppo_continuous.py does not")
+    if not np.issubdtype(actions.dtype, np.floating):
+        refuse(f"{problem}: acts in {actions}; this script needs real numbers")
+
+
+# From here on every script is the same.
+# ------------------------------------------------------------------------------------------------------ evaluation
 
 
 def evaluate(policy: Policy, envs: list[gym.Env], seeds: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -1074,264 +1338,6 @@ def check_setup(args: Args) -> None:
         if find_library("EGL"):
             os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
-
-
-def check_environments(args: Args) -> None:
-    """Makes one of each kind; refuses what cannot be made, drawn or acted in."""
-    problem = f"--env-id {args.env_id}"
-    try:
-        env, eval_env = make_train_env(args), make_eval_env(args, "rgb_array" if args.capture_video else None)
-        check_spaces(problem, env.observation_space, env.action_space)
-        if env.observation_space.shape != eval_env.observation_space.shape or env.action_space != eval_env.action_space:
-            refuse("--eval-env-kwargs: the evaluation environment must have the training environment's spaces")
-        if args.capture_video:
-            problem = f"--capture-video: {args.env_id} cannot be rendered here"
-            eval_env.reset(seed=0)
-            eval_env.render()
-        if args.vec == "envpool":
-            problem = f"--vec envpool: EnvPool cannot make {args.env_id}; use sync"
-            spec = importlib.import_module("envpool").make_spec(args.env_id, **json.loads(args.env_kwargs))
-            if spec.observation_space.shape != env.unwrapped.observation_space.shape:
-                refuse(f"--vec envpool: its {args.env_id} does not observe what Gymnasium's does; use sync")
-    except TypeError as error:  # an argument that the environment does not have
-        refuse(f"--env-kwargs {args.env_kwargs}, --eval-env-kwargs {args.eval_env_kwargs}: {error}")
-    except Exception as error:
-        refuse(f"{problem}: {' '.join(str(error).split())}")
-    env.close()
-    eval_env.close()
-
-
-def check_spaces(problem: str, observations: gym.Space, actions: gym.Space) -> None:
-    if not isinstance(observations, gym.spaces.Box):
-        refuse(f"{problem}: observes a {type(observations).__name__}; this script needs a Box")
-    if is_image(observations) and min(observations.shape[:2]) < 8:
-        refuse(f"{problem}: observes images of {observations.shape}; this script needs them 8 wide and high or more")
-    if not isinstance(actions, gym.spaces.Box):
-        refuse(f"{problem}: acts in {actions}; this script needs a Box, ppo_discrete.py is for Discrete")
-    if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all()):
-        refuse(f"{problem}: acts in {actions}; this script needs finite bounds, ppo_continuous.py does not")
-    if not np.issubdtype(actions.dtype, np.floating):
-        refuse(f"{problem}: acts in {actions}; this script needs real numbers")
-
-
-def check(args: Args) -> None:
-    """Refuses what cannot work, before anything is written."""
-    check_numbers(
-        args,
-        at_least_1="num_envs num_steps num_minibatches update_epochs threads eval_episodes checkpoint_every"
-        " actor_sizes critic_sizes resize frame_stack action_repeat",
-        at_least_0="seed ent_coef vf_coef num_evals",
-        above_0="learning_rate clip_coef max_grad_norm target_kl",
-        shares="gamma gae_lambda lr_warmup",
-    )
-    batch_size = args.num_envs * args.num_steps
-    if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
-        rollout = f"a rollout of {args.num_envs} x {args.num_steps} = {batch_size} steps"
-        refuse(f"--num-minibatches {args.num_minibatches}: must divide {rollout} into parts of two or more")
-    if args.total_timesteps < batch_size:
-        refuse(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {batch_size} steps")
-    check_setup(args)
-    check_environments(args)
-
-
-# -------------------------------------------------------------------------------------------------------- training
-
-MEASURES = ["policy_loss", "value_loss", "entropy", "kl", "clip_fraction", "grad_norm"]
-STATE = ["explained_variance", "learning_rate", "updates", "concentration", "saturation"]
-SECONDS = ["seconds_stepping", "seconds_acting", "seconds_updating"]
-TABLES = {
-    "episodes": ["step", "wall_time", "return", "length"],
-    "progress": ["step", "wall_time", "sps", *MEASURES, *STATE, *SECONDS],
-    "evaluations": ["step", "episode", "seed", "return", "length"],
-}
-
-
-def default_steps(rollout: int, num_envs: int, num_minibatches: int) -> int:
-    """Steps of each environment for rollouts of this length, or as near as the minibatches divide them."""
-    unit = num_minibatches // math.gcd(num_envs, num_minibatches)
-    return max(1, round(rollout / num_envs / unit)) * unit
-
-
-def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
-    """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
-    if args.num_steps is None and args.num_envs > 0 and args.num_minibatches > 0:
-        args = replace(args, num_steps=default_steps(2048, args.num_envs, args.num_minibatches))
-    check(args)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-
-    eval_envs = [make_eval_env(args) for _ in range(args.eval_episodes)]
-    low, high = eval_envs[0].action_space.low, eval_envs[0].action_space.high
-    space, images = eval_envs[0].observation_space, is_image(eval_envs[0].observation_space)
-    N, T, D, A = args.num_envs, args.num_steps, math.prod(space.shape), low.size
-    B, shape = N * T, space.shape if images else (D,)
-    iterations = args.total_timesteps // B
-
-    agent = Agent(args, shape, A).requires_grad_(False).to(device)
-    learner = Learner.of(agent)
-    moments, return_moments = observation_moments(args, shape), RunningMoments((), args.norm_reward)
-    policy = Policy(agent, moments, return_moments, np.stack((low, high)))
-    envs = Environments(args)
-    observations = envs.reset(np.ones(N, bool))
-    returns, lengths, discounted = np.zeros(N), np.zeros(N, int), np.zeros(N)  # of the running episodes
-    recent: deque[float] = deque(maxlen=100)  # returns of the last finished episodes
-    seconds = np.zeros(3)  # stepping, acting, updating
-    done = {"iteration": 0, "elapsed": 0.0, "updates": 0, "evaluation": {}, "best": {}, "saved": False}
-    run = Run(args, directory, saved.get("sizes", {}), saved.get("step", 0))
-    if saved:
-        (directory / "result.json").unlink(missing_ok=True)
-        agent.load_state_dict(saved["agent"])
-        for tensor, value in zip(learner[1:], saved["learner"], strict=True):
-            tensor.copy_(value)
-        moments.restore(saved["moments"])
-        return_moments.restore(saved["return_moments"])
-        if envs.restore(saved["environments"], saved["observations"].numpy()):
-            observations = saved["observations"].numpy()
-            returns, lengths, discounted = (saved[name].numpy() for name in ("returns", "lengths", "discounted"))
-        else:
-            run.say(f"--vec {args.vec} cannot restore the running episodes; they begin anew, all else continues")
-            observations = envs.reset(np.ones(N, bool))
-        recent.extend(saved["recent"])
-        seconds, done = saved["seconds"].numpy(), saved["done"]
-        torch.set_rng_state(saved["random"])
-        if device.type == "cuda" and "cuda_random" in saved:
-            torch.cuda.set_rng_state(saved["cuda_random"], device)
-
-    run.say(
-        f"{Path(__file__).stem}  {args.env_id}  {D} observations, {A} actions in {low.min():g} to {high.max():g}\n"
-        f"{N} environments ({args.vec}) x {T} steps, {args.update_epochs} epochs of {args.num_minibatches} minibatches"
-        f" of {B // args.num_minibatches}, {learner.theta.numel():,} parameters, {device}\n{directory}"
-    )
-
-    raw = np.empty((T, N, D), np.uint8 if images else np.float64)
-    normalised = torch.empty((T + 1, N, D), dtype=torch.uint8 if images else torch.float32, device=device)
-    actions, alpha, beta = torch.empty((3, T, N, A), device=device)
-    rewards, terminated, ended = np.empty((T, N)), np.empty((T, N), bool), np.empty((T, N), bool)
-    of_policy = (tensor.view(B, A) for tensor in (actions, alpha, beta))
-    batch = Batch(normalised[:T].view(B, D), *of_policy, *(torch.zeros(B, device=device) for _ in range(4)))
-    fast_update = compile_update(args, agent, batch, run.say) if args.compile else update
-    started = time.perf_counter() - done["elapsed"]
-
-    for iteration in range(done["iteration"] + 1, iterations + 1):
-        step, before, seconds_before = iteration * B, time.perf_counter(), seconds.copy()
-        learner.learning_rate.fill_(args.learning_rate * lr_factor(args, iteration, iterations))
-
-        # Collect T steps of every environment.
-        last_at, last_observations, episodes = [], [], []
-        for t in range(T):
-            clock = time.perf_counter()
-            raw[t] = observations
-            normalised[t] = torch.from_numpy(moments.normalise(observations))
-            alpha[t], beta[t] = agent.policy(normalised[t])
-            actions[t] = draw(alpha[t], beta[t])
-            scaled_actions = scale(actions[t], low, high)
-            seconds[1] += time.perf_counter() - clock
-
-            clock = time.perf_counter()
-            observations, rewards[t], terminated[t], truncated = envs.step(scaled_actions)
-            ended[t] = terminated[t] | truncated
-            returns += rewards[t]
-            lengths += 1
-            if ended[t].any():
-                for n in np.flatnonzero(ended[t]):
-                    last_at.append((t, n))
-                    last_observations.append(moments.normalise(observations[n]))
-                    now = {"step": step - B + (t + 1) * N, "wall_time": round(clock - started, 3)}
-                    episodes.append(now | {"return": returns[n].item(), "length": lengths[n].item()})
-                observations[ended[t]] = envs.reset(ended[t])
-                returns[ended[t]], lengths[ended[t]] = 0, 0
-            seconds[0] += time.perf_counter() - clock
-        normalised[T] = torch.from_numpy(moments.normalise(observations))
-
-        # Scale the rewards by the deviation of the discounted return, which starts anew with every episode.
-        clock = time.perf_counter()
-        discounted_returns = np.empty((T, N))
-        for t in range(T):
-            discounted_returns[t] = discounted = discounted * args.gamma + rewards[t]
-            discounted = np.where(ended[t], 0.0, discounted)
-        return_moments.update(discounted_returns.ravel())
-        scaled = torch.from_numpy(return_moments.scale(rewards).astype(np.float32)).to(device)
-        stops = torch.from_numpy(terminated).to(device), torch.from_numpy(ended).to(device)
-
-        # Improve the policy, and the critic with it.
-        if last_at:
-            where, last = tuple(np.array(last_at).T), torch.tensor(np.stack(last_observations), device=device)
-        batch.logprobs[:] = log_prob(batch.alpha, batch.beta, batch.actions)
-        measured, kl = [], 0.0
-        for epoch in range(args.update_epochs):
-            if epoch == 0 or args.recompute_advantages:
-                values = torch.cat([agent.value(part) for part in normalised.view(-1, D).split(1024)]).view(T + 1, N)
-                next_values, values = values[1:].clone(), values[:-1]
-                if last_at:  # what an ended episode saw last, instead of what the next one saw first
-                    next_values[where] = agent.value(last)
-                advantages = generalised_advantages(scaled, values, next_values, *stops, args.gamma, args.gae_lambda)
-                batch.advantages[:] = advantages.flatten()
-                batch.returns[:] = (advantages + values).flatten()
-            if epoch == 0:
-                batch.values[:] = values.flatten()
-                explained_variance = 1 - (batch.returns - batch.values).var() / batch.returns.var()
-            for indices in torch.randperm(B, device=device).split(B // args.num_minibatches):
-                measured.append(fast_update(agent, args, learner, batch, indices))
-                if args.target_kl and (kl := measured[-1][MEASURES.index("kl")]) > args.target_kl:
-                    break
-            if args.target_kl and kl > args.target_kl:
-                break
-        moments.update(raw.reshape(B, D))
-        measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist(), strict=True))
-        seconds[2] += time.perf_counter() - clock
-        if not all(map(math.isfinite, (*measures.values(), moments.var.sum(), return_moments.var))):
-            run.say(f"stopped: not finite in the rollout that ended at step {step:,}: {measures}")
-            run.say("the last checkpoint is from before that" if done["saved"] else "there is no checkpoint yet")
-            run.close()
-            envs.close()
-            raise SystemExit(1)
-
-        # Log.
-        done |= {"iteration": iteration, "elapsed": time.perf_counter() - started}
-        done["updates"] += len(measured)
-        recent.extend(episode["return"] for episode in episodes)
-        row = {"step": step, "wall_time": round(done["elapsed"], 3), "sps": round(B / (time.perf_counter() - before))}
-        row |= measures | {"explained_variance": explained_variance.item(), "updates": done["updates"]}
-        row |= {"learning_rate": learner.learning_rate.item(), "concentration": (alpha + beta).mean().item()}
-        row |= {"saturation": ((actions - 0.5).abs() > 0.49).float().mean().item()}  # actions next to a bound
-        row |= dict(zip(SECONDS, (seconds - seconds_before).round(4).tolist(), strict=True))
-        run.record(row, episodes)
-
-        # Evaluate.
-        policy_state = {"script": Path(__file__).stem, "args": asdict(args), "step": step, "agent": agent.state_dict()}
-        policy_state |= {"moments": moments.state(), "return_moments": return_moments.state()}
-        policy_state |= {"action_bounds": torch.from_numpy(np.stack((low, high))), "observation_shape": list(shape)}
-        if iteration * args.num_evals // iterations > (iteration - 1) * args.num_evals // iterations:
-            evaluate_and_keep(args, run, directory, policy, policy_state, eval_envs, done)
-
-        # Checkpoint.
-        due = step // args.checkpoint_every > (step - B) // args.checkpoint_every
-        stop = list(interrupts)  # looked at once: what stops the run has been saved
-        if due or stop or iteration == iterations:
-            arrays = {"observations": observations, "returns": returns, "lengths": lengths, "discounted": discounted}
-            done["saved"] = True
-            checkpoint = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()} | policy_state
-            checkpoint |= {"learner": list(learner[1:]), "done": done}
-            checkpoint |= {"environments": envs.state(), "recent": list(recent), "seconds": torch.from_numpy(seconds)}
-            checkpoint |= {"random": torch.get_rng_state(), "sizes": run.sizes()}
-            if device.type == "cuda":
-                checkpoint["cuda_random"] = torch.cuda.get_rng_state(device)
-            save_checkpoint(directory / "checkpoint.pt", checkpoint)
-
-        run.progress(row, iterations * B, done, recent, f"KL {row['kl']:.4f}  concentration {row['concentration']:.1f}")
-        if stop:
-            command = shlex.join(["python", sys.argv[0], "--resume", str(directory)])
-            run.say(f"stopped at step {step:,}; continue with\n  {command}")
-            run.close()
-            envs.close()
-            raise SystemExit(128 + stop[0])
-
-    finish(args, run, directory, iterations * B, done, recent, seconds)
-    run.close()
-    envs.close()
-    return directory
 
 
 if __name__ == "__main__":

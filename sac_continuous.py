@@ -11,6 +11,8 @@
 
 Haarnoja et al. 2018, https://arxiv.org/abs/1812.05905.
 
+The algorithm ends with `train`; what follows keeps, evaluates and checks, and is much the same in every script.
+
 What may surprise:
 - Only termination cuts a target; an episode cut by a time limit goes on in the value of its true last observation.
 - Actions are scaled to [-1, 1]: log-probabilities, and the entropy aimed at, do not depend on the environment's units.
@@ -536,9 +538,6 @@ def lr_factor(args: Args, iteration: int, iterations: int) -> float:
     return decay[args.lr_schedule] * min(1.0, rise)
 
 
-# ------------------------------------------------------------------------------------------------------ evaluation
-
-
 class Policy:
     """What is deployed: a batch of observations to actions, with the normaliser frozen inside.
 
@@ -587,6 +586,265 @@ def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:
     agent = Agent(args, moments.mean.size, bounds[0].size)
     agent.load_state_dict(checkpoint["agent"])
     return Policy(agent.to(device), moments, bounds)
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+MEASURES = ["q_loss", "q_value", "policy_loss", "entropy", "alpha"]
+STATE = ["learning_rate", "updates", "buffer"]
+SECONDS = ["seconds_stepping", "seconds_acting", "seconds_updating"]
+TABLES = {
+    "episodes": ["step", "wall_time", "return", "length"],
+    "progress": ["step", "wall_time", "sps", *MEASURES, *STATE, *SECONDS],
+    "evaluations": ["step", "episode", "seed", "return", "length"],
+}
+
+
+def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
+    """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
+    check(args)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    args = decided(args, device)
+    if device.type == "cpu":
+        # Given leave to round, oneDNN multiplies float32, twice as fast as MKL on AMD's processors. Only AMX rounds.
+        exact = args.precision == "fp32" and not torch.cpu.get_capabilities().get("amx_bf16", False)
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if exact else "none"
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+    eval_envs = [make_eval_env(args) for _ in range(args.eval_episodes)]
+    space = eval_envs[0].observation_space
+    low, high = eval_envs[0].action_space.low, eval_envs[0].action_space.high
+    N, D, A, B = args.num_envs, math.prod(space.shape), low.size, args.batch_size
+    total = args.total_timesteps // N * N
+    interval = max(1, min(1000, args.checkpoint_every) // N) * N  # from one row of progress to the next
+
+    dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32
+    try:
+        buffer = ReplayBuffer(args.buffer_size, N, D, A, dtype, device)
+    except RuntimeError:
+        refuse(f"--buffer-size {args.buffer_size}: that many observations do not fit into the memory of {device}")
+    directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
+
+    agent = Agent(args, D, A).requires_grad_(False).to(device)
+    learners = Learners.of(agent)
+    moments = RunningMoments((D,), args.norm_obs)
+    policy = Policy(agent, moments, np.stack((low, high)))
+    envs = Environments(args)
+    observations, restored = envs.reset(np.ones(N, bool)), False
+    returns, lengths = np.zeros(N), np.zeros(N, int)  # of the running episodes
+    recent: deque[float] = deque(maxlen=100)  # returns of the last finished episodes
+    seconds = np.zeros(3)  # stepping, acting, updating
+    done = {"step": 0, "elapsed": 0.0, "updates": 0, "evaluation": {}, "best": {}, "saved": False}
+    learn_from = args.learning_starts
+    run = Run(args, directory, saved.get("sizes", {}), saved.get("step", 0))
+    if saved:
+        (directory / "result.json").unlink(missing_ok=True)
+        agent.load_state_dict(saved["agent"])
+        for learner, values in zip(learners[:3], saved["learners"], strict=True):
+            for tensor, value in zip(learner[1:], values, strict=True):
+                tensor.copy_(value)
+        learners.target.copy_(saved["target"])
+        moments.restore(saved["moments"])
+        restored = envs.restore(saved["environments"], saved["observations"].numpy())
+        if restored:
+            observations = saved["observations"].numpy()
+            returns, lengths = (saved[name].numpy() for name in ("returns", "lengths"))
+        else:
+            run.say(f"--vec {args.vec} cannot restore the running episodes; they begin anew, all else continues")
+            observations = envs.reset(np.ones(N, bool))
+        recent.extend(saved["recent"])
+        seconds, done = saved["seconds"].numpy(), saved["done"]
+        if saved["buffer"]:
+            learn_from = saved["learn_from"]
+            buffer.restore(saved["buffer"])
+        else:
+            learn_from = done["step"] + args.learning_starts
+            run.say(f"the checkpoint holds no replay buffer; a new one is filled until step {learn_from:,}")
+        torch.set_rng_state(saved["random"])
+        if device.type == "cuda" and "cuda_random" in saved:
+            torch.cuda.set_rng_state(saved["cuda_random"], device)
+    if not (restored and saved["buffer"]):
+        buffer.begin(observations)
+    saved.clear()  # the replay buffer in it has been copied
+
+    run.say(
+        f"{Path(__file__).stem}  {args.env_id}  {D} observations, {A} actions in {low.min():g} to {high.max():g}\n"
+        f"{N} environments ({args.vec}), {args.updates_per_step:g} updates of {B} per step from step {learn_from:,} on,"
+        f" {sum(learner.theta.numel() for learner in learners[:3]):,} parameters, {args.precision}, {device}"
+        f"\n{directory}"
+    )
+
+    fast_update = compile_update(args, agent, D, A, run.say) if args.compile else update
+    started = time.perf_counter() - done["elapsed"]
+
+    while done["step"] < total:
+        step, before, seconds_before = done["step"], time.perf_counter(), seconds.copy()
+        measured, episodes, finite = [], [], True
+        until = min((step // interval + 1) * interval, total)
+        if args.num_evals:  # each at its own step: the first of which this share of the total is done
+            following = step * args.num_evals // total + 1
+            until = min(until, math.ceil(following * total / (args.num_evals * N)) * N)
+        while finite and step < until and not (interrupts and step > done["step"]):
+            # Step every environment once.
+            clock = time.perf_counter()
+            if step < args.learning_starts:
+                actions = 2 * torch.rand((N, A), device=device) - 1
+            else:
+                actions = policy.act(policy.input(observations), sample=True)
+            scaled = policy.scale(actions)
+            seconds[1] += time.perf_counter() - clock
+
+            clock = time.perf_counter()
+            observations, rewards, terminated, truncated = envs.step(scaled)
+            step += N
+            finite = bool(np.isfinite(rewards).all() and np.isfinite(observations).all())
+            ended, last = terminated | truncated, {}
+            returns += rewards
+            lengths += 1
+            if ended.any():
+                for n in np.flatnonzero(ended):
+                    last[n] = observations[n].copy()
+                    now = {"step": step, "wall_time": round(clock - started, 3)}
+                    episodes.append(now | {"return": returns[n].item(), "length": lengths[n].item()})
+                observations[ended] = envs.reset(ended)
+                returns[ended], lengths[ended] = 0, 0
+            buffer.add(actions, rewards, terminated, last, observations)
+            if args.norm_obs:
+                moments.update(np.stack((*last.values(), *observations)))
+            seconds[0] += time.perf_counter() - clock
+
+            # Learn: so many updates for each of these N steps.
+            clock = time.perf_counter()
+            factor = lr_factor(args, step // N, total // N)
+            for learner, rate in zip(learners[:3], (args.policy_lr, args.q_lr, None), strict=True):
+                learner.learning_rate.fill_(factor * (rate or args.learning_rate))
+            updates = int(step * args.updates_per_step) - int((step - N) * args.updates_per_step)
+            for _ in range(updates if step > learn_from else 0):
+                batch = buffer.sample(B, moments)
+                noise = torch.randn((1 + args.policy_frequency, B, A), device=device)
+                done["updates"] += 1
+                parts = parts_of_update(args, done["updates"])
+                measured.append(fast_update(agent, args, learners, batch, noise, *parts))
+            seconds[2] += time.perf_counter() - clock
+        clock = time.perf_counter()
+        means = torch.stack(measured).nanmean(0).tolist() if measured else [math.nan] * len(MEASURES)
+        measures = dict(zip(MEASURES, means, strict=True))
+        finite &= all(learner.theta.isfinite().all().item() for learner in learners[:3])
+        seconds[2] += time.perf_counter() - clock
+        if not finite:
+            run.say(f"stopped: not finite at step {step:,}: {measures}")
+            run.say("the last checkpoint is from before that" if done["saved"] else "there is no checkpoint yet")
+            run.close()
+            envs.close()
+            raise SystemExit(1)
+
+        # Log.
+        new, done["step"], done["elapsed"] = step - done["step"], step, time.perf_counter() - started
+        recent.extend(episode["return"] for episode in episodes)
+        row = {"step": step, "wall_time": round(done["elapsed"], 3), "sps": round(new / (time.perf_counter() - before))}
+        row |= measures | {"learning_rate": learners.log_alpha.learning_rate.item()}
+        row |= {"updates": done["updates"], "buffer": len(buffer)}
+        row |= dict(zip(SECONDS, (seconds - seconds_before).round(4).tolist(), strict=True))
+        run.record(row, episodes)
+
+        # Evaluate.
+        policy_state = {"script": Path(__file__).stem, "args": asdict(args), "step": step, "agent": agent.state_dict()}
+        policy_state |= {"moments": moments.state(), "action_bounds": torch.from_numpy(np.stack((low, high)))}
+        if step * args.num_evals // total > (step - new) * args.num_evals // total:
+            evaluate_and_keep(args, run, directory, policy, policy_state, eval_envs, done)
+
+        # Checkpoint.
+        due = step // args.checkpoint_every > (step - new) // args.checkpoint_every
+        stop = list(interrupts)  # looked at once: what stops the run has been saved
+        if due or stop or step == total:
+            arrays = {"observations": observations, "returns": returns, "lengths": lengths}
+            done["saved"] = True
+            checkpoint = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()} | policy_state
+            checkpoint |= {"learners": [list(learner[1:]) for learner in learners[:3]], "target": learners.target}
+            checkpoint |= {"buffer": buffer.state() if args.checkpoint_buffer else {}, "learn_from": learn_from}
+            checkpoint |= {"environments": envs.state(), "recent": list(recent), "seconds": torch.from_numpy(seconds)}
+            checkpoint |= {"random": torch.get_rng_state(), "sizes": run.sizes(), "done": done}
+            if device.type == "cuda":
+                checkpoint["cuda_random"] = torch.cuda.get_rng_state(device)
+            save_checkpoint(directory / "checkpoint.pt", checkpoint)
+
+        learnt = f"Q {row['q_value']:.1f}  alpha {row['alpha']:.3f}" if measured else ""
+        run.progress(row, total, done, recent, learnt)
+        if stop:
+            command = shlex.join(["python", sys.argv[0], "--resume", str(directory)])
+            run.say(f"stopped at step {step:,}; continue with\n  {command}")
+            run.close()
+            envs.close()
+            raise SystemExit(128 + stop[0])
+
+    finish(args, run, directory, total, done, recent, seconds)
+    run.close()
+    envs.close()
+    return directory
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+def check(args: Args) -> None:
+    """Refuses what cannot work, before anything is written."""
+    check_numbers(
+        args,
+        at_least_1="num_envs threads eval_episodes checkpoint_every actor_sizes critic_sizes batch_size"
+        " policy_frequency target_network_frequency",
+        at_least_0="seed num_evals learning_starts",
+        above_0="learning_rate policy_lr q_lr alpha updates_per_step",
+        shares="gamma tau lr_warmup",
+    )
+    if args.buffer_size < 4 * args.num_envs:
+        refuse(f"--buffer-size {args.buffer_size}: must be at least 4 x --num-envs, {4 * args.num_envs}")
+    if args.total_timesteps < args.learning_starts + args.num_envs:
+        starts = f"--learning-starts {args.learning_starts}, which is when learning begins"
+        refuse(f"--total-timesteps {args.total_timesteps}: must be above {starts}")
+    if 0 < (risen := args.lr_warmup * args.total_timesteps) <= args.learning_starts:
+        end = f"ends at step {risen:,.0f}, before learning begins"
+        refuse(f"--lr-warmup {args.lr_warmup:g}: {end}; must end after --learning-starts, {args.learning_starts}")
+    check_setup(args)
+    check_environments(args)
+
+
+def check_environments(args: Args) -> None:
+    """Makes one of each kind; refuses what cannot be made, drawn or acted in."""
+    problem = f"--env-id {args.env_id}"
+    try:
+        env, eval_env = make_train_env(args), make_eval_env(args, "rgb_array" if args.capture_video else None)
+        check_spaces(problem, env.observation_space, env.action_space)
+        if env.observation_space.shape != eval_env.observation_space.shape or env.action_space != eval_env.action_space:
+            refuse("--eval-env-kwargs: the evaluation environment must have the training environment's spaces")
+        if args.capture_video:
+            problem = f"--capture-video: {args.env_id} cannot be rendered here"
+            eval_env.reset(seed=0)
+            eval_env.render()
+        if args.vec == "envpool":
+            problem = f"--vec envpool: EnvPool cannot make {args.env_id}; use sync"
+            spec = importlib.import_module("envpool").make_spec(args.env_id, **json.loads(args.env_kwargs))
+            if spec.observation_space.shape != env.unwrapped.observation_space.shape:
+                refuse(f"--vec envpool: its {args.env_id} does not observe what Gymnasium's does; use sync")
+    except TypeError as error:  # an argument that the environment does not have
+        refuse(f"--env-kwargs {args.env_kwargs}, --eval-env-kwargs {args.eval_env_kwargs}: {error}")
+    except Exception as error:
+        refuse(f"{problem}: {' '.join(str(error).split())}")
+    env.close()
+    eval_env.close()
+
+
+def check_spaces(problem: str, observations: gym.Space, actions: gym.Space) -> None:
+    if not isinstance(observations, gym.spaces.Box):
+        refuse(f"{problem}: observes a {type(observations).__name__}; this script needs a Box")
+    if not isinstance(actions, gym.spaces.Box):
+        refuse(f"{problem}: acts in {actions}; this script needs a Box, ppo_discrete.py is for Discrete")
+    if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all()):
+        refuse(f"{problem}: acts in {actions}; this script needs finite bounds, ppo_continuous.py does not")
+
+
+# From here on every script is the same.
+# ------------------------------------------------------------------------------------------------------ evaluation
 
 
 def evaluate(policy: Policy, envs: list[gym.Env], seeds: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -965,258 +1223,6 @@ def check_setup(args: Args) -> None:
         if find_library("EGL"):
             os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
-
-
-def check_environments(args: Args) -> None:
-    """Makes one of each kind; refuses what cannot be made, drawn or acted in."""
-    problem = f"--env-id {args.env_id}"
-    try:
-        env, eval_env = make_train_env(args), make_eval_env(args, "rgb_array" if args.capture_video else None)
-        check_spaces(problem, env.observation_space, env.action_space)
-        if env.observation_space.shape != eval_env.observation_space.shape or env.action_space != eval_env.action_space:
-            refuse("--eval-env-kwargs: the evaluation environment must have the training environment's spaces")
-        if args.capture_video:
-            problem = f"--capture-video: {args.env_id} cannot be rendered here"
-            eval_env.reset(seed=0)
-            eval_env.render()
-        if args.vec == "envpool":
-            problem = f"--vec envpool: EnvPool cannot make {args.env_id}; use sync"
-            spec = importlib.import_module("envpool").make_spec(args.env_id, **json.loads(args.env_kwargs))
-            if spec.observation_space.shape != env.unwrapped.observation_space.shape:
-                refuse(f"--vec envpool: its {args.env_id} does not observe what Gymnasium's does; use sync")
-    except TypeError as error:  # an argument that the environment does not have
-        refuse(f"--env-kwargs {args.env_kwargs}, --eval-env-kwargs {args.eval_env_kwargs}: {error}")
-    except Exception as error:
-        refuse(f"{problem}: {' '.join(str(error).split())}")
-    env.close()
-    eval_env.close()
-
-
-def check_spaces(problem: str, observations: gym.Space, actions: gym.Space) -> None:
-    if not isinstance(observations, gym.spaces.Box):
-        refuse(f"{problem}: observes a {type(observations).__name__}; this script needs a Box")
-    if not isinstance(actions, gym.spaces.Box):
-        refuse(f"{problem}: acts in {actions}; this script needs a Box, ppo_discrete.py is for Discrete")
-    if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all()):
-        refuse(f"{problem}: acts in {actions}; this script needs finite bounds, ppo_continuous.py does not")
-
-
-def check(args: Args) -> None:
-    """Refuses what cannot work, before anything is written."""
-    check_numbers(
-        args,
-        at_least_1="num_envs threads eval_episodes checkpoint_every actor_sizes critic_sizes batch_size"
-        " policy_frequency target_network_frequency",
-        at_least_0="seed num_evals learning_starts",
-        above_0="learning_rate policy_lr q_lr alpha updates_per_step",
-        shares="gamma tau lr_warmup",
-    )
-    if args.buffer_size < 4 * args.num_envs:
-        refuse(f"--buffer-size {args.buffer_size}: must be at least 4 x --num-envs, {4 * args.num_envs}")
-    if args.total_timesteps < args.learning_starts + args.num_envs:
-        starts = f"--learning-starts {args.learning_starts}, which is when learning begins"
-        refuse(f"--total-timesteps {args.total_timesteps}: must be above {starts}")
-    if 0 < (risen := args.lr_warmup * args.total_timesteps) <= args.learning_starts:
-        end = f"ends at step {risen:,.0f}, before learning begins"
-        refuse(f"--lr-warmup {args.lr_warmup:g}: {end}; must end after --learning-starts, {args.learning_starts}")
-    check_setup(args)
-    check_environments(args)
-
-
-# -------------------------------------------------------------------------------------------------------- training
-
-MEASURES = ["q_loss", "q_value", "policy_loss", "entropy", "alpha"]
-STATE = ["learning_rate", "updates", "buffer"]
-SECONDS = ["seconds_stepping", "seconds_acting", "seconds_updating"]
-TABLES = {
-    "episodes": ["step", "wall_time", "return", "length"],
-    "progress": ["step", "wall_time", "sps", *MEASURES, *STATE, *SECONDS],
-    "evaluations": ["step", "episode", "seed", "return", "length"],
-}
-
-
-def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
-    """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
-    check(args)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    args = decided(args, device)
-    if device.type == "cpu":
-        # Given leave to round, oneDNN multiplies float32, twice as fast as MKL on AMD's processors. Only AMX rounds.
-        exact = args.precision == "fp32" and not torch.cpu.get_capabilities().get("amx_bf16", False)
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if exact else "none"
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-
-    eval_envs = [make_eval_env(args) for _ in range(args.eval_episodes)]
-    space = eval_envs[0].observation_space
-    low, high = eval_envs[0].action_space.low, eval_envs[0].action_space.high
-    N, D, A, B = args.num_envs, math.prod(space.shape), low.size, args.batch_size
-    total = args.total_timesteps // N * N
-    interval = max(1, min(1000, args.checkpoint_every) // N) * N  # from one row of progress to the next
-
-    dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32
-    try:
-        buffer = ReplayBuffer(args.buffer_size, N, D, A, dtype, device)
-    except RuntimeError:
-        refuse(f"--buffer-size {args.buffer_size}: that many observations do not fit into the memory of {device}")
-    directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
-
-    agent = Agent(args, D, A).requires_grad_(False).to(device)
-    learners = Learners.of(agent)
-    moments = RunningMoments((D,), args.norm_obs)
-    policy = Policy(agent, moments, np.stack((low, high)))
-    envs = Environments(args)
-    observations, restored = envs.reset(np.ones(N, bool)), False
-    returns, lengths = np.zeros(N), np.zeros(N, int)  # of the running episodes
-    recent: deque[float] = deque(maxlen=100)  # returns of the last finished episodes
-    seconds = np.zeros(3)  # stepping, acting, updating
-    done = {"step": 0, "elapsed": 0.0, "updates": 0, "evaluation": {}, "best": {}, "saved": False}
-    learn_from = args.learning_starts
-    run = Run(args, directory, saved.get("sizes", {}), saved.get("step", 0))
-    if saved:
-        (directory / "result.json").unlink(missing_ok=True)
-        agent.load_state_dict(saved["agent"])
-        for learner, values in zip(learners[:3], saved["learners"], strict=True):
-            for tensor, value in zip(learner[1:], values, strict=True):
-                tensor.copy_(value)
-        learners.target.copy_(saved["target"])
-        moments.restore(saved["moments"])
-        restored = envs.restore(saved["environments"], saved["observations"].numpy())
-        if restored:
-            observations = saved["observations"].numpy()
-            returns, lengths = (saved[name].numpy() for name in ("returns", "lengths"))
-        else:
-            run.say(f"--vec {args.vec} cannot restore the running episodes; they begin anew, all else continues")
-            observations = envs.reset(np.ones(N, bool))
-        recent.extend(saved["recent"])
-        seconds, done = saved["seconds"].numpy(), saved["done"]
-        if saved["buffer"]:
-            learn_from = saved["learn_from"]
-            buffer.restore(saved["buffer"])
-        else:
-            learn_from = done["step"] + args.learning_starts
-            run.say(f"the checkpoint holds no replay buffer; a new one is filled until step {learn_from:,}")
-        torch.set_rng_state(saved["random"])
-        if device.type == "cuda" and "cuda_random" in saved:
-            torch.cuda.set_rng_state(saved["cuda_random"], device)
-    if not (restored and saved["buffer"]):
-        buffer.begin(observations)
-    saved.clear()  # the replay buffer in it has been copied
-
-    run.say(
-        f"{Path(__file__).stem}  {args.env_id}  {D} observations, {A} actions in {low.min():g} to {high.max():g}\n"
-        f"{N} environments ({args.vec}), {args.updates_per_step:g} updates of {B} per step from step {learn_from:,} on,"
-        f" {sum(learner.theta.numel() for learner in learners[:3]):,} parameters, {args.precision}, {device}"
-        f"\n{directory}"
-    )
-
-    fast_update = compile_update(args, agent, D, A, run.say) if args.compile else update
-    started = time.perf_counter() - done["elapsed"]
-
-    while done["step"] < total:
-        step, before, seconds_before = done["step"], time.perf_counter(), seconds.copy()
-        measured, episodes, finite = [], [], True
-        until = min((step // interval + 1) * interval, total)
-        if args.num_evals:  # each at its own step: the first of which this share of the total is done
-            following = step * args.num_evals // total + 1
-            until = min(until, math.ceil(following * total / (args.num_evals * N)) * N)
-        while finite and step < until and not (interrupts and step > done["step"]):
-            # Step every environment once.
-            clock = time.perf_counter()
-            if step < args.learning_starts:
-                actions = 2 * torch.rand((N, A), device=device) - 1
-            else:
-                actions = policy.act(policy.input(observations), sample=True)
-            scaled = policy.scale(actions)
-            seconds[1] += time.perf_counter() - clock
-
-            clock = time.perf_counter()
-            observations, rewards, terminated, truncated = envs.step(scaled)
-            step += N
-            finite = bool(np.isfinite(rewards).all() and np.isfinite(observations).all())
-            ended, last = terminated | truncated, {}
-            returns += rewards
-            lengths += 1
-            if ended.any():
-                for n in np.flatnonzero(ended):
-                    last[n] = observations[n].copy()
-                    now = {"step": step, "wall_time": round(clock - started, 3)}
-                    episodes.append(now | {"return": returns[n].item(), "length": lengths[n].item()})
-                observations[ended] = envs.reset(ended)
-                returns[ended], lengths[ended] = 0, 0
-            buffer.add(actions, rewards, terminated, last, observations)
-            if args.norm_obs:
-                moments.update(np.stack((*last.values(), *observations)))
-            seconds[0] += time.perf_counter() - clock
-
-            # Learn: so many updates for each of these N steps.
-            clock = time.perf_counter()
-            factor = lr_factor(args, step // N, total // N)
-            for learner, rate in zip(learners[:3], (args.policy_lr, args.q_lr, None), strict=True):
-                learner.learning_rate.fill_(factor * (rate or args.learning_rate))
-            updates = int(step * args.updates_per_step) - int((step - N) * args.updates_per_step)
-            for _ in range(updates if step > learn_from else 0):
-                batch = buffer.sample(B, moments)
-                noise = torch.randn((1 + args.policy_frequency, B, A), device=device)
-                done["updates"] += 1
-                parts = parts_of_update(args, done["updates"])
-                measured.append(fast_update(agent, args, learners, batch, noise, *parts))
-            seconds[2] += time.perf_counter() - clock
-        clock = time.perf_counter()
-        means = torch.stack(measured).nanmean(0).tolist() if measured else [math.nan] * len(MEASURES)
-        measures = dict(zip(MEASURES, means, strict=True))
-        finite &= all(learner.theta.isfinite().all().item() for learner in learners[:3])
-        seconds[2] += time.perf_counter() - clock
-        if not finite:
-            run.say(f"stopped: not finite at step {step:,}: {measures}")
-            run.say("the last checkpoint is from before that" if done["saved"] else "there is no checkpoint yet")
-            run.close()
-            envs.close()
-            raise SystemExit(1)
-
-        # Log.
-        new, done["step"], done["elapsed"] = step - done["step"], step, time.perf_counter() - started
-        recent.extend(episode["return"] for episode in episodes)
-        row = {"step": step, "wall_time": round(done["elapsed"], 3), "sps": round(new / (time.perf_counter() - before))}
-        row |= measures | {"learning_rate": learners.log_alpha.learning_rate.item()}
-        row |= {"updates": done["updates"], "buffer": len(buffer)}
-        row |= dict(zip(SECONDS, (seconds - seconds_before).round(4).tolist(), strict=True))
-        run.record(row, episodes)
-
-        # Evaluate.
-        policy_state = {"script": Path(__file__).stem, "args": asdict(args), "step": step, "agent": agent.state_dict()}
-        policy_state |= {"moments": moments.state(), "action_bounds": torch.from_numpy(np.stack((low, high)))}
-        if step * args.num_evals // total > (step - new) * args.num_evals // total:
-            evaluate_and_keep(args, run, directory, policy, policy_state, eval_envs, done)
-
-        # Checkpoint.
-        due = step // args.checkpoint_every > (step - new) // args.checkpoint_every
-        stop = list(interrupts)  # looked at once: what stops the run has been saved
-        if due or stop or step == total:
-            arrays = {"observations": observations, "returns": returns, "lengths": lengths}
-            done["saved"] = True
-            checkpoint = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()} | policy_state
-            checkpoint |= {"learners": [list(learner[1:]) for learner in learners[:3]], "target": learners.target}
-            checkpoint |= {"buffer": buffer.state() if args.checkpoint_buffer else {}, "learn_from": learn_from}
-            checkpoint |= {"environments": envs.state(), "recent": list(recent), "seconds": torch.from_numpy(seconds)}
-            checkpoint |= {"random": torch.get_rng_state(), "sizes": run.sizes(), "done": done}
-            if device.type == "cuda":
-                checkpoint["cuda_random"] = torch.cuda.get_rng_state(device)
-            save_checkpoint(directory / "checkpoint.pt", checkpoint)
-
-        learnt = f"Q {row['q_value']:.1f}  alpha {row['alpha']:.3f}" if measured else ""
-        run.progress(row, total, done, recent, learnt)
-        if stop:
-            command = shlex.join(["python", sys.argv[0], "--resume", str(directory)])
-            run.say(f"stopped at step {step:,}; continue with\n  {command}")
-            run.close()
-            envs.close()
-            raise SystemExit(128 + stop[0])
-
-    finish(args, run, directory, total, done, recent, seconds)
-    run.close()
-    envs.close()
-    return directory
 
 
 if __name__ == "__main__":

@@ -51,6 +51,12 @@ def test_shared_blocks_are_identical():
     assert differences({path.name: path.read_text() for path in SCRIPTS}) == []
 
 
+def test_what_follows_the_algorithm_is_one_text():
+    tails = [path.read_text().partition("# From here on every script is the same.")[2] for path in SCRIPTS]
+    assert tails[0].rstrip().endswith("train(interrupts=catch_interrupts(), args=parse())")
+    assert len(set(tails)) == 1
+
+
 def test_a_changed_block_is_noticed():
     source = (SCRIPTS[0]).read_text()
     assert differences({"a.py": source, "b.py": source}) == []
