@@ -961,6 +961,8 @@ def check_spaces(problem: str, observations: gym.Space, actions: gym.Space) -> N
         refuse(f"{problem}: observes a {type(observations).__name__}; this script needs a Box")
     if not isinstance(actions, gym.spaces.Box | gym.spaces.Discrete):
         refuse(f"{problem}: acts in {actions}; this script needs a Box or Discrete")
+    if not (isinstance(actions, gym.spaces.Discrete) or np.issubdtype(actions.dtype, np.floating)):
+        refuse(f"{problem}: acts in {actions}; this script needs real numbers or Discrete")
 
 
 # From here on every script is the same.

@@ -124,7 +124,7 @@ class Args:
     target_kl: float | None = None
     """end the update of a rollout once a minibatch's KL divergence from the rollout's policy exceeds this"""
     norm_obs: bool = True
-    """normalise observations by their running mean and deviation"""
+    """normalise observations by their running mean and deviation; images never are"""
     norm_reward: bool = True
     """divide rewards by the running deviation of the discounted return"""
     actor_sizes: tuple[int, ...] = (64, 64)
@@ -137,11 +137,11 @@ class Args:
     resize: int | None = None
     """images: scaled to this height and width"""
     frame_stack: int = 1
-    """images: the policy sees the last so many"""
+    """images: how many of the last ones the policy sees"""
     action_repeat: int = 1
     """images: each action is taken so many times; steps are counted in actions"""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """images: of the CNN's products; bf16 is twice as fast where the processor has it"""
+    """images: number format of the CNN's products; bf16 is faster where the processor has it"""
 
     num_evals: int = 10
     """evaluations during the run, evenly spaced, the last at its end; 0 for none"""
@@ -203,17 +203,18 @@ class Frames:
 
 
 class Pixels(gym.Wrapper):
-    """Shows `Frames`, and takes each action several times. If `filmed`, renders what passed since it was last asked."""
+    """Shows `Frames`, and takes each action several times. Of a filmed one, `render` is all since it was last asked."""
 
-    def __init__(self, env: gym.Env, args: Args, filmed: bool):
+    def __init__(self, env: gym.Env, args: Args):
         super().__init__(env)
         self.frames, self.action_repeat = Frames(args), args.action_repeat
-        self.filmed, self.rendered = filmed, []
+        self.filmed, self.rendered = env.render_mode == "rgb_array", []
         shape = self.frames.begin(np.zeros(env.observation_space.shape, np.uint8)).shape
         self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
 
     def reset(self, **how: object) -> tuple:
         observation, info = self.env.reset(**how)
+        self.rendered = []
         self._render()
         return self.frames.begin(observation), info
 
@@ -238,12 +239,14 @@ class Pixels(gym.Wrapper):
         return rendered
 
 
-def as_pixels(env: gym.Env, args: Args, filmed: bool = False) -> gym.Env:
+def as_pixels(env: gym.Env, args: Args) -> gym.Env:
     if is_image(env.observation_space):
         shape = env.observation_space.shape
         if shape[2] > min(shape[:2]):  # also where --resize would hide it
             raise ValueError(f"observes images of {shape}; this script needs (height, width, channels)")
-        return Pixels(env, args, filmed)
+        if args.grayscale and shape[2] not in (1, 3):
+            raise ValueError(f"observes images of {shape}; --grayscale is for one or three channels")
+        return Pixels(env, args)
     for name in ("grayscale", "resize", "frame_stack", "action_repeat", "precision"):
         if getattr(args, name) != getattr(Args, name):
             raise ValueError(f"observes no images, and {flag(name)} is for images")
@@ -279,7 +282,7 @@ class PixelsOfMany:
 
 def make_eval_env(args: Args, render_mode: str | None = None) -> gym.Env:
     kwargs = json.loads(args.env_kwargs) | json.loads(args.eval_env_kwargs)
-    return as_pixels(make_env(args.env_id, kwargs, render_mode), args, filmed=render_mode == "rgb_array")
+    return as_pixels(make_env(args.env_id, kwargs, render_mode), args)
 
 
 class WithoutInfo(gym.Wrapper):
@@ -445,7 +448,7 @@ class Encoder(nn.Sequential):
         self.shape, self.bf16, self.size = shape, bf16, channels * math.prod(sides)
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = images.view(-1, *self.shape).permute(0, 3, 1, 2) / 255  # channels last in memory, the fastest way
+        pixels = images.view(len(images), *self.shape).permute(0, 3, 1, 2) / 255  # channels last in memory: fastest
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             return super().forward(pixels).float()
 
@@ -729,14 +732,15 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     low, high = eval_envs[0].action_space.low, eval_envs[0].action_space.high
     space, images = eval_envs[0].observation_space, is_image(eval_envs[0].observation_space)
     N, T, D, A = args.num_envs, args.num_steps, math.prod(space.shape), low.size
-    B, shape = N * T, space.shape if images else (D,)
+    B = N * T
+    shape = space.shape if images else (D,)
     iterations = args.total_timesteps // B
 
     agent = Agent(args, shape, A).requires_grad_(False).to(device)
     learner = Learner.of(agent)
     moments, return_moments = observation_moments(args, shape), RunningMoments((), args.norm_reward)
     policy = Policy(agent, moments, return_moments, np.stack((low, high)))
-    envs = Environments(args)
+    envs = Environments(replace(args, seed=args.seed + saved.get("step", 0)))  # EnvPool repeats itself otherwise
     observations = envs.reset(np.ones(N, bool))
     returns, lengths, discounted = np.zeros(N), np.zeros(N, int), np.zeros(N)  # of the running episodes
     recent: deque[float] = deque(maxlen=100)  # returns of the last finished episodes
@@ -905,7 +909,7 @@ def check(args: Args) -> None:
     check_numbers(
         args,
         at_least_1="num_envs num_steps num_minibatches update_epochs threads eval_episodes checkpoint_every"
-        " actor_sizes critic_sizes resize frame_stack action_repeat",
+        " actor_sizes critic_sizes frame_stack action_repeat",
         at_least_0="seed ent_coef vf_coef num_evals",
         above_0="learning_rate clip_coef max_grad_norm target_kl",
         shares="gamma gae_lambda lr_warmup",
@@ -916,6 +920,8 @@ def check(args: Args) -> None:
         refuse(f"--num-minibatches {args.num_minibatches}: must divide {rollout} into parts of two or more")
     if args.total_timesteps < batch_size:
         refuse(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {batch_size} steps")
+    if args.resize is not None and args.resize < 8:
+        refuse(f"--resize {args.resize}: must be at least 8")
     check_setup(args)
     check_environments(args)
 

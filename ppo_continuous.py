@@ -507,7 +507,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     learner = Learner.of(agent)
     moments, return_moments = RunningMoments((D,), args.norm_obs), RunningMoments((), args.norm_reward)
     policy = Policy(agent, moments, return_moments, np.stack((low, high)))
-    envs = Environments(args)
+    envs = Environments(replace(args, seed=args.seed + saved.get("step", 0)))  # EnvPool repeats itself otherwise
     observations = envs.reset(np.ones(N, bool))
     returns, lengths, discounted = np.zeros(N), np.zeros(N, int), np.zeros(N)  # of the running episodes
     recent: deque[float] = deque(maxlen=100)  # returns of the last finished episodes
@@ -720,6 +720,8 @@ def check_spaces(problem: str, observations: gym.Space, actions: gym.Space) -> N
         refuse(f"{problem}: observes a {type(observations).__name__}; this script needs a Box")
     if not isinstance(actions, gym.spaces.Box):
         refuse(f"{problem}: acts in {actions}; this script needs a Box, ppo_discrete.py is for Discrete")
+    if not np.issubdtype(actions.dtype, np.floating):
+        refuse(f"{problem}: acts in {actions}; this script needs real numbers")
 
 
 # From here on every script is the same.

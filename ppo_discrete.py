@@ -526,7 +526,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     learner = Learner.of(agent)
     moments, return_moments = RunningMoments((D,), args.norm_obs), RunningMoments((), args.norm_reward)
     policy = Policy(agent, moments, return_moments, first)
-    envs = Environments(args)
+    envs = Environments(replace(args, seed=args.seed + saved.get("step", 0)))  # EnvPool repeats itself otherwise
     observations = envs.reset(np.ones(N, bool))
     returns, lengths, discounted = np.zeros(N), np.zeros(N, int), np.zeros(N)  # of the running episodes
     recent: deque[float] = deque(maxlen=100)  # returns of the last finished episodes

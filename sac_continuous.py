@@ -86,7 +86,7 @@ class Args:
     compile: bool = True
     """compile the update (needs a C++ compiler; 5 to 40 s at the start)"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of the update's products between hidden layers; auto is bf16 where the processor multiplies in it, faster"""
+    """of the update's products between hidden layers; auto is bf16 on GPUs and x86 processors that multiply in it"""
 
     learning_rate: float = 1e-3
     """Adam's step size at the start, of everything that has none of its own (Tianshou's in MuJoCo)"""
@@ -132,7 +132,7 @@ class Args:
     checkpoint_every: int = 100_000
     """environment steps between checkpoints"""
     checkpoint_buffer: bool = True
-    """keep the replay buffer in the checkpoint; otherwise a resumed run fills a new one before it learns on"""
+    """keep the replay buffer in the checkpoint; otherwise a resumed run learns on after --learning-starts steps"""
     runs_dir: str = "runs"
     """where run directories are made"""
     resume: str | None = None
@@ -341,16 +341,17 @@ class ReplayBuffer:
         done = (ring.index_select(0, slots) for ring in (self.actions, self.rewards, self.terminated))
         return Transitions(observations[:count], *done, observations[count:])
 
+    def rings(self) -> tuple[Tensor, ...]:
+        return self.observations, self.actions, self.rewards, self.terminated, self.between.T
+
     def state(self) -> dict:
-        rings = self.observations, self.actions, self.rewards, self.terminated, self.between.T
-        used = (self.seen, *[self.end] * 4)
+        used = zip(self.rings(), (self.seen, *[self.end] * 4), strict=True)
         whole = self.end >= self.size  # a part is copied, as it would be saved with all of its ring
-        kept = [ring if whole else ring[:number].to("cpu", copy=True) for ring, number in zip(rings, used, strict=True)]
+        kept = [ring if whole else ring[:number].to("cpu", copy=True) for ring, number in used]
         return {"rings": kept, "seen": self.seen, "first": self.first, "end": self.end}
 
     def restore(self, state: dict) -> None:
-        rings = self.observations, self.actions, self.rewards, self.terminated, self.between.T
-        for ring, kept in zip(rings, state["rings"], strict=True):
+        for ring, kept in zip(self.rings(), state["rings"], strict=True):
             ring[: len(kept)] = kept
         self.seen, self.first, self.end = state["seen"], state["first"], state["end"]
 
@@ -509,13 +510,13 @@ def compile_update(args: Args, agent: Agent, D: int, A: int, say: Callable[[str]
     """Compiles by calls on copies of everything. Where that is impossible, says so and returns what there is."""
     started, B = time.perf_counter(), args.batch_size
     device = agent.log_alpha[0].device
-    shapes = (B, D), (B, A), (B,), (B,), (B, D), (1 + args.policy_frequency, B, A)
-    *columns, noise = (torch.zeros(shape, device=device) for shape in shapes)
-    batch = Transitions(*columns)._replace(terminated=torch.zeros(B, dtype=torch.bool, device=device))
+    zeros = partial(torch.zeros, device=device)
+    batch = Transitions(zeros(B, D), zeros(B, A), zeros(B), zeros(B, dtype=torch.bool), zeros(B, D))
+    noise = zeros(1 + args.policy_frequency, B, A)
     period = math.lcm(args.policy_frequency, args.target_network_frequency)
     try:
         torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
-        on_cpu = next(agent.parameters()).device.type == "cpu"  # there, calling many small kernels from Python costs
+        on_cpu = device.type == "cpu"  # there, calling many small kernels from Python costs
         fast = torch.compile(update, fullgraph=True, dynamic=False, options={"cpp_wrapper": on_cpu})
         for parts in {parts_of_update(args, number) for number in range(period)}:
             fast(agent, args, Learners.of(copy.deepcopy(agent)), batch, noise, *parts)
@@ -552,7 +553,7 @@ class Policy:
         return self.scale(self.act(self.input(observations), sample))
 
     def value(self, observations: np.ndarray) -> np.ndarray:
-        """The lower of the critics' values of the deterministic action, in the environment's own rewards."""
+        """The lower of the critics' values of the deterministic action; entropy, times alpha, counts as a reward."""
         inputs = self.input(observations)
         with torch.no_grad():
             values = self.agent.critics(torch.cat((inputs, self.act(inputs)), -1))
@@ -606,8 +607,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     args = decided(args, device)
     if device.type == "cpu":
-        # Given leave to round, oneDNN multiplies float32, twice as fast as MKL on AMD's processors. Only AMX rounds.
-        exact = args.precision == "fp32" and not torch.cpu.get_capabilities().get("amx_bf16", False)
+        # Allowed to round, oneDNN is twice as fast in float32 as MKL on AMD's processors. Only AMX and ARM do round.
+        exact = args.precision == "fp32" and not torch.cpu.get_capabilities().get("amx_bf16", True)
         torch.backends.mkldnn.matmul.fp32_precision = "bf16" if exact else "none"
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -630,7 +631,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     learners = Learners.of(agent)
     moments = RunningMoments((D,), args.norm_obs)
     policy = Policy(agent, moments, np.stack((low, high)))
-    envs = Environments(args)
+    envs = Environments(replace(args, seed=args.seed + saved.get("step", 0)))  # EnvPool repeats itself otherwise
     observations, restored = envs.reset(np.ones(N, bool)), False
     returns, lengths = np.zeros(N), np.zeros(N, int)  # of the running episodes
     recent: deque[float] = deque(maxlen=100)  # returns of the last finished episodes
@@ -659,7 +660,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             learn_from = saved["learn_from"]
             buffer.restore(saved["buffer"])
         else:
-            learn_from = done["step"] + args.learning_starts
+            learn_from = done["step"] + max(args.learning_starts, B)
             run.say(f"the checkpoint holds no replay buffer; a new one is filled until step {learn_from:,}")
         torch.set_rng_state(saved["random"])
         if device.type == "cuda" and "cuda_random" in saved:
@@ -841,6 +842,8 @@ def check_spaces(problem: str, observations: gym.Space, actions: gym.Space) -> N
         refuse(f"{problem}: acts in {actions}; this script needs a Box, ppo_discrete.py is for Discrete")
     if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all()):
         refuse(f"{problem}: acts in {actions}; this script needs finite bounds, ppo_continuous.py does not")
+    if not np.issubdtype(actions.dtype, np.floating):
+        refuse(f"{problem}: acts in {actions}; this script needs real numbers")
 
 
 # From here on every script is the same.

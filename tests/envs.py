@@ -142,6 +142,10 @@ class Large(Filmed):
         return super().render().repeat(10, axis=0).repeat(10, axis=1)
 
 
+class Transparent(Filmed):
+    observation_space = gym.spaces.Box(0, 255, (24, 24, 4), np.uint8)
+
+
 class Whole(Clock):
     action_space = gym.spaces.Box(0, 3, (1,), np.int64)
 
@@ -192,6 +196,7 @@ gym.register("Bits-v0", Bits)
 gym.register("Endless-v0", Endless)
 gym.register("Filmed-v0", Filmed)
 gym.register("Large-v0", Large)
+gym.register("Transparent-v0", Transparent)
 gym.register("Whole-v0", Whole)
 gym.register("ChannelsFirst-v0", ChannelsFirst)
 gym.register("Luck-v0", Luck, max_episode_steps=40)

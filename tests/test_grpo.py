@@ -592,6 +592,7 @@ def test_envpool_plays_whole_episodes_too(small, capsys):
 
 MISTAKES = {
     "--env-id tests.envs:Pair-v0": "Dict",
+    "--env-id tests.envs:Whole-v0": "real numbers",
     "--env-id tests.envs:Several-v0": "MultiDiscrete",
     "--env-id Pendulum-v1 --log-std-init nan": "--log-std-init",
     "--env-id Pendulum-v1 --log-std-init -3": "at least --log-std-min",

@@ -318,10 +318,10 @@ def test_frames_outlive_the_memory_they_were_drawn_into():
 
 
 def test_nothing_is_rendered_that_nobody_films():
-    env = ppo.make_env("tests.envs:Filmed-v0", {}, "rgb_array")
-    for filmed, images in ((False, 0), (True, 1 + IMAGES.action_repeat)):
-        pixels = ppo.Pixels(env, IMAGES, filmed)
-        pixels.reset(seed=0)
+    for mode, images in ((None, 0), ("rgb_array", 1 + IMAGES.action_repeat)):
+        pixels = ppo.Pixels(ppo.make_env("tests.envs:Filmed-v0", {}, mode), IMAGES)
+        for seed in range(2):  # another episode forgets the pictures of the one before
+            pixels.reset(seed=seed)
         pixels.step(np.float32([0, 0]))
         assert len(pixels.rendered) == images
 
@@ -363,7 +363,7 @@ class Pool:
 
 def test_one_and_many_environments_show_the_same():
     many = ppo.PixelsOfMany(Pool(IMAGES), IMAGES, 3)
-    single = [ppo.Pixels(env, IMAGES, filmed=False) for env in Pool(IMAGES).envs]
+    single = [ppo.Pixels(env, IMAGES) for env in Pool(IMAGES).envs]
     np.testing.assert_array_equal(many.reset(np.arange(3))[0], [env.reset(seed=n)[0] for n, env in enumerate(single)])
     random = np.random.default_rng(0)
     for t in range(7):
@@ -477,7 +477,8 @@ MISTAKES = {
     "--env-id CartPole-v1": "ppo_discrete.py",
     "--env-id tests.envs:ChannelsFirst-v0": "(height, width, channels)",
     "--env-id tests.envs:ChannelsFirst-v0 --resize 84": "(height, width, channels)",
-    "--env-id tests.envs:Filmed-v0 --resize 7": "8 wide",
+    "--env-id tests.envs:Filmed-v0 --resize 7": "--resize 7: must be at least 8",
+    "--env-id tests.envs:Transparent-v0 --grayscale": "one or three channels",
     "--env-id tests.envs:Whole-v0": "real numbers",
     "--env-id Pendulum-v1 --frame-stack 4": "--frame-stack is for images",
     "--env-id Pendulum-v1 --precision bf16": "--precision is for images",

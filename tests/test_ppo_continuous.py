@@ -436,6 +436,7 @@ MISTAKES = {
     "--env-id nowhere:Thing-v0": "nowhere",
     "--env-id CartPole-v1": "Discrete(2)",
     "--env-id tests.envs:Pair-v0": "Dict",
+    "--env-id tests.envs:Whole-v0": "real numbers",
     "--env-kwargs [1]": "--env-kwargs",
     "--env-kwargs {'a':1}": "JSON",
     '--env-kwargs {"wings":2}': "--env-kwargs",

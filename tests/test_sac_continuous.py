@@ -646,6 +646,7 @@ MISTAKES = {
     "--env-id nowhere:Thing-v0": "nowhere",
     "--env-id CartPole-v1": "Discrete(2)",
     "--env-id tests.envs:Pair-v0": "Dict",
+    "--env-id tests.envs:Whole-v0": "real numbers",
     "--env-id tests.envs:Endless-v0": "finite bounds",
     '--env-kwargs {"wings":2}': "--env-kwargs",
     "--num-envs 0": "--num-envs 0",
