@@ -317,6 +317,13 @@ def test_frames_outlive_the_memory_they_were_drawn_into():
     assert frames.add(drawing)[0, 0].tolist() == [5, 7]
 
 
+def test_images_of_another_shape_are_not_regrouped():
+    encoder = ppo.Encoder((16, 16, 2), bf16=False)
+    assert len(encoder(torch.zeros((4, 16, 16, 2), dtype=torch.uint8))) == 4
+    with pytest.raises(RuntimeError):
+        encoder(torch.zeros((4, 16, 16, 3), dtype=torch.uint8))  # as many bytes as six images have
+
+
 def test_nothing_is_rendered_that_nobody_films():
     for mode, images in ((None, 0), ("rgb_array", 1 + IMAGES.action_repeat)):
         pixels = ppo.Pixels(ppo.make_env("tests.envs:Filmed-v0", {}, mode), IMAGES)

@@ -522,7 +522,7 @@ def test_environments_never_pay_for_a_reset():
     assert isinstance(envs.envs, gym.vector.SyncVectorEnv)
 
 
-def test_envpool_learns_from_true_last_observations_and_says_what_it_cannot_restore(small, capsys):
+def test_envpool_learns_from_true_last_observations_and_says_what_it_cannot_restore(small, capsys, monkeypatch):
     pytest.importorskip("envpool")
     args = replace(small, env_id="Hopper-v4", vec="envpool", total_timesteps=2048)
     envs = ppo.Environments(args)
@@ -535,7 +535,10 @@ def test_envpool_learns_from_true_last_observations_and_says_what_it_cannot_rest
             assert np.abs(envs.reset(over) - [1.25, *np.zeros(10)]).max() < 0.01  # stands again
     envs.close()
 
+    seeds, make = [], ppo.make_envpool
+    monkeypatch.setattr(ppo, "make_envpool", lambda args: seeds.append(args.seed) or make(args))
     run = train(replace(args, total_timesteps=1024, lr_schedule="constant"))
     (run / "checkpoint.pt").unlink()
     train(parse(["--resume", str(run)]))
     assert "--vec envpool cannot restore the running episodes" in capsys.readouterr().out
+    assert len(set(seeds)) == 2  # those that begin anew are not the run's first episodes again

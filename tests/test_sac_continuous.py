@@ -579,6 +579,12 @@ def test_a_run_without_its_buffer_fills_a_new_one_first(small, capsys):
     assert int(progress[-1]["buffer"]) == 512
 
 
+def test_a_new_buffer_holds_a_batch_before_it_is_learnt_from(small, capsys):
+    run = train(replace(small, total_timesteps=512, checkpoint_buffer=False, learning_starts=0))
+    train(parse(["--resume", str(run)]))
+    assert "a new one is filled until step 544" in capsys.readouterr().out
+
+
 def test_a_torn_checkpoint_gives_way_to_the_one_before(small, capsys):
     args = replace(small, total_timesteps=512)
     run = train(args)
