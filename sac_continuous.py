@@ -611,6 +611,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         exact = args.precision == "fp32" and not torch.cpu.get_capabilities().get("amx_bf16", True)
         torch.backends.mkldnn.matmul.fp32_precision = "bf16" if exact else "none"
     torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # Adam's moments of silent units fade to denormals, which stall Intel's processors
     torch.manual_seed(args.seed)
 
     eval_envs = [make_eval_env(args) for _ in range(args.eval_episodes)]
