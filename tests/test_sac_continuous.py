@@ -387,6 +387,14 @@ def test_learns_to_mirror(small, norm_obs):
     assert json.loads((run / "result.json").read_text())["evaluation"]["mean"] > -0.5  # a random policy's is -11
 
 
+def test_tiny_numbers_count_as_zero(small):
+    torch.set_flush_denormal(False)
+    tiny = torch.full((64,), 1e-39)
+    assert (tiny / 2 != 0).all()
+    train(small)
+    assert (tiny / 2 == 0).all()
+
+
 @pytest.mark.parametrize("num_envs", [1, 4, 7])
 def test_updates_count_environment_steps(small, num_envs):
     args = replace(small, num_envs=num_envs, updates_per_step=0.5, total_timesteps=512, checkpoint_every=100)
