@@ -356,6 +356,17 @@ def test_an_interrupted_run_says_how_to_go_on(small, number):
     assert f"--resume {run}" in output and (run / "checkpoint.pt").exists()
 
 
+@needs_compiler
+def test_a_compiled_run_resumes_to_the_same_weights(small):
+    args = replace(small, compile=True, num_evals=0)
+    undisturbed, words = train(args), command(args)[2:]
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="130"):
+            train(parse(words), interrupts=[signal.SIGINT])
+        words = ["--resume", str(max(Path(args.runs_dir).iterdir()))]
+    assert same(undisturbed, train(parse(words)))
+
+
 def test_a_torn_checkpoint_gives_way_to_the_one_before(small, capsys):
     args = replace(small, total_timesteps=512)
     run = train(args)

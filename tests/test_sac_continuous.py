@@ -593,6 +593,15 @@ def test_a_new_buffer_holds_a_batch_before_it_is_learnt_from(small, capsys):
     assert "a new one is filled until step 544" in capsys.readouterr().out
 
 
+@needs_compiler
+def test_a_compiled_run_resumes_to_the_same_weights(small):
+    args = replace(small, compile=True, precision="bf16", lr_schedule="constant", num_evals=0)
+    run = train(replace(args, total_timesteps=512))
+    config = (run / "config.yaml").read_text().replace("total_timesteps: 512", "total_timesteps: 1024")
+    (run / "config.yaml").write_text(config)
+    assert same(train(args), train(parse(["--resume", str(run)])))
+
+
 def test_a_torn_checkpoint_gives_way_to_the_one_before(small, capsys):
     args = replace(small, total_timesteps=512)
     run = train(args)
