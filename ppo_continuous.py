@@ -15,6 +15,7 @@ The algorithm ends with `train`; what follows keeps, evaluates and checks, and i
 
 What may surprise:
 - An episode cut by a time limit bootstraps from the value of its true last observation; only termination ends a return.
+- Every environment is cut short once, at its own time, or those of HalfCheetah would go on in step for ever.
 - The statistics that normalise observations change once per rollout, after its update; nothing shifts within it.
 - All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
 - Advantages are recomputed with the current critic at every epoch (`--no-recompute-advantages` for the usual once).
@@ -124,8 +125,8 @@ class Args:
     """hidden layers of the policy"""
     critic_sizes: tuple[int, ...] = (64, 64)
     """hidden layers of the value function"""
-    log_std_init: float = -0.5
-    """logarithm of the policy's first standard deviation"""
+    log_std_init: float | None = None
+    """logarithm of the policy's first standard deviation; by default -log(A)/3 for A actions"""
     log_std_min: float = -2.0
     """the logarithm stays above this: a policy that no longer varies no longer learns to recover"""
 
@@ -298,7 +299,8 @@ class Agent(nn.Module):
         super().__init__()
         self.actor = mlp((observation_size, *args.actor_sizes, action_size), last_scale=0.01)
         self.critic = mlp((observation_size, *args.critic_sizes, 1), last_scale=1.0)
-        self.log_std = nn.Parameter(torch.full((action_size,), args.log_std_init))
+        log_std = -math.log(action_size) / 3 if args.log_std_init is None else args.log_std_init
+        self.log_std = nn.Parameter(torch.full((action_size,), log_std))
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.actor(observations), self.log_std, self.critic(observations).squeeze(-1)
@@ -503,6 +505,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     N, T, D, A = args.num_envs, args.num_steps, math.prod(eval_envs[0].observation_space.shape), low.size
     B = N * T
     iterations = args.total_timesteps // B
+    # Where all episodes last equally long, a rollout would show one and the same part of all of them.
+    cuts = np.arange(1, N + 1) * (eval_envs[0].spec.max_episode_steps or 0) // N
 
     agent = Agent(args, D, A).requires_grad_(False).to(device)
     learner = Learner.of(agent)
@@ -565,15 +569,17 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
             clock = time.perf_counter()
             observations, rewards[t], terminated[t], truncated = envs.step(clipped)
-            ended[t] = terminated[t] | truncated
+            over = terminated[t] | truncated
+            ended[t] = over | (cuts == (iteration - 1) * T + t + 1)
             returns += rewards[t]
             lengths += 1
             if ended[t].any():
                 for n in np.flatnonzero(ended[t]):
                     last_at.append((t, n))
                     last_observations.append(moments.normalise(observations[n]))
-                    now = {"step": step - B + (t + 1) * N, "wall_time": round(clock - started, 3)}
-                    episodes.append(now | {"return": returns[n].item(), "length": lengths[n].item()})
+                    if over[n]:
+                        now = {"step": step - B + (t + 1) * N, "wall_time": round(clock - started, 3)}
+                        episodes.append(now | {"return": returns[n].item(), "length": lengths[n].item()})
                 observations[ended[t]] = envs.reset(ended[t])
                 returns[ended[t]], lengths[ended[t]] = 0, 0
             seconds[0] += time.perf_counter() - clock

@@ -94,7 +94,7 @@ class Args:
     """that of the actor"""
     q_lr: float | None = None
     """that of the critics"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """how the learning rates fall; linear and cosine end at 0"""
     lr_warmup: float = 0.0
     """share of the run over which the learning rates first rise from 0"""

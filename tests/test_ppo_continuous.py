@@ -243,6 +243,20 @@ def test_video_changes_nothing_and_shows_the_episode(small):
         assert clip.get_frame(1).std() > 5
 
 
+def test_environments_are_soon_out_of_step(small):
+    args = replace(small, env_id="Pendulum-v1", num_envs=4, num_steps=64, num_minibatches=4, total_timesteps=2560)
+    run = train(replace(args, num_evals=0))  # 640 steps of each; cut after 50, 100, 150 and, by the limit, 200
+    ended = [(int(row["step"]) // 4, int(row["length"])) for row in rows(run, "episodes")]
+    assert ended == [(step, 200) for step in (200, 250, 300, 350, 400, 450, 500, 550, 600)]
+
+
+@pytest.mark.parametrize("size", [1, 6])
+def test_the_more_actions_the_smaller_their_first_deviation(size):
+    log_std = ppo.Agent(Args(), observation_size=3, action_size=size).log_std
+    np.testing.assert_allclose(log_std.exp().detach(), size ** (-1 / 3), rtol=1e-6)
+    assert ppo.Agent(Args(log_std_init=-0.25), 3, size).log_std.unique() == -0.25
+
+
 def test_async_steps_like_sync(small):
     assert same(train(small), train(replace(small, vec="async")))
 
