@@ -127,7 +127,7 @@ class Args:
     """hidden layers of the value function"""
     log_std_init: float | None = None
     """logarithm of the policy's first standard deviation; by default -log(A)/3 for A actions"""
-    log_std_min: float = -2.0
+    log_std_min: float = -1.5
     """the logarithm stays above this: a policy that no longer varies no longer learns to recover"""
 
     num_evals: int = 10
