@@ -505,7 +505,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     N, T, D, A = args.num_envs, args.num_steps, math.prod(eval_envs[0].observation_space.shape), low.size
     B = N * T
     iterations = args.total_timesteps // B
-    # Where all episodes last equally long, a rollout would show one and the same part of all of them.
+    # Each environment is cut short once, n/N of a whole episode into the run: where all episodes last equally long, a
+    # rollout would show one and the same part of all of them.
     cuts = np.arange(1, N + 1) * (eval_envs[0].spec.max_episode_steps or 0) // N
 
     agent = Agent(args, D, A).requires_grad_(False).to(device)
