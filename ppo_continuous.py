@@ -15,7 +15,6 @@ The algorithm ends with `train`; what follows keeps, evaluates and checks, and i
 
 What may surprise:
 - An episode cut by a time limit bootstraps from the value of its true last observation; only termination ends a return.
-- Every environment is cut short once, at its own time, or those of HalfCheetah would go on in step for ever.
 - The statistics that normalise observations change once per rollout, after its update; nothing shifts within it.
 - All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
 - Advantages are recomputed with the current critic at every epoch (`--no-recompute-advantages` for the usual once).
@@ -89,6 +88,8 @@ class Args:
     """steps of each environment per rollout; by default 2048 over all environments"""
     learning_rate: float = 3e-4
     """Adam's step size at the start"""
+    critic_lr_ratio: float = 3.0
+    """the critic's step size, as a multiple of that"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """how the learning rate falls; linear and cosine end at 0"""
     lr_warmup: float = 0.0
@@ -126,7 +127,7 @@ class Args:
     critic_sizes: tuple[int, ...] = (64, 64)
     """hidden layers of the value function"""
     log_std_init: float | None = None
-    """logarithm of the policy's first standard deviation; by default -log(A)/3 for A actions"""
+    """logarithm of the policy's first standard deviation; by default -0.4 log(A) for A actions"""
     log_std_min: float = -1.5
     """the logarithm stays above this: a policy that no longer varies no longer learns to recover"""
 
@@ -299,7 +300,7 @@ class Agent(nn.Module):
         super().__init__()
         self.actor = mlp((observation_size, *args.actor_sizes, action_size), last_scale=0.01)
         self.critic = mlp((observation_size, *args.critic_sizes, 1), last_scale=1.0)
-        log_std = -math.log(action_size) / 3 if args.log_std_init is None else args.log_std_init
+        log_std = -0.4 * math.log(action_size) if args.log_std_init is None else args.log_std_init
         self.log_std = nn.Parameter(torch.full((action_size,), log_std))
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -404,7 +405,7 @@ def update(agent: Agent, args: Args, learner: Learner, batch: Batch, indices: Te
     return torch.stack((*measures, norm)).detach()
 
 
-def compile_update(args: Args, agent: Agent, columns: Batch, say: Callable[[str], None]) -> Callable:
+def compile_update(args: Args, agent: Agent, learner: Learner, columns: Batch, say: Callable[[str], None]) -> Callable:
     """Compiles by a call on copies of everything. Where that is impossible, says so and returns what there is."""
     started = time.perf_counter()
     indices = torch.arange(len(columns.returns) // args.num_minibatches, device=columns.returns.device)
@@ -412,12 +413,21 @@ def compile_update(args: Args, agent: Agent, columns: Batch, say: Callable[[str]
         torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
         on_cpu = next(agent.parameters()).device.type == "cpu"  # there, calling many small kernels from Python costs
         fast = torch.compile(update, fullgraph=True, dynamic=False, options={"cpp_wrapper": on_cpu})
-        fast(agent, args, Learner.of(copy.deepcopy(agent)), columns, indices)
+        fast(agent, args, copy.deepcopy(learner), columns, indices)
     except Exception as error:
         say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
         return update
     say(f"the update compiled in {time.perf_counter() - started:.1f} s")
     return fast
+
+
+def step_sizes(args: Args, agent: Agent) -> Tensor:
+    """Adam's step size for each parameter at the start: larger for the critic, which has to keep up with the policy."""
+    sizes = []
+    for name, parameter in agent.named_parameters():
+        ratio = args.critic_lr_ratio if name.startswith("critic.") else 1.0
+        sizes.append(torch.full_like(parameter, args.learning_rate * ratio).flatten())
+    return torch.cat(sizes)
 
 
 def lr_factor(args: Args, iteration: int, iterations: int) -> float:
@@ -505,12 +515,10 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     N, T, D, A = args.num_envs, args.num_steps, math.prod(eval_envs[0].observation_space.shape), low.size
     B = N * T
     iterations = args.total_timesteps // B
-    # Each environment is cut short once, n/N of a whole episode into the run: where all episodes last equally long, a
-    # rollout would show one and the same part of all of them.
-    cuts = np.arange(1, N + 1) * (eval_envs[0].spec.max_episode_steps or 0) // N
 
     agent = Agent(args, D, A).requires_grad_(False).to(device)
-    learner = Learner.of(agent)
+    rates = step_sizes(args, agent)
+    learner = Learner.of(agent)._replace(learning_rate=rates.clone())
     moments, return_moments = RunningMoments((D,), args.norm_obs), RunningMoments((), args.norm_reward)
     policy = Policy(agent, moments, return_moments, np.stack((low, high)))
     envs = Environments(replace(args, seed=args.seed + saved.get("step", 0)))  # EnvPool repeats itself otherwise
@@ -550,12 +558,12 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     actions = torch.empty((T, N, A), device=device)
     rewards, terminated, ended = np.empty((T, N)), np.empty((T, N), bool), np.empty((T, N), bool)
     batch = Batch(normalised[:T].view(B, D), actions.view(B, A), *(torch.zeros(B, device=device) for _ in range(4)))
-    fast_update = compile_update(args, agent, batch, run.say) if args.compile else update
+    fast_update = compile_update(args, agent, learner, batch, run.say) if args.compile else update
     started = time.perf_counter() - done["elapsed"]
 
     for iteration in range(done["iteration"] + 1, iterations + 1):
         step, before, seconds_before = iteration * B, time.perf_counter(), seconds.copy()
-        learner.learning_rate.fill_(args.learning_rate * lr_factor(args, iteration, iterations))
+        learner.learning_rate.copy_(rates * lr_factor(args, iteration, iterations))
 
         # Collect T steps of every environment.
         noise = agent.log_std.exp() * torch.randn((T, N, A), device=device)
@@ -570,17 +578,15 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
             clock = time.perf_counter()
             observations, rewards[t], terminated[t], truncated = envs.step(clipped)
-            over = terminated[t] | truncated
-            ended[t] = over | (cuts == (iteration - 1) * T + t + 1)
+            ended[t] = terminated[t] | truncated
             returns += rewards[t]
             lengths += 1
             if ended[t].any():
                 for n in np.flatnonzero(ended[t]):
                     last_at.append((t, n))
                     last_observations.append(moments.normalise(observations[n]))
-                    if over[n]:
-                        now = {"step": step - B + (t + 1) * N, "wall_time": round(clock - started, 3)}
-                        episodes.append(now | {"return": returns[n].item(), "length": lengths[n].item()})
+                    now = {"step": step - B + (t + 1) * N, "wall_time": round(clock - started, 3)}
+                    episodes.append(now | {"return": returns[n].item(), "length": lengths[n].item()})
                 observations[ended[t]] = envs.reset(ended[t])
                 returns[ended[t]], lengths[ended[t]] = 0, 0
             seconds[0] += time.perf_counter() - clock
@@ -636,7 +642,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         recent.extend(episode["return"] for episode in episodes)
         row = {"step": step, "wall_time": round(done["elapsed"], 3), "sps": round(B / (time.perf_counter() - before))}
         row |= measures | {"explained_variance": explained_variance.item(), "updates": done["updates"]}
-        row |= {"learning_rate": learner.learning_rate.item(), "std": agent.log_std.exp().mean().item()}
+        row |= {"learning_rate": learner.learning_rate[0].item(), "std": agent.log_std.exp().mean().item()}
         row |= dict(zip(SECONDS, (seconds - seconds_before).round(4).tolist(), strict=True))
         run.record(row, episodes)
 
@@ -685,7 +691,7 @@ def check(args: Args) -> None:
         at_least_1="num_envs num_steps num_minibatches update_epochs threads eval_episodes checkpoint_every"
         " actor_sizes critic_sizes",
         at_least_0="seed ent_coef vf_coef num_evals",
-        above_0="learning_rate clip_coef max_grad_norm target_kl",
+        above_0="learning_rate critic_lr_ratio clip_coef max_grad_norm target_kl",
         shares="gamma gae_lambda lr_warmup",
     )
     batch_size = args.num_envs * args.num_steps
