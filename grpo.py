@@ -594,7 +594,7 @@ class Learner(NamedTuple):
         return Learner(theta, torch.zeros_like(theta), torch.zeros_like(theta), *scalars)
 
     @torch.no_grad()
-    def adam_step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5) -> None:
+    def adam_step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
         self.first_decay.mul_(beta1)  # a power would be taken anew for every 16 parameters in compiled code
         self.second_decay.mul_(beta2)
         self.first_moment.lerp_(gradient, 1 - beta1)
@@ -617,7 +617,7 @@ def update(agent: Agent, args: Args, learner: Learner, minibatch: Batch, kl_coef
     loss, measures = grpo_loss(parameters_of(agent, theta), agent, args, minibatch, kl_coef)
     (gradient,) = torch.autograd.grad(loss, theta)
     norm = gradient.norm()
-    learner.adam_step(gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1))
+    learner.adam_step(gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), eps=1e-5)
     return torch.stack((*measures, norm)).detach()
 
 

@@ -431,7 +431,7 @@ class Learner(NamedTuple):
         return Learner(theta, torch.zeros_like(theta), torch.zeros_like(theta), *scalars)
 
     @torch.no_grad()
-    def adam_step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5) -> None:
+    def adam_step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
         self.first_decay.mul_(beta1)  # a power would be taken anew for every 16 parameters in compiled code
         self.second_decay.mul_(beta2)
         self.first_moment.lerp_(gradient, 1 - beta1)

@@ -95,6 +95,8 @@ class Args:
     """steps of each environment per rollout; by default 2048 over all environments"""
     learning_rate: float = 5e-4
     """Adam's step size at the start"""
+    critic_lr_ratio: float = 1.0
+    """the critic's step size, as a multiple of that"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """how the learning rate falls; linear and cosine end at 0"""
     lr_warmup: float = 0.0
@@ -611,7 +613,7 @@ class Learner(NamedTuple):
         return Learner(theta, torch.zeros_like(theta), torch.zeros_like(theta), *scalars)
 
     @torch.no_grad()
-    def adam_step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5) -> None:
+    def adam_step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
         self.first_decay.mul_(beta1)  # a power would be taken anew for every 16 parameters in compiled code
         self.second_decay.mul_(beta2)
         self.first_moment.lerp_(gradient, 1 - beta1)
@@ -631,11 +633,11 @@ def update(agent: Agent, args: Args, learner: Learner, batch: Batch, indices: Te
     loss, measures = ppo_loss(parameters, agent, args, minibatch)
     (gradient,) = torch.autograd.grad(loss, theta)
     norm = gradient.norm()
-    learner.adam_step(gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1))
+    learner.adam_step(gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), eps=1e-5)
     return torch.stack((*measures, norm)).detach()
 
 
-def compile_update(args: Args, agent: Agent, columns: Batch, say: Callable[[str], None]) -> Callable:
+def compile_update(args: Args, agent: Agent, learner: Learner, columns: Batch, say: Callable[[str], None]) -> Callable:
     """Compiles by a call on copies of everything. Where that is impossible, says so and returns what there is."""
     started = time.perf_counter()
     indices = torch.arange(len(columns.returns) // args.num_minibatches, device=columns.returns.device)
@@ -643,12 +645,21 @@ def compile_update(args: Args, agent: Agent, columns: Batch, say: Callable[[str]
         torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
         on_cpu = next(agent.parameters()).device.type == "cpu"  # there, calling many small kernels from Python costs
         fast = torch.compile(update, fullgraph=True, dynamic=False, options={"cpp_wrapper": on_cpu})
-        fast(agent, args, Learner.of(copy.deepcopy(agent)), columns, indices)
+        fast(agent, args, copy.deepcopy(learner), columns, indices)
     except Exception as error:
         say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
         return update
     say(f"the update compiled in {time.perf_counter() - started:.1f} s")
     return fast
+
+
+def step_sizes(args: Args, agent: Agent) -> Tensor:
+    """Adam's step size for each parameter at the start: larger for the critic, which has to keep up with the policy."""
+    sizes = []
+    for name, parameter in agent.named_parameters():
+        ratio = args.critic_lr_ratio if name.startswith("critic.") else 1.0
+        sizes.append(torch.full_like(parameter, args.learning_rate * ratio).flatten())
+    return torch.cat(sizes)
 
 
 def lr_factor(args: Args, iteration: int, iterations: int) -> float:
@@ -738,7 +749,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     iterations = args.total_timesteps // B
 
     agent = Agent(args, shape, A).requires_grad_(False).to(device)
-    learner = Learner.of(agent)
+    rates = step_sizes(args, agent)
+    learner = Learner.of(agent)._replace(learning_rate=rates.clone())
     moments, return_moments = observation_moments(args, shape), RunningMoments((), args.norm_reward)
     policy = Policy(agent, moments, return_moments, np.stack((low, high)))
     envs = Environments(replace(args, seed=args.seed + saved.get("step", 0)))  # EnvPool repeats itself otherwise
@@ -779,12 +791,12 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     rewards, terminated, ended = np.empty((T, N)), np.empty((T, N), bool), np.empty((T, N), bool)
     of_policy = (tensor.view(B, A) for tensor in (actions, alpha, beta))
     batch = Batch(normalised[:T].view(B, D), *of_policy, *(torch.zeros(B, device=device) for _ in range(4)))
-    fast_update = compile_update(args, agent, batch, run.say) if args.compile else update
+    fast_update = compile_update(args, agent, learner, batch, run.say) if args.compile else update
     started = time.perf_counter() - done["elapsed"]
 
     for iteration in range(done["iteration"] + 1, iterations + 1):
         step, before, seconds_before = iteration * B, time.perf_counter(), seconds.copy()
-        learner.learning_rate.fill_(args.learning_rate * lr_factor(args, iteration, iterations))
+        learner.learning_rate.copy_(rates * lr_factor(args, iteration, iterations))
 
         # Collect T steps of every environment.
         last_at, last_observations, episodes = [], [], []
@@ -862,7 +874,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         recent.extend(episode["return"] for episode in episodes)
         row = {"step": step, "wall_time": round(done["elapsed"], 3), "sps": round(B / (time.perf_counter() - before))}
         row |= measures | {"explained_variance": explained_variance.item(), "updates": done["updates"]}
-        row |= {"learning_rate": learner.learning_rate.item(), "concentration": (alpha + beta).mean().item()}
+        row |= {"learning_rate": learner.learning_rate[0].item(), "concentration": (alpha + beta).mean().item()}
         row |= {"saturation": ((actions - 0.5).abs() > 0.49).float().mean().item()}  # actions next to a bound
         row |= dict(zip(SECONDS, (seconds - seconds_before).round(4).tolist(), strict=True))
         run.record(row, episodes)
@@ -912,7 +924,7 @@ def check(args: Args) -> None:
         at_least_1="num_envs num_steps num_minibatches update_epochs threads eval_episodes checkpoint_every"
         " actor_sizes critic_sizes frame_stack action_repeat",
         at_least_0="seed ent_coef vf_coef num_evals",
-        above_0="learning_rate clip_coef max_grad_norm target_kl",
+        above_0="learning_rate critic_lr_ratio clip_coef max_grad_norm target_kl",
         shares="gamma gae_lambda lr_warmup",
     )
     batch_size = args.num_envs * args.num_steps

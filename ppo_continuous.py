@@ -381,7 +381,7 @@ class Learner(NamedTuple):
         return Learner(theta, torch.zeros_like(theta), torch.zeros_like(theta), *scalars)
 
     @torch.no_grad()
-    def adam_step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5) -> None:
+    def adam_step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
         self.first_decay.mul_(beta1)  # a power would be taken anew for every 16 parameters in compiled code
         self.second_decay.mul_(beta2)
         self.first_moment.lerp_(gradient, 1 - beta1)
@@ -401,6 +401,7 @@ def update(agent: Agent, args: Args, learner: Learner, batch: Batch, indices: Te
     loss, measures = ppo_loss(parameters, agent, args, minibatch)
     (gradient,) = torch.autograd.grad(loss, theta)
     norm = gradient.norm()
+    # Not with PPO's usual ε of 1e-5: scaled down with the policy's, most of the critic's gradients lie below it.
     learner.adam_step(gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1))
     return torch.stack((*measures, norm)).detach()
 

@@ -427,7 +427,7 @@ class Learner(NamedTuple):
         return Learner(theta, torch.zeros_like(theta), torch.zeros_like(theta), *scalars)
 
     @torch.no_grad()
-    def adam_step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5) -> None:
+    def adam_step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
         self.first_decay.mul_(beta1)  # a power would be taken anew for every 16 parameters in compiled code
         self.second_decay.mul_(beta2)
         self.first_moment.lerp_(gradient, 1 - beta1)
@@ -476,7 +476,7 @@ def update(
     values = call(agent.critics, theta, torch.cat((batch.observations, batch.actions), -1), dtype).squeeze(-1)  # (2, B)
     q_loss = ((values - goals) ** 2).mean(-1).sum()
     (gradient,) = torch.autograd.grad(q_loss, theta)
-    critics.adam_step(gradient, eps=1e-8)
+    critics.adam_step(gradient)
 
     # The actor's: mean (α log π(a|s) − min_i Q_i(s, a)), with a ~ π(·|s); α's gradient: mean (−log π(a|s)) + A.
     policy_loss = torch.full((), torch.nan, device=theta.device)
@@ -487,10 +487,10 @@ def update(
         expected = call(agent.critics, critics.theta, inputs, dtype).amin(0).squeeze(-1)
         policy_loss = (log_alpha.theta.exp() * logprobs - expected).mean()
         (gradient,) = torch.autograd.grad(policy_loss, theta)
-        actor.adam_step(gradient, eps=1e-8)
+        actor.adam_step(gradient)
         if args.autotune:
             excess = -logprobs.detach().mean() + actions.shape[-1]  # of the entropy over −A
-            log_alpha.adam_step(excess.view(1), eps=1e-8)
+            log_alpha.adam_step(excess.view(1))
 
     if follow:
         target.lerp_(critics.theta, args.tau)

@@ -202,9 +202,9 @@ def test_the_compiled_update_is_the_update(shape):
     args = Args(num_minibatches=2, ent_coef=0.01)
     agent = ppo.Agent(args, shape, 2).requires_grad_(False)
     batch, learner = random_batch(agent, shape), ppo.Learner.of(agent)
-    learner.learning_rate.fill_(1e-3)
+    learner = learner._replace(learning_rate=ppo.step_sizes(replace(args, learning_rate=1e-3), agent))
     said = []
-    fast = ppo.compile_update(args, agent, batch, said.append)
+    fast = ppo.compile_update(args, agent, learner, batch, said.append)
     assert "compiled in" in said[0]
     indices, start = torch.randperm(64)[:32], [tensor.clone() for tensor in learner]
     measures = fast(agent, args, learner, batch, indices)

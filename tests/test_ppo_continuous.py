@@ -105,7 +105,7 @@ def test_adam_is_torchs():
     learner = ppo.Learner.of(agent)
     learner.learning_rate.fill_(0.01)
     parameter = learner.theta.clone().requires_grad_()
-    adam = torch.optim.Adam([parameter], lr=0.01, eps=1e-5)
+    adam = torch.optim.Adam([parameter], lr=0.01)
     for _ in range(2000):
         parameter.grad = torch.randn(8)
         learner.adam_step(parameter.grad)
