@@ -254,6 +254,14 @@ def test_video_changes_nothing_and_shows_the_episode(small):
         assert clip.get_frame(1).std() > 5
 
 
+def test_training_moves_the_critic_at_a_rate_of_its_own(small):
+    args = replace(small, num_evals=0, critic_lr_ratio=1e-12)
+    short, long = weights(train(replace(args, total_timesteps=128))), weights(train(args))
+    for name in short:
+        moved = (short[name] - long[name]).abs().max()
+        assert moved < 1e-9 if name.startswith("critic") else moved > 1e-6, name
+
+
 @pytest.mark.parametrize("size", [1, 6])
 def test_the_more_actions_the_smaller_their_first_deviation(size):
     log_std = ppo.Agent(Args(), observation_size=3, action_size=size).log_std
