@@ -85,7 +85,7 @@ class Args:
     """compile the update (needs a C++ compiler; 3 to 20 s at the start)"""
 
     num_steps: int | None = None
-    """steps of each environment per rollout; by default 2048 over all environments"""
+    """steps of each environment per rollout; by default 4096 over all environments"""
     learning_rate: float = 5e-4
     """Adam's step size at the start"""
     critic_lr_ratio: float = 3.0
@@ -94,7 +94,7 @@ class Args:
     """how the learning rate falls; linear and cosine end at 0"""
     lr_warmup: float = 0.0
     """share of the run over which the learning rate first rises from 0"""
-    num_minibatches: int = 32
+    num_minibatches: int = 64
     """minibatches per epoch"""
     update_epochs: int = 10
     """passes over each rollout"""
@@ -503,7 +503,7 @@ def default_steps(rollout: int, num_envs: int, num_minibatches: int) -> int:
 def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
     if args.num_steps is None and args.num_envs > 0 and args.num_minibatches > 0:
-        args = replace(args, num_steps=default_steps(2048, args.num_envs, args.num_minibatches))
+        args = replace(args, num_steps=default_steps(4096, args.num_envs, args.num_minibatches))
     check(args)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     directory, saved = find_run(args) if args.resume else (create_run(args, device), {})

@@ -192,8 +192,8 @@ def test_learning_rate_schedules():
 
 @pytest.mark.parametrize("num_envs", [1, 3, 16, 24, 64, 100, 128, 5000])
 def test_default_rollouts_divide(num_envs):
-    steps = ppo.default_steps(2048, num_envs, 32)
-    assert num_envs * steps % 32 == 0 and (num_envs > 100 or 1500 < num_envs * steps < 3500)
+    steps = ppo.default_steps(4096, num_envs, 64)
+    assert num_envs * steps % 64 == 0 and (num_envs > 128 or 3000 < num_envs * steps < 5500)
 
 
 # --------------------------------------------------------------------------------------------------------- learning
@@ -489,7 +489,7 @@ MISTAKES = {
     "--vec threads": "sync",
     "--gamma 1.5": "--gamma",
     "--ent-coef -0.1": "--ent-coef",
-    "--total-timesteps 100": "2048",
+    "--total-timesteps 100": "4096",
     "--num-evals -1": "--num-evals",
     "--actor-sizes 64 0": "--actor-sizes",
     "--device cuda": "--device cuda",
