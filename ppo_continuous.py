@@ -85,7 +85,7 @@ class Args:
     """compile the update (needs a C++ compiler; 3 to 20 s at the start)"""
 
     num_steps: int | None = None
-    """steps of each environment per rollout; by default 4096 over all environments"""
+    """steps of each environment per rollout; by default 1024 + 512 A over all environments, for A actions"""
     learning_rate: float = 5e-4
     """Adam's step size at the start"""
     critic_lr_ratio: float = 3.0
@@ -502,20 +502,21 @@ def default_steps(rollout: int, num_envs: int, num_minibatches: int) -> int:
 
 def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
-    if args.num_steps is None and args.num_envs > 0 and args.num_minibatches > 0:
-        args = replace(args, num_steps=default_steps(4096, args.num_envs, args.num_minibatches))
     check(args)
+    eval_envs = [make_eval_env(args) for _ in range(args.eval_episodes)]
+    low, high = eval_envs[0].action_space.low, eval_envs[0].action_space.high
+    N, D, A = args.num_envs, math.prod(eval_envs[0].observation_space.shape), low.size
+    if args.num_steps is None:  # the more actions, the more samples it takes to tell which of them were good
+        args = replace(args, num_steps=default_steps(1024 + 512 * A, N, args.num_minibatches))
+    check_rollout(args)
+    T, B = args.num_steps, N * args.num_steps
+    iterations = args.total_timesteps // B
+
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # Adam's moments of silent units fade to denormals, which stall Intel's processors
     torch.manual_seed(args.seed)
-
-    eval_envs = [make_eval_env(args) for _ in range(args.eval_episodes)]
-    low, high = eval_envs[0].action_space.low, eval_envs[0].action_space.high
-    N, T, D, A = args.num_envs, args.num_steps, math.prod(eval_envs[0].observation_space.shape), low.size
-    B = N * T
-    iterations = args.total_timesteps // B
 
     agent = Agent(args, D, A).requires_grad_(False).to(device)
     rates = step_sizes(args, agent)
@@ -695,14 +696,17 @@ def check(args: Args) -> None:
         above_0="learning_rate critic_lr_ratio clip_coef max_grad_norm target_kl",
         shares="gamma gae_lambda lr_warmup",
     )
+    check_setup(args)
+    check_environments(args)
+
+
+def check_rollout(args: Args) -> None:
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
         rollout = f"a rollout of {args.num_envs} x {args.num_steps} = {batch_size} steps"
         refuse(f"--num-minibatches {args.num_minibatches}: must divide {rollout} into parts of two or more")
     if args.total_timesteps < batch_size:
         refuse(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {batch_size} steps")
-    check_setup(args)
-    check_environments(args)
 
 
 def check_environments(args: Args) -> None:

@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import ppo_continuous as ppo
 from ppo_continuous import Args, RunningMoments, load_policy, make_eval_env, parse, train
@@ -194,6 +195,12 @@ def test_learning_rate_schedules():
 def test_default_rollouts_divide(num_envs):
     steps = ppo.default_steps(4096, num_envs, 64)
     assert num_envs * steps % 64 == 0 and (num_envs > 128 or 3000 < num_envs * steps < 5500)
+
+
+@pytest.mark.parametrize(("env_id", "steps"), [("Pendulum-v1", 384), ("HalfCheetah-v4", 1024)])
+def test_the_more_actions_the_longer_a_rollout(small, env_id, steps):
+    run = train(replace(small, env_id=env_id, num_steps=None, total_timesteps=4096, update_epochs=1, num_evals=0))
+    assert yaml.safe_load((run / "config.yaml").read_text())["num_steps"] == steps  # 1536 and 4096 over 4
 
 
 # --------------------------------------------------------------------------------------------------------- learning
