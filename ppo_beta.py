@@ -76,7 +76,7 @@ class Args:
     """arguments of the environment, as JSON: '{"reset_noise_scale": 0.15}'"""
     eval_env_kwargs: str = "{}"
     """arguments of the evaluation environment that differ, as JSON"""
-    num_envs: int = 32
+    num_envs: int = 128
     """environments stepped together"""
     vec: Literal["sync", "async", "envpool"] = "sync"
     """how they are stepped: in turn, in a process each, or by EnvPool"""
@@ -92,16 +92,16 @@ class Args:
     """compile the update (needs a C++ compiler; 3 to 20 s at the start)"""
 
     num_steps: int | None = None
-    """steps of each environment per rollout; by default 2048 over all environments"""
+    """steps of each environment per rollout; by default 1024 + 512 A over all environments, for A actions"""
     learning_rate: float = 5e-4
     """Adam's step size at the start"""
-    critic_lr_ratio: float = 1.0
+    critic_lr_ratio: float = 3.0
     """the critic's step size, as a multiple of that"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """how the learning rate falls; linear and cosine end at 0"""
     lr_warmup: float = 0.0
     """share of the run over which the learning rate first rises from 0"""
-    num_minibatches: int = 32
+    num_minibatches: int = 64
     """minibatches per epoch"""
     update_epochs: int = 10
     """passes over each rollout"""
@@ -731,22 +731,23 @@ def default_steps(rollout: int, num_envs: int, num_minibatches: int) -> int:
 
 def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
-    if args.num_steps is None and args.num_envs > 0 and args.num_minibatches > 0:
-        args = replace(args, num_steps=default_steps(2048, args.num_envs, args.num_minibatches))
     check(args)
+    eval_envs = [make_eval_env(args) for _ in range(args.eval_episodes)]
+    low, high = eval_envs[0].action_space.low, eval_envs[0].action_space.high
+    space, images = eval_envs[0].observation_space, is_image(eval_envs[0].observation_space)
+    N, D, A = args.num_envs, math.prod(space.shape), low.size
+    shape = space.shape if images else (D,)
+    if args.num_steps is None:  # the more actions, the more samples it takes to tell which of them were good
+        args = replace(args, num_steps=default_steps(1024 + 512 * A, N, args.num_minibatches))
+    check_rollout(args)
+    T, B = args.num_steps, N * args.num_steps
+    iterations = args.total_timesteps // B
+
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # Adam's moments of silent units fade to denormals, which stall Intel's processors
     torch.manual_seed(args.seed)
-
-    eval_envs = [make_eval_env(args) for _ in range(args.eval_episodes)]
-    low, high = eval_envs[0].action_space.low, eval_envs[0].action_space.high
-    space, images = eval_envs[0].observation_space, is_image(eval_envs[0].observation_space)
-    N, T, D, A = args.num_envs, args.num_steps, math.prod(space.shape), low.size
-    B = N * T
-    shape = space.shape if images else (D,)
-    iterations = args.total_timesteps // B
 
     agent = Agent(args, shape, A).requires_grad_(False).to(device)
     rates = step_sizes(args, agent)
@@ -927,16 +928,19 @@ def check(args: Args) -> None:
         above_0="learning_rate critic_lr_ratio clip_coef max_grad_norm target_kl",
         shares="gamma gae_lambda lr_warmup",
     )
+    if args.resize is not None and args.resize < 8:
+        refuse(f"--resize {args.resize}: must be at least 8")
+    check_setup(args)
+    check_environments(args)
+
+
+def check_rollout(args: Args) -> None:
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
         rollout = f"a rollout of {args.num_envs} x {args.num_steps} = {batch_size} steps"
         refuse(f"--num-minibatches {args.num_minibatches}: must divide {rollout} into parts of two or more")
     if args.total_timesteps < batch_size:
         refuse(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {batch_size} steps")
-    if args.resize is not None and args.resize < 8:
-        refuse(f"--resize {args.resize}: must be at least 8")
-    check_setup(args)
-    check_environments(args)
 
 
 def check_environments(args: Args) -> None:
