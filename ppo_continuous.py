@@ -85,7 +85,7 @@ class Args:
     """compile the update (needs a C++ compiler; 3 to 20 s at the start)"""
 
     num_steps: int | None = None
-    """steps of each environment per rollout; by default 1024 + 512 A over all environments, for A actions"""
+    """steps of each environment per rollout; by default all make 1024 + 512 A for A actions, at most 4096"""
     learning_rate: float = 5e-4
     """Adam's step size at the start"""
     critic_lr_ratio: float = 3.0
@@ -507,7 +507,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     low, high = eval_envs[0].action_space.low, eval_envs[0].action_space.high
     N, D, A = args.num_envs, math.prod(eval_envs[0].observation_space.shape), low.size
     if args.num_steps is None:  # the more actions, the more samples it takes to tell which of them were good
-        args = replace(args, num_steps=default_steps(1024 + 512 * A, N, args.num_minibatches))
+        args = replace(args, num_steps=default_steps(min(1024 + 512 * A, 4096), N, args.num_minibatches))
     check_rollout(args)
     T, B = args.num_steps, N * args.num_steps
     iterations = args.total_timesteps // B

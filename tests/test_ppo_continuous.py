@@ -197,10 +197,10 @@ def test_default_rollouts_divide(num_envs):
     assert num_envs * steps % 64 == 0 and (num_envs > 128 or 3000 < num_envs * steps < 5500)
 
 
-@pytest.mark.parametrize(("env_id", "steps"), [("Pendulum-v1", 384), ("HalfCheetah-v4", 1024)])
+@pytest.mark.parametrize(("env_id", "steps"), [("Pendulum-v1", 384), ("HalfCheetah-v4", 1024), ("Ant-v4", 1024)])
 def test_the_more_actions_the_longer_a_rollout(small, env_id, steps):
     run = train(replace(small, env_id=env_id, num_steps=None, total_timesteps=4096, update_epochs=1, num_evals=0))
-    assert yaml.safe_load((run / "config.yaml").read_text())["num_steps"] == steps  # 1536 and 4096 over 4
+    assert yaml.safe_load((run / "config.yaml").read_text())["num_steps"] == steps  # 1536 and, at most, 4096 over 4
 
 
 # --------------------------------------------------------------------------------------------------------- learning
