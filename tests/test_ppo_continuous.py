@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import ppo_continuous as ppo
 from ppo_continuous import Args, RunningMoments, load_policy, make_eval_env, parse, train
@@ -124,6 +125,33 @@ def test_the_critic_takes_larger_steps():
     for name, parameter in agent.named_parameters():
         expected = 0.05 if name.startswith("critic") else 0.01
         torch.testing.assert_close(before[name] - parameter, torch.full_like(parameter, expected), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 128])
+def test_numpy_computes_what_torch_does(rows):
+    torch.manual_seed(rows)
+    network = ppo.mlp((17, 64, 64, 6), last_scale=1.0).requires_grad_(False)
+    forward, observations = ppo.in_numpy(network), torch.randn(rows, 17)
+    outputs = forward(observations.numpy())
+    assert outputs.dtype == np.float32
+    np.testing.assert_allclose(outputs, network(observations), atol=1e-5)
+
+    memory = np.empty(4 * 17 * rows + 64, np.uint8)
+    for offset in range(0, 64, 4):  # a resumed run has its arrays elsewhere
+        moved = memory[offset : offset + 4 * 17 * rows].view(np.float32).reshape(rows, 17)
+        moved[:] = observations
+        assert np.array_equal(forward(moved), outputs)
+
+
+def test_numpy_refuses_a_network_that_a_fork_has_changed():
+    with pytest.raises(AssertionError, match="another in_numpy"):
+        ppo.in_numpy(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1)))
+
+
+def test_numpy_takes_one_thread(small):
+    threadpool_limits(2, "blas")
+    train(small)
+    assert {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"} == {1}
 
 
 def random_batch(agent: ppo.Agent, rows: int = 64) -> ppo.Batch:
