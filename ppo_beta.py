@@ -1,7 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.3.7", "numpy", "tyro", "pyyaml", "tensorboard", "moviepy"
+#     "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.3.7", "numpy", "threadpoolctl", "tyro", "pyyaml",
+#     "tensorboard", "moviepy"
 # ]
 # ///
 """Proximal Policy Optimisation (PPO-clip) with a Beta policy, for bounded continuous actions, of vectors or images.
@@ -63,6 +64,7 @@ import numpy as np
 import torch
 import tyro
 import yaml
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import interpolate, softplus
@@ -433,6 +435,19 @@ def mlp(sizes: tuple[int, ...], last_scale: float) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def in_numpy(network: nn.Sequential) -> Callable[[np.ndarray], np.ndarray]:
+    """An `mlp` until its next update, in numpy: several times as fast for the few observations of one step."""
+    assert {type(layer) for layer in network[1::2]} <= {nn.Tanh}, "another network needs another in_numpy"
+    *hidden, (weight, bias) = [(layer.weight.cpu().numpy().T, layer.bias.cpu().numpy()) for layer in network[::2]]
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        for w, b in hidden:
+            x = np.tanh(x @ w + b)
+        return x @ weight + bias
+
+    return forward
+
+
 class Encoder(nn.Sequential):
     """Flat uint8 images (N, H*W*C) to features: convolutions until a side is at most four pixels."""
 
@@ -483,15 +498,31 @@ def concentrations(raw: Tensor) -> tuple[Tensor, Tensor]:
     return alpha, beta
 
 
-def draw(alpha: Tensor, beta: Tensor) -> Tensor:
+def acting(agent: Agent) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """The policy until its next update, for the observations of one step: vectors in numpy, images in torch."""
+    if isinstance(agent.encoder, Encoder):
+        device = next(agent.parameters()).device
+        return lambda images: tuple(each.cpu().numpy() for each in agent.policy(torch.tensor(images, device=device)))
+
+    actor = in_numpy(agent.actor)
+
+    def policy(observations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        alpha_beta = np.logaddexp(actor(observations), 0) + 1  # softplus(raw) + 1
+        A = alpha_beta.shape[1] // 2
+        return alpha_beta[:, :A], alpha_beta[:, A:]
+
+    return policy
+
+
+def draw(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
     """G_alpha / (G_alpha + G_beta) of two Gamma variables; what rounding would make 0 or 1 stays next to it."""
-    gamma = torch._standard_gamma(torch.stack((alpha, beta)))
-    return (gamma[0] / gamma.sum(0)).clamp(2**-24, 1 - 2**-24)
+    gamma = torch._standard_gamma(torch.from_numpy(np.stack((alpha, beta)))).numpy()
+    return (gamma[0] / gamma.sum(0)).clip(2**-24, 1 - 2**-24)
 
 
-def scale(unit: Tensor, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+def scale(unit: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """From the unit cube (N, A) to the bounds: exactly to both, and never beyond."""
-    unit = unit.cpu().numpy().astype(np.float64).reshape(-1, *low.shape)
+    unit = unit.astype(np.float64).reshape(-1, *low.shape)
     return (low * (1 - unit) + high * unit).astype(low.dtype)
 
 
@@ -520,8 +551,9 @@ def digamma(z: Tensor) -> Tensor:
     return y.log() - 0.5 / y - series - (1 / z + 1 / (z + 1) + 1 / (z + 2))
 
 
-def log_prob(alpha: Tensor, beta: Tensor, unit: Tensor) -> Tensor:
-    return ((alpha - 1) * unit.log() + (beta - 1) * torch.log1p(-unit) - log_beta(alpha, beta)).sum(-1)
+def log_prob(alpha: Tensor, beta: Tensor, log_x: Tensor, log_rest: Tensor) -> Tensor:
+    """Of x, by ln x and ln(1 - x). By what some policy expects of these two, it is what that policy expects."""
+    return ((alpha - 1) * log_x + (beta - 1) * log_rest - log_beta(alpha, beta)).sum(-1)
 
 
 def expected_logs(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
@@ -531,15 +563,7 @@ def expected_logs(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def entropy_of(alpha: Tensor, beta: Tensor) -> Tensor:
-    log_x, log_rest = expected_logs(alpha, beta)
-    return (log_beta(alpha, beta) - (alpha - 1) * log_x - (beta - 1) * log_rest).sum(-1)
-
-
-def kl_between(alpha: Tensor, beta: Tensor, alpha_to: Tensor, beta_to: Tensor) -> Tensor:
-    """KL(Beta(alpha, beta) || Beta(alpha_to, beta_to)), of all dimensions together."""
-    log_x, log_rest = expected_logs(alpha, beta)
-    logs = (alpha - alpha_to) * log_x + (beta - beta_to) * log_rest
-    return (logs + log_beta(alpha_to, beta_to) - log_beta(alpha, beta)).sum(-1)
+    return -log_prob(alpha, beta, *expected_logs(alpha, beta))
 
 
 def generalised_advantages(
@@ -561,9 +585,11 @@ def generalised_advantages(
 
 class Batch(NamedTuple):
     observations: Tensor  # (B, D)
-    actions: Tensor  # (B, A), in the unit cube
-    alpha: Tensor  # (B, A), of the rollout's policy
-    beta: Tensor  # (B, A)
+    log_x: Tensor  # (B, A), of the actions x in the unit cube
+    log_rest: Tensor  # (B, A), ln(1 - x)
+    expected_log_x: Tensor  # (B, A), what the rollout's policy expected of them
+    expected_log_rest: Tensor  # (B, A)
+    expected_logprobs: Tensor  # (B,), and of its own log-probability
     logprobs: Tensor  # (B,)
     values: Tensor  # (B,), those of the rollout's critic
     advantages: Tensor  # (B,)
@@ -575,7 +601,7 @@ def ppo_loss(parameters: dict[str, Tensor], agent: Agent, args: Args, batch: Bat
     advantages = batch.advantages
     if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    logratio = log_prob(alpha, beta, batch.actions) - batch.logprobs
+    logratio = log_prob(alpha, beta, batch.log_x, batch.log_rest) - batch.logprobs
     ratio = logratio.exp()
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.min(ratio * advantages, clipped * advantages).mean()
@@ -587,9 +613,11 @@ def ppo_loss(parameters: dict[str, Tensor], agent: Agent, args: Args, batch: Bat
     value_loss = 0.5 * value_error.mean()
 
     entropy = entropy_of(alpha, beta).mean()
-    kl = kl_between(batch.alpha, batch.beta, alpha, beta).mean()
+    kl = (batch.expected_logprobs - log_prob(alpha, beta, batch.expected_log_x, batch.expected_log_rest)).mean()
     clip_fraction = (ratio != clipped).float().mean()
-    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    loss = policy_loss + args.vf_coef * value_loss
+    if args.ent_coef:  # a gradient through digamma is not taken for nothing
+        loss = loss - args.ent_coef * entropy
     return loss, (policy_loss, value_loss, entropy, kl, clip_fraction)
 
 
@@ -681,8 +709,8 @@ class Policy:
 
     def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
         with torch.no_grad():
-            alpha, beta = self.agent.policy(self._input(observations))
-            unit = draw(alpha, beta) if sample else alpha / (alpha + beta)
+            alpha, beta = (each.cpu().numpy() for each in self.agent.policy(self._input(observations)))
+        unit = draw(alpha, beta) if sample else alpha / (alpha + beta)
         return scale(unit, self.low, self.high)
 
     def value(self, observations: np.ndarray) -> np.ndarray:
@@ -746,6 +774,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
     torch.set_num_threads(args.threads)
+    threadpool_limits(1, "blas")  # numpy's
     torch.set_flush_denormal(True)  # Adam's moments of silent units fade to denormals, which stall Intel's processors
     torch.manual_seed(args.seed)
 
@@ -787,11 +816,12 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     )
 
     raw = np.empty((T, N, D), np.uint8 if images else np.float64)
+    seen = np.empty((T + 1, N, D), np.uint8 if images else np.float32)
+    taken, alpha, beta = np.empty((3, T, N, A), np.float32)  # in the unit cube
     normalised = torch.empty((T + 1, N, D), dtype=torch.uint8 if images else torch.float32, device=device)
-    actions, alpha, beta = torch.empty((3, T, N, A), device=device)
     rewards, terminated, ended = np.empty((T, N)), np.empty((T, N), bool), np.empty((T, N), bool)
-    of_policy = (tensor.view(B, A) for tensor in (actions, alpha, beta))
-    batch = Batch(normalised[:T].view(B, D), *of_policy, *(torch.zeros(B, device=device) for _ in range(4)))
+    logs, scalars = torch.zeros((4, B, A), device=device), torch.zeros((5, B), device=device)
+    batch = Batch(normalised[:T].view(B, D), *logs, *scalars)
     fast_update = compile_update(args, agent, learner, batch, run.say) if args.compile else update
     started = time.perf_counter() - done["elapsed"]
 
@@ -800,14 +830,15 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         learner.learning_rate.copy_(rates * lr_factor(args, iteration, iterations))
 
         # Collect T steps of every environment.
+        act = acting(agent)
         last_at, last_observations, episodes = [], [], []
         for t in range(T):
             clock = time.perf_counter()
             raw[t] = observations
-            normalised[t] = torch.from_numpy(moments.normalise(observations))
-            alpha[t], beta[t] = agent.policy(normalised[t])
-            actions[t] = draw(alpha[t], beta[t])
-            scaled_actions = scale(actions[t], low, high)
+            seen[t] = moments.normalise(observations)
+            alpha[t], beta[t] = act(seen[t])
+            taken[t] = draw(alpha[t], beta[t])
+            scaled_actions = scale(taken[t], low, high)
             seconds[1] += time.perf_counter() - clock
 
             clock = time.perf_counter()
@@ -824,7 +855,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                 observations[ended[t]] = envs.reset(ended[t])
                 returns[ended[t]], lengths[ended[t]] = 0, 0
             seconds[0] += time.perf_counter() - clock
-        normalised[T] = torch.from_numpy(moments.normalise(observations))
+        seen[T] = moments.normalise(observations)
+        normalised.copy_(torch.from_numpy(seen))
 
         # Scale the rewards by the deviation of the discounted return, which starts anew with every episode.
         clock = time.perf_counter()
@@ -839,7 +871,11 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         # Improve the policy, and the critic with it.
         if last_at:
             where, last = tuple(np.array(last_at).T), torch.tensor(np.stack(last_observations), device=device)
-        batch.logprobs[:] = log_prob(batch.alpha, batch.beta, batch.actions)
+        x, *policy_then = (torch.tensor(array.reshape(B, A), device=device) for array in (taken, alpha, beta))
+        batch.log_x[:], batch.log_rest[:] = x.log(), torch.log1p(-x)
+        batch.expected_log_x[:], batch.expected_log_rest[:] = expected = expected_logs(*policy_then)
+        batch.expected_logprobs[:] = log_prob(*policy_then, *expected)
+        batch.logprobs[:] = log_prob(*policy_then, batch.log_x, batch.log_rest)
         measured, kl = [], 0.0
         for epoch in range(args.update_epochs):
             if epoch == 0 or args.recompute_advantages:
@@ -876,7 +912,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         row = {"step": step, "wall_time": round(done["elapsed"], 3), "sps": round(B / (time.perf_counter() - before))}
         row |= measures | {"explained_variance": explained_variance.item(), "updates": done["updates"]}
         row |= {"learning_rate": learner.learning_rate[0].item(), "concentration": (alpha + beta).mean().item()}
-        row |= {"saturation": ((actions - 0.5).abs() > 0.49).float().mean().item()}  # actions next to a bound
+        row |= {"saturation": (abs(taken - 0.5) > 0.49).mean().item()}  # actions next to a bound
         row |= dict(zip(SECONDS, (seconds - seconds_before).round(4).tolist(), strict=True))
         run.record(row, episodes)
 

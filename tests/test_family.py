@@ -16,7 +16,7 @@ DIFFERENT = {
     "ppo_loss": "the entropy of a categorical or a Beta policy depends on the state",
     "Policy": "SAC's is squashed, and its value is the lower of two; that of ppo_discrete.py chooses",
     "load_policy": "GRPO and SAC do not scale rewards; a Box has bounds, discrete actions have first choices and sizes",
-    "Batch": "GRPO has no critic; the Beta policy keeps its rollout's concentrations",
+    "Batch": "GRPO has no critic; the Beta policy keeps what its rollout's policy expected",
     "make_eval_env": "ppo_beta.py sees images too, ppo_atari_cnn.py games",
     "make_train_env": "ppo_beta.py sees images too",
     "make_envpool": "ppo_beta.py sees images too",

@@ -64,17 +64,31 @@ def some_policies(rows: int = 200, scale: float = 3.0) -> tuple[torch.Tensor, to
     return ppo.concentrations(raw)
 
 
+def draw(alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(ppo.draw(alpha.detach().numpy(), beta.detach().numpy()))
+
+
+def log_prob(alpha: torch.Tensor, beta: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    return ppo.log_prob(alpha, beta, unit.log(), torch.log1p(-unit))
+
+
+def divergence(alpha: torch.Tensor, beta: torch.Tensor, *other: torch.Tensor) -> torch.Tensor:
+    """KL(Beta(alpha, beta) || other), as the loss has it."""
+    expected = ppo.expected_logs(alpha, beta)
+    return ppo.log_prob(alpha, beta, *expected) - ppo.log_prob(*other, *expected)
+
+
 def test_densities_entropy_and_divergence_are_the_beta_distributions():
     alpha, beta = some_policies()
     other_alpha, other_beta = (parameter.flip(0) for parameter in (alpha, beta))
     reference, other = Beta(alpha, beta), Beta(other_alpha, other_beta)
     assert alpha.min() > 1 and beta.min() > 1
-    unit = ppo.draw(alpha, beta)
-    torch.testing.assert_close(ppo.log_prob(alpha, beta, unit), reference.log_prob(unit).sum(-1), rtol=1e-4, atol=1e-4)
+    unit = draw(alpha, beta)
+    torch.testing.assert_close(log_prob(alpha, beta, unit), reference.log_prob(unit).sum(-1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ppo.entropy_of(alpha, beta), reference.entropy().sum(-1), rtol=1e-4, atol=1e-4)
-    divergence = ppo.kl_between(alpha, beta, other_alpha, other_beta)
-    torch.testing.assert_close(divergence, kl_divergence(reference, other).sum(-1), rtol=1e-4, atol=1e-4)
-    assert ppo.kl_between(alpha, beta, alpha, beta).abs().max() == 0
+    kl = divergence(alpha, beta, other_alpha, other_beta)
+    torch.testing.assert_close(kl, kl_divergence(reference, other).sum(-1), rtol=1e-4, atol=1e-4)
+    assert divergence(alpha, beta, alpha, beta).abs().max() == 0
 
 
 def test_the_normaliser_is_exact_where_float32_is():
@@ -92,12 +106,12 @@ def test_entropy_and_divergence_are_what_samples_show():
     torch.manual_seed(0)
     n = 200_000
     (alpha, other_alpha), (beta, other_beta) = (parameter[:2] for parameter in some_policies())
-    unit = ppo.draw(alpha.expand(n, 3), beta.expand(n, 3))
-    surprise = -ppo.log_prob(alpha, beta, unit)
-    ratio = -surprise - ppo.log_prob(other_alpha, other_beta, unit)
+    unit = draw(alpha.expand(n, 3), beta.expand(n, 3))
+    surprise = -log_prob(alpha, beta, unit)
+    ratio = -surprise - log_prob(other_alpha, other_beta, unit)
     for samples, exact in (
         (surprise, ppo.entropy_of(alpha, beta)),
-        (ratio, ppo.kl_between(alpha, beta, other_alpha, other_beta)),
+        (ratio, divergence(alpha, beta, other_alpha, other_beta)),
     ):
         assert abs(samples.mean() - exact) < 4 * samples.std() / n**0.5
 
@@ -106,12 +120,12 @@ def test_samples_are_beta_distributed_and_reproducible():
     stats = pytest.importorskip("scipy.stats")
     torch.manual_seed(0)
     for alpha, beta in ((1.0, 1.0), (1.7, 1.7), (1.01, 8.0), (400.0, 20.0)):
-        unit = ppo.draw(torch.full((50_000,), alpha), torch.full((50_000,), beta))
+        unit = draw(torch.full((50_000,), alpha), torch.full((50_000,), beta))
         assert stats.kstest(unit.numpy(), stats.beta(alpha, beta).cdf).pvalue > 1e-3
     state = torch.get_rng_state()
-    first = ppo.draw(*some_policies())
+    first = draw(*some_policies())
     torch.set_rng_state(state)
-    assert torch.equal(ppo.draw(*some_policies()), first)
+    assert torch.equal(draw(*some_policies()), first)
 
 
 def test_gradients_are_those_of_differences():
@@ -119,8 +133,8 @@ def test_gradients_are_those_of_differences():
     unit = torch.linspace(0.01, 0.99, 10, dtype=torch.float64).view(5, 2)
     fixed = ppo.concentrations(raw.detach() + 0.3)
     assert torch.autograd.gradcheck(lambda raw: ppo.entropy_of(*ppo.concentrations(raw)), raw)
-    assert torch.autograd.gradcheck(lambda raw: ppo.log_prob(*ppo.concentrations(raw), unit), raw)
-    assert torch.autograd.gradcheck(lambda raw: ppo.kl_between(*fixed, *ppo.concentrations(raw)), raw)
+    assert torch.autograd.gradcheck(lambda raw: log_prob(*ppo.concentrations(raw), unit), raw)
+    assert torch.autograd.gradcheck(lambda raw: divergence(*fixed, *ppo.concentrations(raw)), raw)
 
 
 @pytest.mark.parametrize("raw", [(-1e4, 1e6), (1e6, -1e4), (1e6, 1e6), (-1e4, -1e4), (0.0, 30.0)])
@@ -128,10 +142,10 @@ def test_nothing_breaks_at_the_edges(raw):
     torch.manual_seed(0)
     raw = torch.tensor(raw).repeat(1000, 1).requires_grad_()
     alpha, beta = ppo.concentrations(raw)
-    unit = ppo.draw(alpha, beta).detach()
+    unit = draw(alpha, beta).detach()
     assert unit.min() > 0 and unit.max() < 1
     for edge in (unit, torch.full_like(unit, 2**-24), torch.full_like(unit, 1 - 2**-24)):
-        logprob = ppo.log_prob(alpha, beta, edge)
+        logprob = log_prob(alpha, beta, edge)
         (gradient,) = torch.autograd.grad(logprob.sum() + ppo.entropy_of(alpha, beta).sum(), raw, retain_graph=True)
         assert logprob.isfinite().all() and gradient.isfinite().all()
 
@@ -140,7 +154,8 @@ def test_nothing_breaks_at_the_edges(raw):
 def test_actions_fill_the_bounds_and_never_leave_them(dtype):
     low = np.array([[-0.1, -1.0], [0.0, -1000.1]], dtype)
     high = np.array([[0.3, 2.0], [1e5, 0.3]], dtype)
-    units = torch.cat((torch.rand(100_000, 4), torch.full((1, 4), 1 - 2**-24), torch.zeros(1, 4), torch.ones(1, 4)))
+    edges = [[[1 - 2**-24] * 4], [[0.0] * 4], [[1.0] * 4]]
+    units = np.concatenate((np.random.default_rng(0).random((100_000, 4)), *edges)).astype(np.float32)
     actions = ppo.scale(units, low, high)
     assert actions.dtype == dtype and (actions >= low).all() and (actions <= high).all()
     np.testing.assert_array_equal(actions[-2], low)
@@ -152,38 +167,41 @@ def test_the_density_of_scaled_actions_differs_by_a_constant():
     """Which no ratio of probabilities contains: that of the unit cube is as good."""
     alpha, beta = (parameter[:, :2] for parameter in some_policies())
     low, high = torch.tensor([-1.0, 0.0]), torch.tensor([2.0, 5.0])
-    unit = ppo.draw(alpha, beta)
+    unit = draw(alpha, beta)
     scaled = TransformedDistribution(Beta(alpha, beta), AffineTransform(low, high - low))
-    actions = torch.from_numpy(ppo.scale(unit, low.numpy(), high.numpy()))
+    actions = torch.from_numpy(ppo.scale(unit.numpy(), low.numpy(), high.numpy()))
     expected = scaled.log_prob(actions).sum(-1) + (high - low).log().sum()
-    torch.testing.assert_close(ppo.log_prob(alpha, beta, unit), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(log_prob(alpha, beta, unit), expected, rtol=1e-3, atol=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------- update
 
 
-def random_batch(agent: ppo.Agent, shape: tuple[int, ...], rows: int = 64) -> ppo.Batch:
+def random_batch(agent: ppo.Agent, shape: tuple[int, ...], rows: int = 64) -> tuple[ppo.Batch, torch.Tensor, Beta]:
+    """Of actions, and of the policy that is said to have taken them."""
     observations = torch.randn(rows, *shape)
     if len(shape) == 3:
         observations = torch.randint(256, (rows, int(np.prod(shape))), dtype=torch.uint8)
     alpha, beta, values = agent(observations)
-    actions = ppo.draw(alpha, beta)
-    logprobs = ppo.log_prob(alpha, beta, actions) + 0.3 * torch.randn(rows)
+    actions = draw(alpha, beta)
     old = alpha * torch.rand_like(alpha).exp(), beta * torch.rand_like(beta).exp()
+    expected = ppo.expected_logs(*old)
+    logprobs = log_prob(alpha, beta, actions) + 0.3 * torch.randn(rows)
     old_values, advantages, returns = values + 0.3 * torch.randn(rows), *torch.randn(2, rows)
-    return ppo.Batch(observations, actions, *old, logprobs, old_values, advantages, returns)
+    of_actions = actions.log(), torch.log1p(-actions), *expected, ppo.log_prob(*old, *expected), logprobs
+    return ppo.Batch(observations, *of_actions, old_values, advantages, returns), actions, Beta(*old)
 
 
 def test_loss_equals_the_papers():
     torch.manual_seed(0)
     args = Args(ent_coef=0.01, clip_vloss=True)
     agent = ppo.Agent(args, (3,), 2).requires_grad_(False)
-    batch = random_batch(agent, (3,))
+    batch, actions, then = random_batch(agent, (3,))
     loss, (policy_loss, value_loss, entropy, kl, _) = ppo.ppo_loss(dict(agent.named_parameters()), agent, args, batch)
 
     *parameters, values = agent(batch.observations)
     policy = Beta(*parameters)
-    ratio = (policy.log_prob(batch.actions).sum(-1) - batch.logprobs).exp()
+    ratio = (policy.log_prob(actions).sum(-1) - batch.logprobs).exp()
     advantages = (batch.advantages - batch.advantages.mean()) / batch.advantages.std()
     surrogate = torch.stack((ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)).min(0).values
     torch.testing.assert_close(policy_loss, -surrogate.mean())
@@ -191,7 +209,7 @@ def test_loss_equals_the_papers():
     errors = torch.stack(((values - batch.returns) ** 2, (near - batch.returns) ** 2))
     torch.testing.assert_close(value_loss, 0.5 * errors.max(0).values.mean())
     torch.testing.assert_close(entropy, policy.entropy().sum(-1).mean())
-    torch.testing.assert_close(kl, kl_divergence(Beta(batch.alpha, batch.beta), policy).sum(-1).mean())
+    torch.testing.assert_close(kl, kl_divergence(then, policy).sum(-1).mean())
     torch.testing.assert_close(loss, policy_loss + 0.25 * value_loss - 0.01 * entropy)
 
 
@@ -201,7 +219,7 @@ def test_the_compiled_update_is_the_update(shape):
     torch.manual_seed(0)
     args = Args(num_minibatches=2, ent_coef=0.01)
     agent = ppo.Agent(args, shape, 2).requires_grad_(False)
-    batch, learner = random_batch(agent, shape), ppo.Learner.of(agent)
+    batch, learner = random_batch(agent, shape)[0], ppo.Learner.of(agent)
     learner = learner._replace(learning_rate=ppo.step_sizes(replace(args, learning_rate=1e-3), agent))
     said = []
     fast = ppo.compile_update(args, agent, learner, batch, said.append)
@@ -270,6 +288,17 @@ def test_images_stay_as_they_are_while_the_next_take_their_place():
     kept = moments.normalise(images)
     images[:] = 0
     assert kept.dtype == np.uint8 and (kept == 255).all()
+
+
+@pytest.mark.parametrize("shape", [(17,), (16, 16, 3)])
+def test_a_step_is_taken_by_the_policy_that_is_updated(shape):
+    torch.manual_seed(0)
+    agent = ppo.Agent(Args(), shape, 6).requires_grad_(False)
+    agent.actor[-1].bias.copy_(torch.linspace(-30, 30, 12))
+    kind = torch.uint8 if len(shape) == 3 else torch.float32
+    observations = (100 * torch.rand(16, int(np.prod(shape)))).to(kind)
+    for acted, updated in zip(ppo.acting(agent)(observations.numpy()), agent.policy(observations), strict=True):
+        np.testing.assert_allclose(acted, updated, rtol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [SMALL, IMAGES])
