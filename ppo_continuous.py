@@ -18,6 +18,7 @@ What may surprise:
 - An episode cut by a time limit bootstraps from the value of its true last observation; only termination ends a return.
 - The statistics that normalise observations change once per rollout, after its update; nothing shifts within it.
 - All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
+- Acting is done in numpy (`in_numpy`), which is several times as fast as torch for the few observations of one step.
 - Advantages are recomputed with the current critic at every epoch (`--no-recompute-advantages` for the usual once).
 """
 
