@@ -531,7 +531,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
     torch.set_num_threads(args.threads)
-    threadpool_limits(1, "blas")  # numpy's
+    threadpool_limits(1, "blas")  # numpy's products are too small to share, and its threads wait without sleeping
     torch.set_flush_denormal(True)  # Adam's moments of silent units fade to denormals, which stall Intel's processors
     torch.manual_seed(args.seed)
 
