@@ -108,7 +108,7 @@ class Args:
     """minibatches per epoch"""
     update_epochs: int = 10
     """passes over each rollout"""
-    gamma: float = 0.99
+    gamma: float = 0.992
     """discount"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
