@@ -816,8 +816,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         f" of {B // args.num_minibatches}, {learner.theta.numel():,} parameters, {device}\n{directory}"
     )
 
-    raw = np.empty((T, N, D), np.uint8 if images else np.float64)
     seen = np.empty((T + 1, N, D), np.uint8 if images else np.float32)
+    raw = seen[:T] if images else np.empty((T, N, D))  # images are seen as they are
     taken, alpha, beta = np.empty((3, T, N, A), np.float32)  # in the unit cube
     normalised = torch.empty((T + 1, N, D), dtype=torch.uint8 if images else torch.float32, device=device)
     rewards, terminated, ended = np.empty((T, N)), np.empty((T, N), bool), np.empty((T, N), bool)
