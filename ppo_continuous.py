@@ -101,9 +101,9 @@ class Args:
     """minibatches per epoch"""
     update_epochs: int = 10
     """passes over each rollout"""
-    gamma: float = 0.99
+    gamma: float = 0.992
     """discount"""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.9
     """lambda of generalised advantage estimation"""
     recompute_advantages: bool = True
     """estimate the advantages anew at every epoch, not only at the first"""
