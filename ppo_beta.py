@@ -110,7 +110,7 @@ class Args:
     """passes over each rollout"""
     gamma: float = 0.992
     """discount"""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.9
     """lambda of generalised advantage estimation"""
     recompute_advantages: bool = True
     """estimate the advantages anew at every epoch, not only at the first"""
@@ -662,7 +662,8 @@ def update(agent: Agent, args: Args, learner: Learner, batch: Batch, indices: Te
     loss, measures = ppo_loss(parameters, agent, args, minibatch)
     (gradient,) = torch.autograd.grad(loss, theta)
     norm = gradient.norm()
-    learner.adam_step(gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), eps=1e-5)
+    # Not with PPO's usual ε of 1e-5: scaled down with the policy's, most of the critic's gradients lie below it.
+    learner.adam_step(gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1))
     return torch.stack((*measures, norm)).detach()
 
 
