@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributions import AffineTransform, Beta, TransformedDistribution, kl_divergence
+from torch.nn.functional import softplus
 
 import ppo_beta as ppo
 from ppo_beta import Args, load_policy, make_eval_env, parse, train
@@ -59,9 +60,12 @@ def command(args: Args) -> list[str]:
 # ----------------------------------------------------------------------------------------------------- distribution
 
 
+ANY = 1e7  # a bound on alpha + beta that is none
+
+
 def some_policies(rows: int = 200, scale: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
     raw = scale * torch.randn(rows, 6, generator=torch.Generator().manual_seed(1))
-    return ppo.concentrations(raw)
+    return ppo.concentrations(raw, ANY)
 
 
 def draw(alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
@@ -131,17 +135,37 @@ def test_samples_are_beta_distributed_and_reproducible():
 def test_gradients_are_those_of_differences():
     raw = (2 * torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).requires_grad_()
     unit = torch.linspace(0.01, 0.99, 10, dtype=torch.float64).view(5, 2)
-    fixed = ppo.concentrations(raw.detach() + 0.3)
-    assert torch.autograd.gradcheck(lambda raw: ppo.entropy_of(*ppo.concentrations(raw)), raw)
-    assert torch.autograd.gradcheck(lambda raw: log_prob(*ppo.concentrations(raw), unit), raw)
-    assert torch.autograd.gradcheck(lambda raw: divergence(*fixed, *ppo.concentrations(raw)), raw)
+    for most in (ANY, 5.0):
+        fixed = ppo.concentrations(raw.detach() + 0.3, most)
+        assert torch.autograd.gradcheck(lambda raw, most=most: ppo.entropy_of(*ppo.concentrations(raw, most)), raw)
+        assert torch.autograd.gradcheck(lambda raw, most=most: log_prob(*ppo.concentrations(raw, most), unit), raw)
+        assert torch.autograd.gradcheck(
+            lambda raw, fixed=fixed, most=most: divergence(*fixed, *ppo.concentrations(raw, most)), raw
+        )
 
 
+def test_concentrations_are_bounded_in_sum_and_keep_their_mode():
+    raw = 10 * torch.randn(1000, 12, generator=torch.Generator().manual_seed(0))
+    free, bounded = ppo.concentrations(raw, ANY), ppo.concentrations(raw, 20.0)
+    for one, expected in zip(free, (softplus(raw[:, :6]) + 1, softplus(raw[:, 6:]) + 1), strict=True):
+        torch.testing.assert_close(one, expected)
+    alpha, beta = bounded
+    assert alpha.min() >= 1 and beta.min() >= 1 and (alpha + beta).max() < 20 + 1e-4
+    small = sum(free) < 20
+    assert 0.1 < small.float().mean() < 0.9
+    assert torch.equal(alpha[small], free[0][small]) and torch.equal(beta[small], free[1][small])
+    modes = [((alpha - 1) / (alpha + beta - 2))[~small] for alpha, beta in (free, bounded)]
+    torch.testing.assert_close(modes[1], modes[0], rtol=1e-3, atol=1e-5)
+    middle = Beta(*ppo.concentrations(torch.full((1, 2), 1e4), 20.0))
+    assert 2 * middle.stddev.item() == pytest.approx(np.exp(-1.5), rel=0.03)
+
+
+@pytest.mark.parametrize("most", [20.0, ANY])
 @pytest.mark.parametrize("raw", [(-1e4, 1e6), (1e6, -1e4), (1e6, 1e6), (-1e4, -1e4), (0.0, 30.0)])
-def test_nothing_breaks_at_the_edges(raw):
+def test_nothing_breaks_at_the_edges(raw, most):
     torch.manual_seed(0)
     raw = torch.tensor(raw).repeat(1000, 1).requires_grad_()
-    alpha, beta = ppo.concentrations(raw)
+    alpha, beta = ppo.concentrations(raw, most)
     unit = draw(alpha, beta).detach()
     assert unit.min() > 0 and unit.max() < 1
     for edge in (unit, torch.full_like(unit, 2**-24), torch.full_like(unit, 1 - 2**-24)):
@@ -520,6 +544,7 @@ MISTAKES = {
     "--env-id Pendulum-v1 --precision bf16": "--precision is for images",
     "--env-id tests.envs:Filmed-v0 --action-repeat 0": "--action-repeat",
     "--env-id tests.envs:Filmed-v0 --resize 0": "--resize",
+    "--env-id Pendulum-v1 --concentration-max 2": "must be above 2",
     "--log-std-init 0": "--log-std-init",
 }
 
