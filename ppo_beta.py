@@ -136,8 +136,8 @@ class Args:
     """hidden layers of the policy"""
     critic_sizes: tuple[int, ...] = (64, 64)
     """hidden layers of the value function"""
-    concentration_max: float = 20.0
-    """alpha + beta stays below this: a policy that no longer varies no longer learns to recover"""
+    concentration_max: float | None = None
+    """alpha + beta stays below this, if given: a policy that no longer varies no longer learns to recover"""
 
     grayscale: bool = False
     """images: in shades of grey"""
@@ -496,14 +496,15 @@ class Agent(nn.Module):
         return *concentrations(self.actor(features), self.concentration_max), self.critic(features).squeeze(-1)
 
 
-def concentrations(raw: Tensor, most: float) -> tuple[Tensor, Tensor]:
+def concentrations(raw: Tensor, most: float | None = None) -> tuple[Tensor, Tensor]:
     """alpha, beta = softplus(raw) + 1, above 1 so that the density has one peak, and that inside: each (N, A).
 
     Where their sum would exceed `most`, what is above 1 shrinks in proportion, so that the mode stays. With 20, actions
     in the middle deviate by 0.22 of half the range or more, which is the Gaussian policy's exp(-1.5).
     """
     above = softplus(raw).unflatten(-1, (2, -1))  # (N, 2, A)
-    above = above * ((most - 2) / above.sum(-2, keepdim=True).clamp(min=most - 2))
+    if most is not None:
+        above = above * ((most - 2) / above.sum(-2, keepdim=True).clamp(min=most - 2))
     alpha, beta = (above + 1).unbind(-2)
     return alpha, beta
 
@@ -514,11 +515,12 @@ def acting(agent: Agent) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]
         device = next(agent.parameters()).device
         return lambda images: tuple(each.cpu().numpy() for each in agent.policy(torch.tensor(images, device=device)))
 
-    actor, room = in_numpy(agent.actor), agent.concentration_max - 2
+    actor, most = in_numpy(agent.actor), agent.concentration_max
 
     def policy(observations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # as `concentrations`
         above = np.logaddexp(actor(observations), 0).reshape(len(observations), 2, -1)
-        above *= room / np.maximum(above.sum(1, keepdims=True), room)
+        if most is not None:
+            above *= (most - 2) / np.maximum(above.sum(1, keepdims=True), most - 2)
         return above[:, 0] + 1, above[:, 1] + 1
 
     return policy
@@ -975,7 +977,7 @@ def check(args: Args) -> None:
         above_0="learning_rate critic_lr_ratio clip_coef max_grad_norm target_kl",
         shares="gamma gae_lambda lr_warmup",
     )
-    if not 2 < args.concentration_max < math.inf:
+    if args.concentration_max is not None and not 2 < args.concentration_max < math.inf:
         refuse(f"--concentration-max {args.concentration_max}: must be above 2, the sum of a uniform distribution's")
     if args.resize is not None and args.resize < 8:
         refuse(f"--resize {args.resize}: must be at least 8")
