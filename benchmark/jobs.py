@@ -91,11 +91,18 @@ def die_with_parent() -> None:
         LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def lock(job: Job) -> IO:
-    """Held by the job's process too, so nobody begins the job elsewhere while it is alive."""
+def lock(job: Job, stopped: Callable[[], bool] = lambda: False) -> IO | None:
+    """Held by the job's process too, so nobody begins the job elsewhere while it is alive; None once `stopped`."""
     file = (Path(job.directory) / "lock").open("w")
-    fcntl.flock(file, fcntl.LOCK_EX)
-    return file
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if stopped():
+                file.close()
+                return None
+            time.sleep(0.2)
 
 
 def run_job(job: Job, stopped: Callable[[], bool] = lambda: False, silence: float = 1800.0) -> str:
@@ -105,7 +112,10 @@ def run_job(job: Job, stopped: Callable[[], bool] = lambda: False, silence: floa
     """
     directory = Path(job.directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with lock(job) as held, job.log.open("ab") as log:
+    held = lock(job, stopped)
+    if held is None:
+        return "interrupted"
+    with held, job.log.open("ab") as log:
         if job.state() == "done":
             return "done"
         job.failure.unlink(missing_ok=True)

@@ -133,6 +133,19 @@ def test_nobody_runs_a_job_that_runs_already(tmp_path):
         assert process.wait(20) == 0
 
 
+def test_who_waits_for_a_job_can_be_stopped(tmp_path):
+    (job,) = jobs_in(tmp_path)
+    Path(job.directory).mkdir(parents=True)
+    with jobs.lock(job):
+        words = [sys.executable, "-m", "benchmark", "sweep", suite(tmp_path), "-o", str(tmp_path / "out")]
+        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert "jobs in" in process.stdout.readline() or "job in" in process.stdout.readline()
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        assert "stopped" in process.communicate(timeout=20)[0]
+        assert not runs(tmp_path)
+
+
 def jobs_in(tmp_path: Path) -> list[jobs.Job]:
     from benchmark.suites import jobs_of, read_suite
 
