@@ -20,7 +20,7 @@ What may surprise:
 - An episode cut by a time limit bootstraps from the value of its true last observation; only termination ends a return.
 - The statistics that normalise observations change once per rollout, after its update; nothing shifts within it.
 - All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
-- Acting is done in numpy (`in_numpy`), which is several times as fast as torch for the few observations of one step.
+- Acting on vectors is done in numpy (`in_numpy`), several times as fast as torch for the few observations of one step.
 - Advantages are recomputed with the current critic at every epoch (`--no-recompute-advantages` for the usual once).
 - The policy acts in the unit cube, which is scaled to the action bounds: nothing is ever clipped. Log-probabilities,
   entropy and KL are those of the unit cube; the scaling adds a constant to the first two, and nothing to a ratio.
@@ -249,7 +249,7 @@ class Pixels(gym.Wrapper):
 def as_pixels(env: gym.Env, args: Args) -> gym.Env:
     if is_image(env.observation_space):
         shape = env.observation_space.shape
-        if shape[2] > min(shape[:2]):  # also where --resize would hide it
+        if shape[0] < min(shape[1:]):  # also where --resize would hide it
             raise ValueError(f"observes images of {shape}; this script needs (height, width, channels)")
         if args.grayscale and shape[2] not in (1, 3):
             raise ValueError(f"observes images of {shape}; --grayscale is for one or three channels")
@@ -496,6 +496,11 @@ class Agent(nn.Module):
         return *concentrations(self.actor(features), self.concentration_max), self.critic(features).squeeze(-1)
 
 
+def values_of(agent: Agent, observations: Tensor) -> Tensor:
+    """In parts, as the encoder's features of a whole rollout of images would fill the memory."""
+    return torch.cat([agent.value(part) for part in observations.split(1024)])
+
+
 def concentrations(raw: Tensor, most: float | None = None) -> tuple[Tensor, Tensor]:
     """alpha, beta = softplus(raw) + 1, above 1 so that the density has one peak, and that inside: each (N, A).
 
@@ -533,7 +538,7 @@ def draw(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
 
 
 def scale(unit: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """From the unit cube (N, A) to the bounds: exactly to both, and never beyond."""
+    """From the unit cube (N, A) to the bounds, exactly to both."""
     unit = unit.astype(np.float64).reshape(-1, *low.shape)
     return (low * (1 - unit) + high * unit).astype(low.dtype)
 
@@ -625,6 +630,7 @@ def ppo_loss(parameters: dict[str, Tensor], agent: Agent, args: Args, batch: Bat
     value_loss = 0.5 * value_error.mean()
 
     entropy = entropy_of(alpha, beta).mean()
+    # KL(old || new), exact: ln B and the logarithms' means under the old policy are all that it takes.
     kl = (batch.expected_logprobs - log_prob(alpha, beta, batch.expected_log_x, batch.expected_log_rest)).mean()
     clip_fraction = (ratio != clipped).float().mean()
     loss = policy_loss + args.vf_coef * value_loss
@@ -786,7 +792,6 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
-    torch.set_num_threads(args.threads)
     threadpool_limits(1, "blas")  # numpy's products are too small to share, and its threads wait without sleeping
     torch.set_flush_denormal(True)  # Adam's moments of silent units fade to denormals, which stall Intel's processors
     torch.manual_seed(args.seed)
@@ -797,6 +802,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     moments, return_moments = observation_moments(args, shape), RunningMoments((), args.norm_reward)
     policy = Policy(agent, moments, return_moments, np.stack((low, high)))
     envs = Environments(replace(args, seed=args.seed + saved.get("step", 0)))  # EnvPool repeats itself otherwise
+    torch.set_num_threads(args.threads)  # after `make_train_env`, which changes it in a child process
     observations = envs.reset(np.ones(N, bool))
     returns, lengths, discounted = np.zeros(N), np.zeros(N, int), np.zeros(N)  # of the running episodes
     recent: deque[float] = deque(maxlen=100)  # returns of the last finished episodes
@@ -892,10 +898,10 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         measured, kl = [], 0.0
         for epoch in range(args.update_epochs):
             if epoch == 0 or args.recompute_advantages:
-                values = torch.cat([agent.value(part) for part in normalised.view(-1, D).split(1024)]).view(T + 1, N)
+                values = values_of(agent, normalised.view(-1, D)).view(T + 1, N)
                 next_values, values = values[1:].clone(), values[:-1]
                 if last_at:  # what an ended episode saw last, instead of what the next one saw first
-                    next_values[where] = agent.value(last)
+                    next_values[where] = values_of(agent, last)
                 advantages = generalised_advantages(scaled, values, next_values, *stops, args.gamma, args.gae_lambda)
                 batch.advantages[:] = advantages.flatten()
                 batch.returns[:] = (advantages + values).flatten()
@@ -1022,6 +1028,9 @@ def check_environments(args: Args) -> None:
 def check_spaces(problem: str, observations: gym.Space, actions: gym.Space) -> None:
     if not isinstance(observations, gym.spaces.Box):
         refuse(f"{problem}: observes a {type(observations).__name__}; this script needs a Box")
+    if observations.dtype == np.uint8 and len(observations.shape) in (2, 4) and math.prod(observations.shape) >= 32**2:
+        needs = "(height, width, channels), and stacks images itself (--frame-stack)"
+        refuse(f"{problem}: observes images of {observations.shape}; this script needs {needs}")
     if is_image(observations) and min(observations.shape[:2]) < 8:
         refuse(f"{problem}: observes images of {observations.shape}; this script needs them 8 wide and high or more")
     if not isinstance(actions, gym.spaces.Box):

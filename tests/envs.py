@@ -154,6 +154,18 @@ class ChannelsFirst(Clock):
     observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
 
 
+class WithoutChannels(Clock):
+    observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
+
+
+class Stacked(Clock):
+    observation_space = gym.spaces.Box(0, 255, (4, 84, 84, 3), np.uint8)
+
+
+class Deep(Clock):
+    observation_space = gym.spaces.Box(0, 255, (8, 8, 12), np.uint8)
+
+
 class Luck(gym.Env):
     """Lasts as long as its seed decides, shows the seed and the time, and pays for the second of two actions."""
 
@@ -199,5 +211,8 @@ gym.register("Large-v0", Large)
 gym.register("Transparent-v0", Transparent)
 gym.register("Whole-v0", Whole)
 gym.register("ChannelsFirst-v0", ChannelsFirst)
+gym.register("WithoutChannels-v0", WithoutChannels)
+gym.register("Stacked-v0", Stacked)
+gym.register("Deep-v0", Deep)
 gym.register("Luck-v0", Luck, max_episode_steps=40)
 gym.register("Several-v0", Several)

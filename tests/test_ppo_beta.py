@@ -535,6 +535,8 @@ MISTAKES = {
     "--env-id CartPole-v1": "ppo_discrete.py",
     "--env-id tests.envs:ChannelsFirst-v0": "(height, width, channels)",
     "--env-id tests.envs:ChannelsFirst-v0 --resize 84": "(height, width, channels)",
+    "--env-id tests.envs:WithoutChannels-v0": "(height, width, channels)",
+    "--env-id tests.envs:Stacked-v0": "--frame-stack",
     "--env-id tests.envs:Filmed-v0 --resize 7": "--resize 7: must be at least 8",
     "--env-id tests.envs:Transparent-v0 --grayscale": "one or three channels",
     "--env-id tests.envs:Whole-v0": "real numbers",
@@ -571,3 +573,19 @@ def test_vectors_are_as_in_the_flagship():
     assert not ppo.is_image(gym.spaces.Box(0, 255, (128,), np.uint8))
     assert not ppo.is_image(gym.spaces.Box(0, 1, (8, 8, 3), np.float32))
     assert ppo.is_image(gym.spaces.Box(0, 255, (8, 8, 3), np.uint8))
+
+
+def test_small_images_may_have_more_channels_than_rows():
+    args = replace(IMAGES, env_id="tests.envs:Deep-v0", grayscale=False, resize=None, frame_stack=1)
+    ppo.check_environments(args)
+    assert make_eval_env(args).observation_space.shape == (8, 8, 12)
+
+
+def test_threads_hold_in_a_child_process(small, monkeypatch):
+    """There, making an environment sets them to one."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(ppo.multiprocessing, "parent_process", lambda: "another")
+    train(replace(small, threads=2, total_timesteps=128))
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert after == 2
