@@ -792,6 +792,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
+    torch.set_num_threads(args.threads)
     threadpool_limits(1, "blas")  # numpy's products are too small to share, and its threads wait without sleeping
     torch.set_flush_denormal(True)  # Adam's moments of silent units fade to denormals, which stall Intel's processors
     torch.manual_seed(args.seed)
@@ -802,7 +803,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     moments, return_moments = observation_moments(args, shape), RunningMoments((), args.norm_reward)
     policy = Policy(agent, moments, return_moments, np.stack((low, high)))
     envs = Environments(replace(args, seed=args.seed + saved.get("step", 0)))  # EnvPool repeats itself otherwise
-    torch.set_num_threads(args.threads)  # after `make_train_env`, which changes it in a child process
+    torch.set_num_threads(args.threads)  # again, as `make_train_env` changes it in a child process
     observations = envs.reset(np.ones(N, bool))
     returns, lengths, discounted = np.zeros(N), np.zeros(N, int), np.zeros(N)  # of the running episodes
     recent: deque[float] = deque(maxlen=100)  # returns of the last finished episodes
