@@ -110,6 +110,8 @@ class Args:
     """passes over each rollout"""
     gamma: float = 0.992
     """discount"""
+    final_gamma: float | None = None
+    """the discount rises to this, if given: 1 - gamma shrinks by the same factor every rollout"""
     gae_lambda: float = 0.9
     """lambda of generalised advantage estimation"""
     recompute_advantages: bool = True
@@ -716,6 +718,14 @@ def lr_factor(args: Args, iteration: int, iterations: int) -> float:
     return decay[args.lr_schedule] * min(1.0, rise)
 
 
+def discount(args: Args, iteration: int, iterations: int) -> float:
+    """γ of this rollout. The horizon 1 / (1 − γ) grows geometrically: the near is learned first."""
+    if args.final_gamma is None:
+        return args.gamma
+    progress = (iteration - 1) / iterations
+    return 1 - (1 - args.gamma) ** (1 - progress) * (1 - args.final_gamma) ** progress
+
+
 class Policy:
     """What is deployed: a batch of observations to actions, with the normaliser frozen inside.
 
@@ -880,9 +890,10 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
         # Scale the rewards by the deviation of the discounted return, which starts anew with every episode.
         clock = time.perf_counter()
+        gamma = discount(args, iteration, iterations)
         discounted_returns = np.empty((T, N))
         for t in range(T):
-            discounted_returns[t] = discounted = discounted * args.gamma + rewards[t]
+            discounted_returns[t] = discounted = discounted * gamma + rewards[t]
             discounted = np.where(ended[t], 0.0, discounted)
         return_moments.update(discounted_returns.ravel())
         scaled = torch.from_numpy(return_moments.scale(rewards).astype(np.float32)).to(device)
@@ -903,7 +914,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                 next_values, values = values[1:].clone(), values[:-1]
                 if last_at:  # what an ended episode saw last, instead of what the next one saw first
                     next_values[where] = values_of(agent, last)
-                advantages = generalised_advantages(scaled, values, next_values, *stops, args.gamma, args.gae_lambda)
+                advantages = generalised_advantages(scaled, values, next_values, *stops, gamma, args.gae_lambda)
                 batch.advantages[:] = advantages.flatten()
                 batch.returns[:] = (advantages + values).flatten()
             if epoch == 0:
@@ -982,8 +993,11 @@ def check(args: Args) -> None:
         " actor_sizes critic_sizes frame_stack action_repeat",
         at_least_0="seed ent_coef vf_coef num_evals",
         above_0="learning_rate critic_lr_ratio clip_coef max_grad_norm target_kl",
-        shares="gamma gae_lambda lr_warmup",
+        shares="gamma final_gamma gae_lambda lr_warmup",
     )
+    if args.final_gamma is not None and max(args.gamma, args.final_gamma) == 1:
+        name = "gamma" if args.gamma == 1 else "final_gamma"
+        refuse(f"{flag(name)} 1: must be below 1, as a discount that rises never gets there")
     if args.concentration_max is not None and not 2 < args.concentration_max < math.inf:
         refuse(f"--concentration-max {args.concentration_max}: must be above 2, the sum of a uniform distribution's")
     if args.resize is not None and args.resize < 8:

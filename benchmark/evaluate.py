@@ -264,7 +264,8 @@ def evaluate(
             print(f"  {path}" + (f"  {to_gif(path)}" if gif else ""))
         if analyze_value:
             path = output / f"{run.directory.name}-value.png"
-            print(f"  explained variance {plot_values(run, played, run.config['gamma'], path):.3f}  {path}")
+            gamma = run.config.get("final_gamma") or run.config["gamma"]
+            print(f"  explained variance {plot_values(run, played, gamma, path):.3f}  {path}")
     with (output / "episodes.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["run", "policy", "seed", "return", "length", "terminated", "at_bounds"])

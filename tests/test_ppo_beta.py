@@ -281,6 +281,22 @@ def test_learns_to_mirror(small):
     assert json.loads((run / "result.json").read_text())["evaluation"]["mean"] > -0.5  # a random policy's is -11
 
 
+def test_the_discount_rises(small, monkeypatch):
+    """Eight rollouts take the horizon from 10 to 160 steps: it doubles every other one, and ends a rollout short."""
+    horizons, estimate = [], ppo.generalised_advantages
+
+    def noted(*given):
+        horizons.append(1 / (1 - given[-2]))
+        return estimate(*given)
+
+    monkeypatch.setattr(ppo, "generalised_advantages", noted)
+    train(replace(small, gamma=0.9, final_gamma=1 - 1 / 160, recompute_advantages=False))
+    np.testing.assert_allclose(horizons, 10 * 2 ** (np.arange(8) / 2))
+    horizons.clear()
+    train(replace(small, gamma=0.9, recompute_advantages=False))
+    np.testing.assert_allclose(horizons, 8 * [10])
+
+
 def test_learns_from_images(images):
     args = replace(images, env_kwargs='{"asks": true}', action_repeat=1, total_timesteps=6400, gamma=0.0)
     run = train(replace(args, learning_rate=3e-3, update_epochs=4))
@@ -545,6 +561,9 @@ MISTAKES = {
     "--env-id tests.envs:Filmed-v0 --action-repeat 0": "--action-repeat",
     "--env-id tests.envs:Filmed-v0 --resize 0": "--resize",
     "--env-id Pendulum-v1 --concentration-max 2": "must be above 2",
+    "--gamma 0.9 --final-gamma 1": "--final-gamma 1: must be below 1",
+    "--gamma 1 --final-gamma 0.9": "--gamma 1: must be below 1",
+    "--final-gamma 1.5": "--final-gamma 1.5: must be between 0 and 1",
     "--log-std-init 0": "--log-std-init",
 }
 
