@@ -264,7 +264,8 @@ def evaluate(
             print(f"  {path}" + (f"  {to_gif(path)}" if gif else ""))
         if analyze_value:
             path = output / f"{run.directory.name}-value.png"
-            gamma = run.config.get("final_gamma") or run.config["gamma"]
+            rises = run.config.get("final_gamma") is not None  # over the run
+            gamma = run.config["final_gamma" if rises else "gamma"]
             print(f"  explained variance {plot_values(run, played, gamma, path):.3f}  {path}")
     with (output / "episodes.csv").open("w", newline="") as file:
         writer = csv.writer(file)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import ppo_atari_cnn
+import ppo_beta
 import ppo_continuous as ppo
 from benchmark.__main__ import main
 from benchmark.evaluate import Episode, explained_variance, realised_returns, share_at_bounds
@@ -94,6 +95,16 @@ def test_values_are_compared_with_what_followed(run, tmp_path, capsys):
     assert f"explained variance {explained_variance(predicted, realised):.3f}" in capsys.readouterr().out
     policy, env = ppo.load_policy(run.last_checkpoint), ppo.make_eval_env(ppo.Args(**run.config))
     assert predicted[0] == pytest.approx(policy.value(env.reset(seed=10_000)[0][None])[0], rel=1e-4)
+
+
+def test_a_risen_discount_is_what_values_are_compared_with(tmp_path):
+    """Here with one that falls to 0, with which each step's return is its reward."""
+    pytest.importorskip("matplotlib")
+    words = ["--env-id", "Pendulum-v1", "--no-compile", "--num-evals", "1", "--gamma", "0.9", "--final-gamma", "0"]
+    run = Run(ppo_beta.train(ppo_beta.parse([*words, *SETTINGS, "--runs-dir", str(tmp_path)])))
+    assert evaluate(run.directory, "--episodes", 1, "--analyze-value", "-o", tmp_path) == 0
+    realised = [float(row["realised"]) for row in rows(tmp_path / f"{run.directory.name}-value.csv")]
+    assert sum(realised) == pytest.approx(float(rows(tmp_path / "episodes.csv")[0]["return"]))
 
 
 def test_realised_returns():
