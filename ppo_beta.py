@@ -111,7 +111,7 @@ class Args:
     gamma: float = 0.992
     """discount"""
     final_gamma: float | None = None
-    """the discount rises to this, if given: 1 - gamma shrinks by the same factor every rollout"""
+    """where the discount goes over the run, if given: 1 - gamma changes by the same factor every rollout"""
     gae_lambda: float = 0.9
     """lambda of generalised advantage estimation"""
     recompute_advantages: bool = True
@@ -719,7 +719,7 @@ def lr_factor(args: Args, iteration: int, iterations: int) -> float:
 
 
 def discount(args: Args, iteration: int, iterations: int) -> float:
-    """γ of this rollout. The horizon 1 / (1 − γ) grows geometrically: the near is learned first."""
+    """γ of this rollout. If it rises, the horizon 1 / (1 − γ) grows geometrically: the near is learned first."""
     if args.final_gamma is None:
         return args.gamma
     progress = (iteration - 1) / iterations
@@ -997,7 +997,7 @@ def check(args: Args) -> None:
     )
     if args.final_gamma is not None and max(args.gamma, args.final_gamma) == 1:
         name = "gamma" if args.gamma == 1 else "final_gamma"
-        refuse(f"{flag(name)} 1: must be below 1, as a discount that rises never gets there")
+        refuse(f"{flag(name)} 1: must be below 1 with --final-gamma, whose steps are factors of 1 - gamma")
     if args.concentration_max is not None and not 2 < args.concentration_max < math.inf:
         refuse(f"--concentration-max {args.concentration_max}: must be above 2, the sum of a uniform distribution's")
     if args.resize is not None and args.resize < 8:
