@@ -526,7 +526,8 @@ RESUMED = {
 
 @pytest.mark.parametrize("env_id", RESUMED)
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path, env_id):
-    args = replace(SMALL, env_id=env_id, num_steps=64, total_timesteps=6144, checkpoint_every=1000, **RESUMED[env_id])
+    args = replace(SMALL, env_id=env_id, num_steps=64, total_timesteps=6144, checkpoint_every=1000, final_gamma=0.999)
+    args = replace(args, **RESUMED[env_id])
     undisturbed = train(replace(args, runs_dir=str(tmp_path / "undisturbed")))
 
     runs = tmp_path / "killed"
