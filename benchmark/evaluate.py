@@ -96,6 +96,14 @@ def to_gif(video: Path) -> Path:
     return video.with_suffix(".gif")
 
 
+def discount(config: dict, path: Path) -> float:
+    """What the critic of this policy had learned to discount with; with `final_gamma` it changes over the run."""
+    if config.get("final_gamma") is None:
+        return config["gamma"]
+    done = torch.load(path, map_location="cpu", weights_only=True)["step"] / config["total_timesteps"]
+    return 1 - (1 - config["gamma"]) ** (1 - done) * (1 - config["final_gamma"]) ** done
+
+
 def realised_returns(episode: Episode, gamma: float) -> np.ndarray:
     """The discounted return from every step on; where the episode was cut, with the last value in the rest's place."""
     following = 0.0 if episode.terminated else episode.values[-1]
@@ -264,8 +272,7 @@ def evaluate(
             print(f"  {path}" + (f"  {to_gif(path)}" if gif else ""))
         if analyze_value:
             path = output / f"{run.directory.name}-value.png"
-            rises = run.config.get("final_gamma") is not None  # over the run
-            gamma = run.config["final_gamma" if rises else "gamma"]
+            gamma = discount(run.config, find_policy(run, policy))
             print(f"  explained variance {plot_values(run, played, gamma, path):.3f}  {path}")
     with (output / "episodes.csv").open("w", newline="") as file:
         writer = csv.writer(file)

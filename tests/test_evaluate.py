@@ -12,7 +12,7 @@ import ppo_atari_cnn
 import ppo_beta
 import ppo_continuous as ppo
 from benchmark.__main__ import main
-from benchmark.evaluate import Episode, explained_variance, realised_returns, share_at_bounds
+from benchmark.evaluate import Episode, discount, explained_variance, realised_returns, share_at_bounds
 from benchmark.random_policy import arguments_of, maker, random_baseline
 from benchmark.runs import Run
 from tests.envs import Clock
@@ -100,11 +100,12 @@ def test_values_are_compared_with_what_followed(run, tmp_path, capsys):
 def test_a_risen_discount_is_what_values_are_compared_with(tmp_path):
     """Here with one that falls to 0, with which each step's return is its reward."""
     pytest.importorskip("matplotlib")
-    words = ["--env-id", "Pendulum-v1", "--no-compile", "--num-evals", "1", "--gamma", "0.9", "--final-gamma", "0"]
+    words = ["--env-id", "Pendulum-v1", "--no-compile", "--num-evals", "2", "--gamma", "0.9", "--final-gamma", "0"]
     run = Run(ppo_beta.train(ppo_beta.parse([*words, *SETTINGS, "--runs-dir", str(tmp_path)])))
     assert evaluate(run.directory, "--episodes", 1, "--analyze-value", "-o", tmp_path) == 0
     realised = [float(row["realised"]) for row in rows(tmp_path / f"{run.directory.name}-value.csv")]
     assert sum(realised) == pytest.approx(float(rows(tmp_path / "episodes.csv")[0]["return"]))
+    assert discount(run.config, run.policies()[1024]) == pytest.approx(1 - 0.1**0.5)  # half-way
 
 
 def test_realised_returns():
