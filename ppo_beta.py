@@ -139,7 +139,7 @@ class Args:
     critic_sizes: tuple[int, ...] = (64, 64)
     """hidden layers of the value function"""
     concentration_max: float | None = None
-    """alpha + beta stays below this, if given: a policy that no longer varies no longer learns to recover"""
+    """alpha + beta is at most this, if given: a policy that no longer varies no longer learns to recover"""
 
     grayscale: bool = False
     """images: in shades of grey"""
@@ -812,7 +812,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     learner = Learner.of(agent)._replace(learning_rate=rates.clone())
     moments, return_moments = observation_moments(args, shape), RunningMoments((), args.norm_reward)
     policy = Policy(agent, moments, return_moments, np.stack((low, high)))
-    envs = Environments(replace(args, seed=args.seed + saved.get("step", 0)))  # EnvPool repeats itself otherwise
+    envs = Environments(replace(args, seed=(args.seed + saved.get("step", 0)) % 2**31))  # else EnvPool repeats itself
     torch.set_num_threads(args.threads)  # again, as `make_train_env` changes it in a child process
     observations = envs.reset(np.ones(N, bool))
     returns, lengths, discounted = np.zeros(N), np.zeros(N, int), np.zeros(N)  # of the running episodes
@@ -1023,6 +1023,11 @@ def check_environments(args: Args) -> None:
         check_spaces(problem, env.observation_space, env.action_space)
         if env.observation_space.shape != eval_env.observation_space.shape or env.action_space != eval_env.action_space:
             refuse("--eval-env-kwargs: the evaluation environment must have the training environment's spaces")
+        for name, each in (("env_kwargs", env), ("eval_env_kwargs", eval_env)):
+            if getattr(args, name) != "{}":  # some values are no problem before they are used
+                problem = f"{flag(name)} {getattr(args, name)}"
+                each.reset(seed=0)
+                each.step(each.action_space.sample())
         if args.capture_video:
             problem = f"--capture-video: {args.env_id} cannot be rendered here"
             eval_env.reset(seed=0)
@@ -1414,6 +1419,8 @@ def check_numbers(args: Args, at_least_1: str, at_least_0: str, above_0: str, sh
             value = getattr(args, name)
             if not all(map(holds, value if isinstance(value, tuple) else () if value is None else (value,))):
                 refuse(f"{flag(name)} {value}: {rule}")
+    if args.seed >= 2**31:
+        refuse(f"--seed {args.seed}: must be below 2**31, as EnvPool's")
 
 
 def check_setup(args: Args) -> None:

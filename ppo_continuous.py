@@ -540,7 +540,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     learner = Learner.of(agent)._replace(learning_rate=rates.clone())
     moments, return_moments = RunningMoments((D,), args.norm_obs), RunningMoments((), args.norm_reward)
     policy = Policy(agent, moments, return_moments, np.stack((low, high)))
-    envs = Environments(replace(args, seed=args.seed + saved.get("step", 0)))  # EnvPool repeats itself otherwise
+    envs = Environments(replace(args, seed=(args.seed + saved.get("step", 0)) % 2**31))  # else EnvPool repeats itself
     observations = envs.reset(np.ones(N, bool))
     returns, lengths, discounted = np.zeros(N), np.zeros(N, int), np.zeros(N)  # of the running episodes
     recent: deque[float] = deque(maxlen=100)  # returns of the last finished episodes
@@ -736,6 +736,11 @@ def check_environments(args: Args) -> None:
         check_spaces(problem, env.observation_space, env.action_space)
         if env.observation_space.shape != eval_env.observation_space.shape or env.action_space != eval_env.action_space:
             refuse("--eval-env-kwargs: the evaluation environment must have the training environment's spaces")
+        for name, each in (("env_kwargs", env), ("eval_env_kwargs", eval_env)):
+            if getattr(args, name) != "{}":  # some values are no problem before they are used
+                problem = f"{flag(name)} {getattr(args, name)}"
+                each.reset(seed=0)
+                each.step(each.action_space.sample())
         if args.capture_video:
             problem = f"--capture-video: {args.env_id} cannot be rendered here"
             eval_env.reset(seed=0)
@@ -1120,6 +1125,8 @@ def check_numbers(args: Args, at_least_1: str, at_least_0: str, above_0: str, sh
             value = getattr(args, name)
             if not all(map(holds, value if isinstance(value, tuple) else () if value is None else (value,))):
                 refuse(f"{flag(name)} {value}: {rule}")
+    if args.seed >= 2**31:
+        refuse(f"--seed {args.seed}: must be below 2**31, as EnvPool's")
 
 
 def check_setup(args: Args) -> None:

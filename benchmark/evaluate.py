@@ -97,7 +97,7 @@ def to_gif(video: Path) -> Path:
 
 
 def discount(config: dict, path: Path) -> float:
-    """What the critic of this policy had learned to discount with; with `final_gamma` it changes over the run."""
+    """That of this policy's critic, to within a rollout; with `final_gamma` it changes over the run."""
     if config.get("final_gamma") is None:
         return config["gamma"]
     done = torch.load(path, map_location="cpu", weights_only=True)["step"] / config["total_timesteps"]
