@@ -50,7 +50,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from ctypes.util import find_library
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
 from functools import partial
 from importlib.metadata import version
@@ -734,7 +734,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     kl_coef = torch.tensor(args.kl_coef, device=device)
     moments = RunningMoments((D,), args.norm_obs)
     policy = Policy(agent, moments, space)
-    slots = Slots(args, N)
+    slots = Slots(replace(args, seed=(args.seed + saved.get("step", 0)) % 2**31), N)  # else EnvPool repeats itself
     starts = np.random.default_rng(args.seed)
     recent: deque[float] = deque(maxlen=100)  # returns of the last finished episodes
     seconds = np.zeros(3)  # stepping, acting, updating
@@ -1329,8 +1329,8 @@ def check_numbers(args: Args, at_least_1: str, at_least_0: str, above_0: str, sh
             value = getattr(args, name)
             if not all(map(holds, value if isinstance(value, tuple) else () if value is None else (value,))):
                 refuse(f"{flag(name)} {value}: {rule}")
-    if args.seed >= 2**31:
-        refuse(f"--seed {args.seed}: must be below 2**31, as EnvPool's")
+    if args.seed >= 2**31:  # EnvPool's have 32 bits
+        refuse(f"--seed {args.seed}: must be below {2**31}")
 
 
 def check_setup(args: Args) -> None:

@@ -543,7 +543,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     agent = Agent(A).requires_grad_(False).to(device)
     learner = Learner.of(agent)
     policy = Policy(agent)
-    envs = Environments(args)
+    envs = Environments(replace(args, seed=(args.seed + saved.get("step", 0)) % 2**31))  # else EnvPool repeats itself
     observations = envs.reset(np.ones(N, bool))
     returns, lengths = np.zeros(N), np.zeros(N, int)  # of the running games
     recent: deque[float] = deque(maxlen=100)  # returns of the last finished games
@@ -1109,8 +1109,8 @@ def check_numbers(args: Args, at_least_1: str, at_least_0: str, above_0: str, sh
             value = getattr(args, name)
             if not all(map(holds, value if isinstance(value, tuple) else () if value is None else (value,))):
                 refuse(f"{flag(name)} {value}: {rule}")
-    if args.seed >= 2**31:
-        refuse(f"--seed {args.seed}: must be below 2**31, as EnvPool's")
+    if args.seed >= 2**31:  # EnvPool's have 32 bits
+        refuse(f"--seed {args.seed}: must be below {2**31}")
 
 
 def check_setup(args: Args) -> None:

@@ -1125,8 +1125,8 @@ def check_numbers(args: Args, at_least_1: str, at_least_0: str, above_0: str, sh
             value = getattr(args, name)
             if not all(map(holds, value if isinstance(value, tuple) else () if value is None else (value,))):
                 refuse(f"{flag(name)} {value}: {rule}")
-    if args.seed >= 2**31:
-        refuse(f"--seed {args.seed}: must be below 2**31, as EnvPool's")
+    if args.seed >= 2**31:  # EnvPool's have 32 bits
+        refuse(f"--seed {args.seed}: must be below {2**31}")
 
 
 def check_setup(args: Args) -> None:

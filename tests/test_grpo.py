@@ -574,8 +574,10 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, env_id):
     assert len(rows(undisturbed, "progress")) == len(rows(run, "progress"))
 
 
-def test_envpool_plays_whole_episodes_too(small, capsys):
-    pytest.importorskip("envpool")
+def test_envpool_plays_whole_episodes_too(small, capsys, monkeypatch):
+    envpool = pytest.importorskip("envpool")
+    seeds, make = [], envpool.make
+    monkeypatch.setattr(envpool, "make", lambda *a, seed, **kw: seeds.append(seed) or make(*a, seed=seed, **kw))
     args = replace(small, env_id="Hopper-v4", vec="envpool", identical_start=False, max_episode_steps=20)
     run = train(args)
     episodes = rows(run, "episodes")
@@ -586,6 +588,7 @@ def test_envpool_plays_whole_episodes_too(small, capsys):
     (run / "checkpoint.pt").unlink()
     train(parse(["--resume", str(run)]))
     assert "--vec envpool cannot repeat its episodes" in capsys.readouterr().out
+    assert len(set(seeds)) == 2  # and does not repeat the run's first
 
 
 # ----------------------------------------------------------------------------------------------------------- errors

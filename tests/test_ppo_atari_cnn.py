@@ -191,8 +191,10 @@ def test_games_are_restored_exactly(monkeypatch, probability):
     assert Environments(args).restore(resumed.state(), at)
 
 
-def test_envpool_plays_the_same_games_and_says_what_it_cannot_restore(small, capsys):
-    pytest.importorskip("envpool")
+def test_envpool_plays_the_same_games_and_says_what_it_cannot_restore(small, capsys, monkeypatch):
+    envpool = pytest.importorskip("envpool")
+    seeds, make = [], envpool.make
+    monkeypatch.setattr(envpool, "make", lambda *a, seed, **kw: seeds.append(seed) or make(*a, seed=seed, **kw))
     args = replace(small, vec="envpool", num_evals=0)
     envs, random, lost = Environments(replace(args, num_envs=3)), np.random.default_rng(0), 0
     assert envs.reset(np.ones(3, bool)).shape == (3, 4, 84, 84)
@@ -211,6 +213,7 @@ def test_envpool_plays_the_same_games_and_says_what_it_cannot_restore(small, cap
     (run / "kept.pt").rename(run / "checkpoint.pt")
     train(parse(["--resume", str(run)]))
     assert "--vec envpool cannot restore the running games" in capsys.readouterr().out
+    assert len(set(seeds)) == 2  # those that begin anew are not the run's first games again
     assert rows(run, "progress")[-1]["step"] == "256"
 
 
