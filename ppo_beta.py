@@ -1040,7 +1040,7 @@ def check_environments(args: Args) -> None:
     except TypeError as error:  # an argument that the environment does not have
         refuse(f"--env-kwargs {args.env_kwargs}, --eval-env-kwargs {args.eval_env_kwargs}: {error}")
     except Exception as error:
-        refuse(f"{problem}: {' '.join(str(error).split())}")
+        refuse(f"{problem}: {error}")
     env.close()
     eval_env.close()
 
@@ -1344,7 +1344,8 @@ def catch_interrupts() -> list[int]:
 
 
 def refuse(problem: str) -> NoReturn:
-    print(f"{Path(__file__).name}: {problem}", file=sys.stderr)
+    """A user's mistake: one line, whatever lines a library's error has, and exit status 2."""
+    print(f"{Path(__file__).name}: {' '.join(problem.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -1371,7 +1372,7 @@ def read_config(path: Path) -> list[str]:
     try:
         settings = dict(yaml.safe_load(path.read_text()) or {})
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        refuse(f"--config {path}: {' '.join(str(error).split())}")
+        refuse(f"--config {path}: {error}")
     names = [field.name for field in fields(Args)]
     command = []
     for key, value in settings.items():

@@ -476,6 +476,7 @@ MISTAKES = {
     "--env-id HalfCheetah-v4": "not a game of ale-py's",
     '--env-kwargs {"wings":2}': "--env-kwargs",
     '--env-kwargs {"noop_max":2}': "--env-kwargs",
+    '--env-kwargs {"max_num_frames_per_episode":"x"}': "--env-kwargs",
     '--env-kwargs {"frameskip":2}': "leave out frameskip",
     '--env-kwargs {"continuous":true}': "needs Discrete actions",
     '--eval-env-kwargs {"full_action_space":true}': "--eval-env-kwargs",
