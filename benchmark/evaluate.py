@@ -26,7 +26,7 @@ AT_ONCE = 20  # environments played side by side
 class Episode:
     seed: int
     rewards: list[float] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)  # of every observation; where it was cut, of the last too
+    values: list[float] = field(default_factory=list)  # of every observation; where it bootstraps, of the last too
     at_bounds: list[float] = field(default_factory=list)  # share of each action's components
     terminated: bool = False
 
@@ -40,7 +40,9 @@ def share_at_bounds(action: np.ndarray, space: gym.Space) -> float:
     return float(((place < 0.01) | (place > 0.99)).mean())
 
 
-def play(policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool, values: bool) -> list[Episode]:
+def play(
+    policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool, values: bool, bootstrap_terminated: bool
+) -> list[Episode]:
     """An episode in each environment."""
     observations = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
     episodes = [Episode(seed) for seed in seeds]
@@ -55,7 +57,7 @@ def play(policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool, 
             episodes[i].at_bounds.append(share_at_bounds(action, envs[i].action_space))
             if values:
                 episodes[i].values.append(float(value))
-                if truncated and not terminated:
+                if bootstrap_terminated if terminated else truncated:
                     episodes[i].values.append(float(policy.value(np.asarray(observations[i])[None])[0]))
             if terminated or truncated:
                 episodes[i].terminated = bool(terminated)
@@ -105,9 +107,9 @@ def discount(config: dict, path: Path) -> float:
 
 
 def realised_returns(episode: Episode, gamma: float) -> np.ndarray:
-    """The discounted return from every step on; where the episode was cut, with the last value in the rest's place."""
-    following = 0.0 if episode.terminated else episode.values[-1]
+    """The discounted return from every step on; where it bootstraps, with the last value in the rest's place."""
     returns = np.empty(len(episode.rewards))
+    following = episode.values[-1] if len(episode.values) > len(returns) else 0.0
     for t in reversed(range(len(returns))):
         returns[t] = following = episode.rewards[t] + gamma * following
     return returns
@@ -251,7 +253,7 @@ def evaluate(
         for first in range(0, len(seeds), side_by_side):
             some = seeds[first : first + side_by_side]
             envs = [module.make_eval_env(args, "human" if render else None) for _ in some]
-            played += play(chosen, envs, some, stochastic, analyze_value)
+            played += play(chosen, envs, some, stochastic, analyze_value, run.config.get("bootstrap_terminated", False))
             for env in envs:
                 env.close()
         returns = np.array([sum(episode.rewards) for episode in played])

@@ -109,10 +109,22 @@ def test_a_risen_discount_is_what_values_are_compared_with(tmp_path):
 
 
 def test_realised_returns():
-    ended = Episode(0, rewards=[1.0, 2.0, 4.0], values=[0.0] * 3, terminated=True)
-    cut = Episode(0, rewards=[1.0, 2.0, 4.0], values=[0.0, 0.0, 0.0, 8.0], terminated=False)
+    ended = Episode(0, rewards=[1.0, 2.0, 4.0], values=[0.0] * 3)
+    cut = Episode(0, rewards=[1.0, 2.0, 4.0], values=[0.0, 0.0, 0.0, 8.0])
     np.testing.assert_allclose(realised_returns(ended, 0.5), [3.0, 4.0, 4.0])
     np.testing.assert_allclose(realised_returns(cut, 0.5), [4.0, 6.0, 8.0])
+
+
+@pytest.mark.parametrize("flags", [[], ["--bootstrap-terminated"]])
+def test_a_terminated_episode_bootstraps_as_in_training(tmp_path, flags):
+    pytest.importorskip("matplotlib")
+    words = ["--env-id", "tests.envs:Clock-v0", "--env-kwargs", '{"cut": false}', "--no-compile", "--num-evals", "0"]
+    run = Run(ppo_beta.train(ppo_beta.parse([*words, *flags, *SETTINGS, "--runs-dir", str(tmp_path)])))
+    assert evaluate(run.directory, "--episodes", 1, "--analyze-value", "-o", tmp_path) == 0
+    after = ppo_beta.load_policy(run.last_checkpoint).value(np.ones((1, 1), np.float32))[0]
+    last = float(rows(tmp_path / f"{run.directory.name}-value.csv")[-1]["realised"])
+    assert abs(after) > 1e-3
+    assert last == pytest.approx(1 + (0.992 * after if flags else 0), abs=1e-4)
 
 
 def test_a_fork_is_evaluated_by_its_own_copy(run, tmp_path):

@@ -305,15 +305,15 @@ def test_learns_from_images(images):
     )  # a random policy's is -18, of one that never moves -4
 
 
-@pytest.mark.parametrize("cut", [True, False])
-def test_of_images_too_truncation_bootstraps_and_termination_does_not(images, cut):
+@pytest.mark.parametrize(("cut", "also"), [(True, False), (False, False), (False, True)])
+def test_of_images_too_truncation_bootstraps_and_termination_only_if_told_to(images, cut, also):
     """From the last image, which is worth 2 more, not from the first of the next episode, which is worth nothing."""
     args = replace(images, env_kwargs=json.dumps({"cut": cut}), resize=None, frame_stack=1, action_repeat=1)
     args = replace(args, total_timesteps=9600, num_evals=0, gamma=0.5, vf_coef=1.0, learning_rate=2e-3)
-    policy = load_policy(train(args) / "checkpoint.pt")
+    policy = load_policy(train(replace(args, bootstrap_terminated=also)) / "checkpoint.pt")
     env = make_eval_env(args)
     shown = [env.reset()[0], *(env.step(np.float32([0, 0]))[0] for _ in range(19))]
-    expected, following = np.zeros(20), 2.0 if cut else 0.0
+    expected, following = np.zeros(20), 2.0 if cut or also else 0.0
     for t in reversed(range(20)):
         expected[t] = following = (t >= 10) + 0.5 * following
     np.testing.assert_allclose(policy.value(np.stack(shown)), expected, atol=0.3)
