@@ -113,7 +113,7 @@ class Args:
     final_gamma: float | None = None
     """where the discount goes over the run, if given: 1 - gamma changes by the same factor every rollout"""
     bootstrap_terminated: bool = False
-    """a terminated episode bootstraps too: where the end is a success that cannot be seen coming, as a lap's"""
+    """bootstrap where an episode terminates, too: if its end, like a lap's, is a success that nothing announces"""
     gae_lambda: float = 0.9
     """lambda of generalised advantage estimation"""
     recompute_advantages: bool = True
@@ -899,7 +899,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             discounted = np.where(ended[t], 0.0, discounted)
         return_moments.update(discounted_returns.ravel())
         scaled = torch.from_numpy(return_moments.scale(rewards).astype(np.float32)).to(device)
-        final = np.zeros_like(terminated) if args.bootstrap_terminated else terminated  # worth nothing from there on
+        final = terminated & (not args.bootstrap_terminated)  # worth nothing from there on
         stops = torch.from_numpy(final).to(device), torch.from_numpy(ended).to(device)
 
         # Improve the policy, and the critic with it.

@@ -57,7 +57,7 @@ def play(
             episodes[i].at_bounds.append(share_at_bounds(action, envs[i].action_space))
             if values:
                 episodes[i].values.append(float(value))
-                if bootstrap_terminated if terminated else truncated:
+                if (terminated and bootstrap_terminated) or (truncated and not terminated):
                     episodes[i].values.append(float(policy.value(np.asarray(observations[i])[None])[0]))
             if terminated or truncated:
                 episodes[i].terminated = bool(terminated)
