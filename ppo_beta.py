@@ -17,7 +17,8 @@ Beta policy: Chou et al. 2017, https://proceedings.mlr.press/v70/chou17a.html.
 The algorithm ends with `train`; what follows keeps, evaluates and checks, and is much the same in every script.
 
 What may surprise:
-- An episode cut by a time limit bootstraps from the value of its true last observation; only termination ends a return.
+- An episode cut by a time limit bootstraps from the value of its true last observation; only termination ends a return,
+  and with `bootstrap_terminated` not even that.
 - The statistics that normalise observations change once per rollout, after its update; nothing shifts within it.
 - All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
 - Acting on vectors is done in numpy (`in_numpy`), several times as fast as torch for the few observations of one step.
