@@ -132,15 +132,25 @@ def make_eval_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 def make_train_env(args: Args) -> gym.Env:
-    return Remembering(make_env(args.env_id, json.loads(args.env_kwargs)))
+    return Remembering(partial(make_env, args.env_id, json.loads(args.env_kwargs)))
 
 
 class Remembering(gym.Wrapper):
     """Remembers its episode: the seed and the actions since, which are all it takes to play it again."""
 
+    def __init__(self, make: Callable[[], gym.Env]):
+        super().__init__(make())
+        self.make, self.worn = make, False
+
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        if self.worn:
+            self.env.close()
+            self.env = self.make()
+        world = getattr(self.unwrapped, "world", None)
+        observation, _ = self.env.reset(seed=seed)
+        self.worn = world is not None and self.unwrapped.world is world  # a Box2D world keeps traces of its past
         self.seed, self.actions = seed, []
-        return self.env.reset(seed=seed)[0], {}
+        return observation, {}
 
     def step(self, action: np.ndarray) -> tuple:
         self.actions.append(np.array(action))
@@ -156,7 +166,7 @@ class Remembering(gym.Wrapper):
         (observation, _), total = self.reset(seed=seed), 0.0
         for action in actions:
             observation, reward, *_ = self.step(action)
-            total += reward
+            total += float(reward)
         self.replayed = observation, total
 
 
@@ -609,7 +619,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                 f" of {B // args.num_minibatches}, {learner.theta.numel():,} parameters, {device}\n{run.directory}"
             )
             if not exact:
-                run.say(f"--vec {args.vec} cannot restore the running episodes; they begin anew, all else continues")
+                run.say("the running episodes could not be restored exactly; they begin anew, all else continues")
             fast_update = compile_update(args, agent, learner, run.say) if args.compile else update
             watch, booked = Stopwatch(progress["seconds"]), dict(progress["seconds"])
 
