@@ -327,13 +327,17 @@ class Agent(nn.Module):
         self.return_moments = RunningMoments((), args.norm_reward)
         self.register_buffer("low", torch.as_tensor(low))
         self.register_buffer("high", torch.as_tensor(high))
+        bounded = np.isfinite(low) & np.isfinite(high)  # to the policy, such bounds are -1 and 1
+        self.centre = np.where(bounded, low / 2 + high / 2, 0).astype(low.dtype)
+        self.half_range = np.where(bounded, high / 2 - low / 2, 1).astype(low.dtype)
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.actor(observations), self.log_std, self.critic(observations).squeeze(-1)
 
     def for_environment(self, actions: np.ndarray) -> np.ndarray:
-        """(N, A) to the environment's shape and bounds."""
-        return np.minimum(np.maximum(actions.reshape(-1, *self.low.shape), self.low.numpy()), self.high.numpy())
+        """(N, A) of the policy's to the environment's shape and bounds."""
+        actions = self.centre + self.half_range * actions.reshape(-1, *self.low.shape)
+        return np.minimum(np.maximum(actions, self.low.numpy()), self.high.numpy())
 
 
 def log_prob(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
