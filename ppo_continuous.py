@@ -54,7 +54,7 @@ import numpy as np
 import torch
 import tyro
 import yaml
-from gymnasium.wrappers import RecordVideo
+from gymnasium.wrappers import FlattenObservation, RecordVideo
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -70,7 +70,7 @@ class Args:
     vec: Literal["sync", "async", "envpool"] = "sync"  # how: in turn, in a process each, or by EnvPool
     total_timesteps: int | float = 1_000_000  # steps over all environments; rounded down to whole rollouts
     seed: int = 1  # seed of everything random
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks are
+    device: Literal["cpu", "cuda", "auto"] = "cpu"  # where the networks are
     threads: int = 1  # torch threads; small networks are fastest with one
     compile: bool = True  # compile the update (needs a C++ compiler)
 
@@ -122,9 +122,13 @@ class Args:
 
 
 def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> gym.Env:
+    if env_id.startswith("ALE/"):
+        raise ValueError("this is an Atari game; ppo_atari_cnn.py plays it")
+    drawn = {"render_mode": render_mode} if render_mode else {}  # not every environment of one's own can be drawn
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is asked for: its results are published
-        return gym.make(env_id, render_mode=render_mode, disable_env_checker=True, **env_kwargs)
+        env = gym.make(env_id, disable_env_checker=True, **drawn, **env_kwargs)
+    return env if isinstance(env.observation_space, gym.spaces.Box) else FlattenObservation(env)
 
 
 def make_eval_env(args: Args, render_mode: str | None = None) -> gym.Env:
@@ -1067,4 +1071,5 @@ def catch_interrupts() -> list[int]:
 
 
 if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # where a `module:Id-v0` of the user's may lie
     train(interrupts=catch_interrupts(), args=parse())
