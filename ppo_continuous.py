@@ -25,6 +25,7 @@ What may surprise:
 import copy
 import csv
 import fcntl
+import gc
 import json
 import math
 import os
@@ -479,15 +480,22 @@ def compile_update(args: Args, agent: Agent, learner: Learner, say: Callable[[st
     started, device = time.perf_counter(), learner.theta.device
     B, D, A = args.num_envs * args.num_steps, agent.moments.mean.numel(), agent.low.numel()
     batch = Batch(*(torch.zeros(shape, device=device) for shape in ((B, D), (B, A), B, B, B, B)))
+    options = {"cpp_wrapper": device.type == "cpu"}  # there, calling many small kernels from Python costs
+    # Compiling is quicker without a test of the vector instructions, a header for later and the debugger's lines.
+    options |= {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
+    options |= {"aot_inductor.enable_line_tables": False}
+    say("compiling the update …")
+    gc.disable()  # the compiler makes many objects, and keeps them
     try:
         torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
-        on_cpu = device.type == "cpu"  # there, calling many small kernels from Python costs
-        fast = torch.compile(update, fullgraph=True, dynamic=False, options={"cpp_wrapper": on_cpu})
+        fast = torch.compile(update, fullgraph=True, dynamic=False, options=options)
         fast(agent, args, copy.deepcopy(learner), batch, torch.arange(B // args.num_minibatches, device=device))
     except Exception as error:
         say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
         return update
-    say(f"the update compiled in {time.perf_counter() - started:.1f} s")
+    finally:
+        gc.enable()
+    say(f"compiled in {time.perf_counter() - started:.1f} s")
     return fast
 
 
