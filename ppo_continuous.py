@@ -41,12 +41,13 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial, reduce
 from importlib.metadata import version
 from importlib.util import find_spec
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
@@ -137,6 +138,9 @@ def make_eval_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 def make_train_env(args: Args) -> gym.Env:
+    if parent_process():  # a worker of --vec async, which ends when the trainer says so
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return Remembering(partial(make_env, args.env_id, json.loads(args.env_kwargs)))
 
 
@@ -201,7 +205,12 @@ class Environments:
 
         Where one ended, the next begins: `observations` is what to act on.
         """
-        observations, rewards, terminated, truncated, _ = self.envs.step(actions)
+        try:
+            observations, rewards, terminated, truncated, _ = self.envs.step(actions)
+        except (EOFError, ConnectionError) as error:
+            time.sleep(0.1)  # until the system knows who it was
+            dead = [n for n, worker in enumerate(getattr(self.envs, "processes", [])) if not worker.is_alive()]
+            raise OSError(f"the processes of environments {dead} died") from error
         self.observations, finished, ended = observations, [], terminated | truncated
         self.returns += rewards
         self.lengths += 1
@@ -231,6 +240,9 @@ class Environments:
         return same
 
     def close(self) -> None:
+        for worker in getattr(self.envs, "processes", []):  # of --vec async; one that hangs would never answer
+            worker.kill()
+            self.envs.closed = True
         self.envs.close()
 
 
@@ -475,7 +487,9 @@ def update(agent: Agent, args: Args, learner: Learner, batch: Batch, indices: Te
     return torch.stack((*measures, norm)).detach()
 
 
-def compile_update(args: Args, agent: Agent, learner: Learner, say: Callable[[str], None]) -> Callable:
+def compile_update(
+    args: Args, agent: Agent, learner: Learner, interrupts: Sequence[int], say: Callable[[str], None]
+) -> Callable:
     """Compiles by a call on copies of everything. Where that is impossible, says so and returns what there is."""
     started, device = time.perf_counter(), learner.theta.device
     B, D, A = args.num_envs * args.num_steps, agent.moments.mean.numel(), agent.low.numel()
@@ -491,7 +505,8 @@ def compile_update(args: Args, agent: Agent, learner: Learner, say: Callable[[st
         fast = torch.compile(update, fullgraph=True, dynamic=False, options=options)
         fast(agent, args, copy.deepcopy(learner), batch, torch.arange(B // args.num_minibatches, device=device))
     except Exception as error:
-        say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
+        if not interrupts:  # which the compiler hears too
+            say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
         return update
     finally:
         gc.enable()
@@ -663,7 +678,9 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                 run.say(f"acting is slower for {', '.join(sorted(slow))}, which in_numpy does not know")
             if not exact:
                 run.say("the running episodes could not be restored exactly; they begin anew, all else continues")
-            fast_update = compile_update(args, agent, learner, run.say) if args.compile else update
+            fast_update = compile_update(args, agent, learner, interrupts, run.say) if args.compile else update
+            if interrupts:
+                run.stop(interrupts[0])
             watch, booked = Stopwatch(progress["seconds"]), dict(progress["seconds"])
 
             for iteration in range(progress["iteration"] + 1, iterations + 1):
@@ -675,9 +692,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                 agent.moments.update(rollout.observations.reshape(B, *agent.moments.mean.shape))
                 watch.lap("updating")
                 if not all(map(math.isfinite, (*measures.values(), *agent.moments.var.flatten().tolist()))):
-                    run.say(f"stopped: not finite in the rollout that ended at step {step:,}: {measures}")
-                    run.say(f"the last checkpoint is of step {run.saved:,}")
-                    raise SystemExit(1)
+                    raise FloatingPointError(f"not finite in the rollout that ended at step {step:,}: {measures}")
 
                 progress["iteration"] = iteration
                 progress["updates"] += measures["updates"]
@@ -700,8 +715,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                     watch.lap("saving")
                 run.show(row, iterations * B, progress, f"KL {row['kl']:.4f}  std {row['std']:.2f}")
                 if stop:
-                    run.say(f"stopped at step {step:,}; continue with\n  {run.resume_command}")
-                    raise SystemExit(128 + stop[0])
+                    run.stop(stop[0])
             run.finish(args, iterations * B, progress, watch.elapsed())
     return run.directory
 
@@ -974,12 +988,19 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.tensorboard:
-            self.tensorboard.close()
-        if self.tracker:
-            self.tracker.finish()
-        self.log.close()
+    def stop(self, number: int) -> NoReturn:
+        self.say(f"stopped at step {self.saved:,}; continue with\n  {self.resume_command}")
+        raise SystemExit(128 + number)
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        for close in (self.tensorboard.close, self.tracker.finish if self.tracker else None, self.log.close):
+            with suppress(OSError):  # a full disk has been noticed before
+                close and close()
+        if isinstance(error, OSError | FloatingPointError | KeyboardInterrupt):
+            problem = str(error) or "stopped at once"
+            print(f"{SCRIPT}.py: {problem}; the last checkpoint is of step {self.saved:,}", file=sys.stderr)
+            print(f"  {self.resume_command}", file=sys.stderr)
+            raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 # ----------------------------------------------------------------------------------------- arguments and refusals
