@@ -26,6 +26,7 @@ import copy
 import csv
 import fcntl
 import gc
+import importlib
 import json
 import math
 import os
@@ -92,6 +93,7 @@ class Args:
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.25  # weight of the value loss
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
+    adam_eps: float = 1e-8  # Adam's epsilon; with PPO's usual 1e-5 most of the critic's scaled gradients lie below it
     target_kl: float | None = None  # end a rollout's update once a minibatch's KL from the rollout's policy exceeds it
     norm_obs: bool = True  # normalise observations by their running mean and deviation
     norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
@@ -109,12 +111,13 @@ class Args:
     capture_video: bool = False  # film the best episode of every evaluation
     track: bool = False  # send everything to Weights & Biases
     wandb_project_name: str = "solorl"  # its project
+    wandb_entity: str | None = None  # its team
 
     def __post_init__(self):
         check_range(self, 1, math.inf, "num_envs num_steps total_timesteps num_minibatches update_epochs eval_episodes")
         check_range(self, 1, math.inf, "checkpoint_every actor_sizes critic_sizes")
         check_range(self, 0, math.inf, "ent_coef vf_coef num_evals")
-        check_range(self, 1e-300, math.inf, "learning_rate critic_lr_ratio clip_coef max_grad_norm target_kl")
+        check_range(self, 1e-300, math.inf, "learning_rate critic_lr_ratio clip_coef max_grad_norm target_kl adam_eps")
         check_range(self, -math.inf, math.inf, "log_std_init log_std_min")
         check_range(self, 0, 1, "gamma gae_lambda lr_warmup")
         check_common(self)
@@ -130,6 +133,8 @@ def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> g
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is asked for: its results are published
         env = gym.make(env_id, disable_env_checker=True, **drawn, **env_kwargs)
+    with suppress(AttributeError, KeyError):  # films follow the agent where MuJoCo's model has a camera that does
+        env.unwrapped.mujoco_renderer.camera_id = env.unwrapped.model.camera("track").id
     return env if isinstance(env.observation_space, gym.spaces.Box) else FlattenObservation(env)
 
 
@@ -289,7 +294,9 @@ class RunningMoments(nn.Module):
         self.count.fill_(total)
 
     def deviation(self) -> np.ndarray:
-        return np.sqrt(self.var.numpy() + 1e-8) if self.enabled else np.ones(self.var.shape)
+        mean, var = self.mean.numpy(), self.var.numpy()
+        var = np.where(var > 1e-12 * mean**2, var, mean**2)  # what never varies must not be divided by nothing
+        return np.sqrt(var + 1e-8) if self.enabled else np.ones(var.shape)
 
     def scale(self, batch: np.ndarray) -> np.ndarray:
         return np.minimum(np.maximum(batch / self.deviation(), -10), 10) if self.enabled else batch
@@ -436,7 +443,7 @@ def ppo_loss(parameters: dict[str, Tensor], agent: Agent, args: Args, batch: Bat
     return loss, (policy_loss, value_loss, entropy, kl, clip_fraction)
 
 
-MEASURES = ["policy_loss", "value_loss", "entropy", "kl", "clip_fraction", "grad_norm"]
+MEASURES = ["policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm"]
 
 
 def parameters_of(module: nn.Module, theta: Tensor) -> dict[str, Tensor]:
@@ -465,7 +472,7 @@ class Learner(NamedTuple):
         return Learner(theta, torch.zeros_like(theta), torch.zeros_like(theta), *scalars)
 
     @torch.no_grad()
-    def adam_step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
+    def adam_step(self, gradient: Tensor, eps: float, beta1: float = 0.9, beta2: float = 0.999) -> None:
         self.first_decay.mul_(beta1)  # a power would be taken anew for every 16 parameters in compiled code
         self.second_decay.mul_(beta2)
         self.first_moment.lerp_(gradient, 1 - beta1)
@@ -482,8 +489,7 @@ def update(agent: Agent, args: Args, learner: Learner, batch: Batch, indices: Te
     loss, measures = ppo_loss(parameters_of(agent, theta), agent, args, minibatch)
     (gradient,) = torch.autograd.grad(loss, theta)
     norm = gradient.norm()
-    # Not with PPO's usual ε of 1e-5: scaled down with the policy's, most of the critic's gradients lie below it.
-    learner.adam_step(gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1))
+    learner.adam_step(gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), args.adam_eps)
     return torch.stack((*measures, norm)).detach()
 
 
@@ -616,7 +622,7 @@ def improve(
         shuffled = torch.randperm(len(batch.returns)).to(batch.returns.device)
         for indices in shuffled.split(len(shuffled) // args.num_minibatches):
             measured.append(update(agent, args, learner, batch, indices))
-            too_far = args.target_kl and measured[-1][MEASURES.index("kl")] > args.target_kl
+            too_far = args.target_kl and measured[-1][MEASURES.index("approx_kl")] > args.target_kl
             if too_far:
                 break
         if too_far:
@@ -713,7 +719,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                 if due or stop or iteration == iterations:
                     run.save(state_of(args, step, agent, learner, envs, progress))
                     watch.lap("saving")
-                run.show(row, iterations * B, progress, f"KL {row['kl']:.4f}  std {row['std']:.2f}")
+                run.show(row, iterations * B, progress, f"KL {row['approx_kl']:.4f}  std {row['std']:.2f}")
                 if stop:
                     run.stop(stop[0])
             run.finish(args, iterations * B, progress, watch.elapsed())
@@ -786,19 +792,24 @@ def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) ->
     run.write("evaluations", rows)
     returns = [row["return"] for row in rows]
     progress["evaluation"] = evaluation = {"step": step, "mean": np.mean(returns).item(), "std": np.std(returns).item()}
-    run.plot({f"charts/evaluation_{name}": evaluation[name] for name in ("mean", "std")}, step)
+    run.tensorboard.add_scalar("charts/evaluation_return", evaluation["mean"], step)
     state = {"script": SCRIPT, "args": asdict(args), "step": step, "agent": agent.state_dict()}
     write_atomically(run.directory / "policies" / f"step-{step:09d}.pt", state)
-    if not progress["best"] or evaluation["mean"] > progress["best"]["mean"]:
+    if math.isnan(evaluation["mean"]):
+        run.say(f"step {step:,}: the evaluation's returns are not numbers: {returns}")
+    elif not progress["best"] or evaluation["mean"] > progress["best"]["mean"]:
         progress["best"] = evaluation
         write_atomically(run.directory / "best.pt", state)
+    run.say(f"{step:>11,}  evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}")
     if args.capture_video:
         path = run.directory / "videos" / f"step-{step:09d}.mp4"
         path.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            with closing(RecordVideo(make_eval_env(args, "rgb_array"), folder)) as env:
+            with closing(RecordVideo(make_eval_env(args, "rgb_array"), f"{folder}/new")) as env:
                 play(policy, env, rows[np.argmax(returns)]["seed"])
-            next(Path(folder).glob("*.mp4")).replace(path)
+            next(Path(folder).glob("new/*.mp4")).replace(path)
+        if run.tracker:
+            run.tracker.log({"videos": importlib.import_module("wandb").Video(str(path))})
 
 
 # --------------------------------------------------------------------------------------------------- run directory
@@ -918,27 +929,27 @@ class Run:
         if args.track:
             import wandb
 
-            names = {"project": args.wandb_project_name, "name": self.directory.name, "id": self.directory.name}
-            self.tracker = wandb.init(**names, config=asdict(args), resume="allow", sync_tensorboard=True)
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.directory.name}
+            names |= {"id": self.directory.name, "resume": "allow"}
+            self.tracker = wandb.init(**names, config=asdict(args), sync_tensorboard=True)
+            self.tracker.log_code(str(self.directory))
         self.tensorboard = SummaryWriter(str(self.directory), purge_step=self.saved + 1)
+        table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+        self.tensorboard.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
 
     def write(self, table: str, rows: list[dict]) -> None:
-        """In CSV and TensorBoard."""
+        """In CSV, and in TensorBoard by CleanRL's names."""
         if rows:
             with (self.directory / f"{table}.csv").open("a", newline="") as file:
                 writer = csv.DictWriter(file, rows[0])
                 if not file.tell():
                     writer.writeheader()
                 writer.writerows(rows)
+        losses = {*MEASURES, "explained_variance"}
         for row in rows if table != "evaluations" else ():
-            prefix = "charts/episodic_" if table == "episodes" else "charts/"
-            named = {("losses/" if name in MEASURES else prefix) + name: value for name, value in row.items()}
-            self.plot(named, row["step"])
-
-    def plot(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            if math.isfinite(value):
-                self.tensorboard.add_scalar(name, value, step)
+            for name in row.keys() - {"step", "wall_time"}:
+                kind = "charts/episodic_" if table == "episodes" else "losses/" if name in losses else "charts/"
+                self.tensorboard.add_scalar(kind + name.replace("sps", "SPS"), row[name], row["step"])
 
     def save(self, state: dict) -> None:
         """The checkpoint before this one stays as `checkpoint.previous.pt`."""
@@ -1007,7 +1018,7 @@ class Run:
 
 # What may differ when a run is resumed.
 FREE = ["resume", "config", "device", "threads", "compile", "num_evals", "eval_episodes", "checkpoint_every"]
-FREE += ["runs_dir", "capture_video", "track", "wandb_project_name"]
+FREE += ["runs_dir", "capture_video", "track", "wandb_project_name", "wandb_entity"]
 
 
 def flag(name: str) -> str:
@@ -1047,6 +1058,9 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
     for name, package in (("vec", "envpool"), ("track", "wandb")):
         if getattr(args, name) in (package, True) and not find_spec(package):
             refuse(f"{flag(name)}: {package} is not installed; pip install {package}")
+    online = args.track and os.environ.get("WANDB_MODE", "online") == "online"
+    if online and not importlib.import_module("wandb").login(prompt=False):
+        refuse("--track: W&B knows no key here; run `wandb login`, or set WANDB_MODE=offline")
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: torch finds no CUDA device here; use cpu")
     if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
