@@ -41,11 +41,11 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
-from functools import partial, reduce
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import parent_process
@@ -163,25 +163,21 @@ class Remembering(gym.Wrapper):
         world = getattr(self.unwrapped, "world", None)
         observation, _ = self.env.reset(seed=seed)
         self.worn = world is not None and self.unwrapped.world is world  # a Box2D world keeps traces of its past
-        self.seed, self.actions = seed, []
+        self.episode = [seed]
         return observation, {}
 
     def step(self, action: np.ndarray) -> tuple:
-        self.actions.append(np.array(action))
+        self.episode.append(np.array(action))
         return *self.env.step(action)[:4], {}  # infos are not read, and collecting them takes a tenth of the time
 
-    @property
-    def episode(self) -> tuple[int, list[np.ndarray]]:
-        return self.seed, self.actions
-
-    @episode.setter
-    def episode(self, episode: tuple[int, Iterable[np.ndarray]]) -> None:
-        seed, actions = episode
+    def replay(self) -> tuple[np.ndarray, float]:
+        """Its last observation and its return so far."""
+        seed, *actions = self.episode
         (observation, _), total = self.reset(seed=seed), 0.0
         for action in actions:
             observation, reward, *_ = self.step(action)
             total += float(reward)
-        self.replayed = observation, total
+        return observation, total
 
 
 class Environments:
@@ -210,12 +206,7 @@ class Environments:
 
         Where one ended, the next begins: `observations` is what to act on.
         """
-        try:
-            observations, rewards, terminated, truncated, _ = self.envs.step(actions)
-        except (EOFError, ConnectionError) as error:
-            time.sleep(0.1)  # until the system knows who it was
-            dead = [n for n, worker in enumerate(getattr(self.envs, "processes", [])) if not worker.is_alive()]
-            raise OSError(f"the processes of environments {dead} died") from error
+        observations, rewards, terminated, truncated, _ = self.envs.step(actions)
         self.observations, finished, ended = observations, [], terminated | truncated
         self.returns += rewards
         self.lengths += 1
@@ -227,51 +218,31 @@ class Environments:
         return observations, rewards, terminated, truncated, finished
 
     def state(self) -> dict:
-        running = {name: torch.from_numpy(getattr(self, name).copy()) for name in self.running}
-        episodes = [(seed, torch.from_numpy(np.array(actions))) for seed, actions in self.envs.get_attr("episode")]
-        return running | {"episodes": episodes, "random": self.random.bit_generator.state}
+        state = {name: torch.from_numpy(getattr(self, name).copy()) for name in self.running}
+        episodes = [(seed, torch.from_numpy(np.array(actions))) for seed, *actions in self.envs.get_attr("episode")]
+        return state | {"episodes": episodes, "random": self.random.bit_generator.state}
 
     def restore(self, state: dict) -> bool:
         """Plays the running episodes again; whether that led to the same observations and returns."""
         self.random.bit_generator.state = state["random"]
-        self.envs.set_attr("episode", [(seed, actions.numpy()) for seed, actions in state["episodes"]])
-        observations, returns = zip(*self.envs.get_attr("replayed"), strict=True)
-        same = np.array_equal(observations, state["observations"]) and np.array_equal(returns, state["returns"])
-        if same:
+        self.envs.set_attr("episode", [[seed, *actions.numpy()] for seed, actions in state["episodes"]])
+        observations, returns = zip(*self.envs.call("replay"), strict=True)
+        if np.array_equal(observations, state["observations"]) and np.array_equal(returns, state["returns"]):
             for name in self.running:
                 setattr(self, name, state[name].numpy())
-        else:
-            self.observations = self._reset(np.ones(len(self.returns), bool))
-        return same
+            return True
+        self.observations = self._reset(np.ones(len(self.returns), bool))
+        return False
 
     def close(self) -> None:
-        for worker in getattr(self.envs, "processes", []):  # of --vec async; one that hangs would never answer
+        workers = getattr(self.envs, "processes", [])  # of --vec async; one that hangs would never answer
+        time.sleep(0.3 if workers else 0)  # a process that died is not gone at once
+        for n, worker in enumerate(workers):
+            if worker.exitcode is not None:
+                print(f"{SCRIPT}.py: the process of environment {n} ended by itself", file=sys.stderr)
             worker.kill()
             self.envs.closed = True
         self.envs.close()
-
-
-class EnvPool(Environments):
-    """EnvPool seeds its episodes itself, so that they cannot be played again."""
-
-    def _make(self, args: Args) -> gym.Env:
-        import envpool
-
-        kwargs = json.loads(args.env_kwargs)
-        return envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=args.seed, **kwargs)
-
-    def _reset(self, which: np.ndarray) -> np.ndarray:
-        first = self.envs.reset(np.flatnonzero(which))[0]
-        observations = first if which.all() else self.observations.copy()
-        observations[which] = first
-        return observations
-
-    def state(self) -> dict:
-        return {"seed": self.args.seed}
-
-    def restore(self, state: dict) -> bool:
-        self.__init__(replace(self.args, seed=(state["seed"] + 1) % 2**31))  # with other episodes than the first time
-        return False
 
 
 class RunningMoments(nn.Module):
@@ -324,42 +295,32 @@ def mlp(sizes: tuple[int, ...], last_scale: float) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def linear_in_numpy(layer: nn.Linear) -> Callable[[np.ndarray], np.ndarray]:
-    weight = layer.weight.cpu().numpy().copy().T
-    bias = 0 if layer.bias is None else layer.bias.cpu().numpy().copy()
-    return lambda x: x @ weight + bias
-
-
-def layer_norm_in_numpy(layer: nn.LayerNorm) -> Callable[[np.ndarray], np.ndarray]:
-    weight, bias = (parameter.cpu().numpy().copy() for parameter in (layer.weight, layer.bias))
-    return lambda x: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + layer.eps) * weight + bias
-
-
-def in_torch(layer: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
-    layer = copy.deepcopy(layer).cpu()
-    return lambda x: layer(torch.tensor(x)).numpy()
-
-
 IN_NUMPY = {
-    nn.Linear: linear_in_numpy,
-    nn.LayerNorm: layer_norm_in_numpy,
-    nn.Tanh: lambda _: np.tanh,
-    nn.ReLU: lambda _: lambda x: np.maximum(x, 0),
-    nn.SiLU: lambda _: lambda x: x * (0.5 + 0.5 * np.tanh(0.5 * x)),
+    nn.Linear: lambda x, layer, weight, bias=0: x @ weight.T + bias,
+    nn.LayerNorm: lambda x, layer, weight=1, bias=0: (
+        (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + layer.eps) * weight + bias
+    ),
+    nn.Tanh: lambda x, layer: np.tanh(x),
+    nn.ReLU: lambda x, layer: np.maximum(x, 0),
+    nn.SiLU: lambda x, layer: x * (0.5 + 0.5 * np.tanh(0.5 * x)),
 }
 
 
-def layers_of(network: nn.Module) -> list[nn.Module]:
-    return list(network) if isinstance(network, nn.Sequential) else [network]
-
-
-def in_numpy(network: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
-    """A network as it is now, in numpy: several times as fast as torch for the few observations of one step.
+def in_numpy(network: nn.Sequential) -> Callable[[np.ndarray], np.ndarray]:
+    """A network as it is now: several times as fast in numpy for the few observations of one step.
 
     Layers that are not `IN_NUMPY` are computed by torch.
     """
-    functions = [IN_NUMPY.get(type(layer), in_torch)(layer) for layer in layers_of(network)]
-    return lambda x: reduce(lambda x, function: function(x), functions, x)
+    layers = list(copy.deepcopy(network).cpu())
+    arrays = [[parameter.numpy() for parameter in layer.parameters()] for layer in layers]
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        for layer, parameters in zip(layers, arrays, strict=True):
+            known = IN_NUMPY.get(type(layer))
+            x = known(x, layer, *parameters) if known else layer(torch.tensor(x)).numpy()
+        return x
+
+    return forward
 
 
 class Agent(nn.Module):
@@ -493,9 +454,7 @@ def update(agent: Agent, args: Args, learner: Learner, batch: Batch, indices: Te
     return torch.stack((*measures, norm)).detach()
 
 
-def compile_update(
-    args: Args, agent: Agent, learner: Learner, interrupts: Sequence[int], say: Callable[[str], None]
-) -> Callable:
+def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run", interrupts: Sequence[int]) -> Callable:
     """Compiles by a call on copies of everything. Where that is impossible, says so and returns what there is."""
     started, device = time.perf_counter(), learner.theta.device
     B, D, A = args.num_envs * args.num_steps, agent.moments.mean.numel(), agent.low.numel()
@@ -504,7 +463,7 @@ def compile_update(
     # Compiling is quicker without a test of the vector instructions, a header for later and the debugger's lines.
     options |= {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
     options |= {"aot_inductor.enable_line_tables": False}
-    say("compiling the update …")
+    run.say("compiling the update …")
     gc.disable()  # the compiler makes many objects, and keeps them
     try:
         torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
@@ -512,11 +471,11 @@ def compile_update(
         fast(agent, args, copy.deepcopy(learner), batch, torch.arange(B // args.num_minibatches, device=device))
     except Exception as error:
         if not interrupts:  # which the compiler hears too
-            say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
+            run.say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
         return update
     finally:
         gc.enable()
-    say(f"compiled in {time.perf_counter() - started:.1f} s")
+    run.say(f"compiled in {time.perf_counter() - started:.1f} s")
     return fast
 
 
@@ -651,7 +610,7 @@ class Stopwatch:
 def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
     args, envs, actions = prepare(args)
-    N, T, B = args.num_envs, args.num_steps, args.num_envs * args.num_steps
+    B = args.num_envs * args.num_steps
     iterations = args.total_timesteps // B
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.threads)
@@ -674,17 +633,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             run = Run(create_run(args, device, saved))
         with run:
             run.begin(args, saved)
-            run.say(
-                f"{SCRIPT}  {args.env_id}  {agent.moments.mean.numel()} observations, {agent.low.numel()} actions in"
-                f" {agent.low.min():g} to {agent.high.max():g}\n{N} environments ({args.vec}) x {T} steps,"
-                f" {iterations * B:,} steps in all, {args.update_epochs} epochs of {args.num_minibatches} minibatches"
-                f" of {B // args.num_minibatches}, {learner.theta.numel():,} parameters, {device}\n{run.directory}"
-            )
-            if slow := {type(layer).__name__ for layer in layers_of(agent.actor) if type(layer) not in IN_NUMPY}:
-                run.say(f"acting is slower for {', '.join(sorted(slow))}, which in_numpy does not know")
-            if not exact:
-                run.say("the running episodes could not be restored exactly; they begin anew, all else continues")
-            fast_update = compile_update(args, agent, learner, interrupts, run.say) if args.compile else update
+            announce(args, agent, exact, run)
+            fast_update = compile_update(args, agent, learner, run, interrupts) if args.compile else update
             if interrupts:
                 run.stop(interrupts[0])
             watch, booked = Stopwatch(progress["seconds"]), dict(progress["seconds"])
@@ -815,6 +765,22 @@ def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) ->
 # --------------------------------------------------------------------------------------------------- run directory
 
 
+def announce(args: Args, agent: Agent, exact: bool, run: "Run") -> None:
+    """What is trained, and what one may not expect of it."""
+    N, T, B = args.num_envs, args.num_steps, args.num_envs * args.num_steps
+    D, A, size = agent.moments.mean.numel(), agent.low.numel(), sum(p.numel() for p in agent.parameters())
+    run.say(
+        f"{SCRIPT}  {args.env_id}  {D} observations, {A} actions in {agent.low.min():g} to {agent.high.max():g}\n"
+        f"{args.total_timesteps // B * B:,} steps: rollouts of {N} environments ({args.vec}) x {T} steps,"
+        f" {args.update_epochs} epochs of {args.num_minibatches} minibatches of {B // args.num_minibatches},"
+        f" {size:,} parameters, {agent.log_std.device}\n{run.directory}"
+    )
+    if slow := {type(layer).__name__ for layer in agent.actor if type(layer) not in IN_NUMPY}:
+        run.say(f"acting is slower for {', '.join(sorted(slow))}, which in_numpy does not know")
+    if not exact:
+        run.say("the running episodes could not be restored exactly; they begin anew, all else continues")
+
+
 def state_of(args: Args, step: int, agent: Agent, learner: Learner, envs: Environments, progress: dict) -> dict:
     """All that training depends on from here."""
     state = {"script": SCRIPT, "args": asdict(args), "step": step, "agent": agent.state_dict()}
@@ -824,7 +790,10 @@ def state_of(args: Args, step: int, agent: Agent, learner: Learner, envs: Enviro
 
 def restore(saved: dict, agent: Agent, learner: Learner, envs: Environments, progress: dict) -> bool:
     """Whether the running episodes, too, are what they were."""
-    agent.load_state_dict(saved["agent"])
+    try:
+        agent.load_state_dict(saved["agent"])
+    except RuntimeError as error:
+        refuse(f"--resume: the checkpoint is of other networks than this source and environment make: {error}")
     for tensor, value in zip(learner[1:], saved["learner"], strict=True):
         tensor.copy_(value)
     progress |= saved["progress"]
@@ -858,22 +827,22 @@ def load_checkpoint(path: Path) -> dict:
 
 def last_checkpoint(args: Args, directory: Path) -> dict:
     """The last good one, once it is known to be of this run; nothing in the directory is touched before."""
-    last, previous = directory / "checkpoint.pt", directory / "checkpoint.previous.pt"
-    try:
-        saved = load_checkpoint(last)
-    except ValueError as problem:
-        try:
-            saved = load_checkpoint(previous)
-        except ValueError:
-            refuse(f"--resume {directory}: {problem}, and there is no good one before it; start a new run")
-        print(f"--resume {directory}: {problem}; going on from the one before", file=sys.stderr)
-        previous.replace(last)
-    for name, value in {**asdict(args), "script": SCRIPT}.items():
-        if name not in FREE and value != (was := {**saved["args"], "script": saved["script"]}.get(name)):
-            refuse(f"--resume {directory}: {flag(name)} is {was} in its checkpoint and cannot become {value}")
+    for path in (directory / "checkpoint.pt", directory / "checkpoint.previous.pt"):
+        with suppress(ValueError):
+            saved = load_checkpoint(path)
+            break
+    else:
+        refuse(f"--resume {directory}: its checkpoints are torn or missing; start a new run")
+    was = saved["args"] | {"script": saved["script"]}
+    for name, value in (asdict(args) | {"script": SCRIPT}).items():
+        if name not in FREE and value != was.get(name):
+            refuse(f"--resume {directory}: {flag(name)} is {was.get(name)} in {path.name} and cannot become {value}")
     for name, size in saved["sizes"].items():
-        if not (path := directory / name).is_file() or path.stat().st_size < size:
-            refuse(f"--resume {directory}: {name} is shorter than when its checkpoint was written; start a new run")
+        if not (directory / name).is_file() or (directory / name).stat().st_size < size:
+            refuse(f"--resume {directory}: {name} is shorter than when {path.name} was written; start a new run")
+    if path.name != "checkpoint.pt":
+        print(f"--resume {directory}: checkpoint.pt is torn or missing; going on from {path.name}", file=sys.stderr)
+        path.replace(directory / "checkpoint.pt")
     return saved
 
 
@@ -1007,10 +976,9 @@ class Run:
         for close in (self.tensorboard.close, self.tracker.finish if self.tracker else None, self.log.close):
             with suppress(OSError):  # a full disk has been noticed before
                 close and close()
-        if isinstance(error, OSError | FloatingPointError | KeyboardInterrupt):
-            problem = str(error) or "stopped at once"
-            print(f"{SCRIPT}.py: {problem}; the last checkpoint is of step {self.saved:,}", file=sys.stderr)
-            print(f"  {self.resume_command}", file=sys.stderr)
+        if isinstance(error, OSError | EOFError | FloatingPointError | KeyboardInterrupt):
+            problem = f"{type(error).__name__} {error}; the last checkpoint is of step {self.saved:,}"
+            print(f"{SCRIPT}.py: {problem}\n  {self.resume_command}", file=sys.stderr)
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
@@ -1051,6 +1019,29 @@ def check_common(args: Args) -> None:
             dict(**json.loads(getattr(args, name)))
         except (ValueError, TypeError):
             raise ValueError(f"{flag(name)} {getattr(args, name)}: must be JSON such as '{{\"g\": 9.81}}'") from None
+
+
+class EnvPool(Environments):
+    """EnvPool seeds its episodes itself, so that they cannot be played again."""
+
+    def _make(self, args: Args) -> gym.Env:
+        import envpool
+
+        kwargs = json.loads(args.env_kwargs)
+        return envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=args.seed, **kwargs)
+
+    def _reset(self, which: np.ndarray) -> np.ndarray:
+        first = self.envs.reset(np.flatnonzero(which))[0]
+        observations = first if which.all() else self.observations.copy()
+        observations[which] = first
+        return observations
+
+    def state(self) -> dict:
+        return {"seed": self.args.seed}
+
+    def restore(self, state: dict) -> bool:
+        self.__init__(replace(self.args, seed=(state["seed"] + 1) % 2**31))  # with other episodes than the first time
+        return False
 
 
 def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
