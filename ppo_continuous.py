@@ -14,12 +14,14 @@ Schulman et al. 2017, https://arxiv.org/abs/1707.06347; advantages: https://arxi
 
 The algorithm ends with `train`; what follows keeps, evaluates and checks, and is much the same in every script.
 
-What may surprise:
+What may surprise, beside the usual PPO (`--config configs/ppo_continuous/textbook.yaml`):
+- Many environments with short pieces, minibatches of 64; gamma is 0.992, lambda 0.9, Adam's epsilon 1e-8.
+- The critic's rate is three times the policy's, and the policy's deviation does not fall below exp(-1.5).
+- Advantages are recomputed with the current critic at every epoch.
 - An episode cut by a time limit bootstraps from the value of its true last observation; only termination ends a return.
-- The statistics that normalise observations change once per rollout, after its update; nothing shifts within it.
+- What normalises observations changes once per rollout, after its update; the first sees them raw, clipped at ±10.
+- Finite bounds are -1 and 1 to the policy; actions are clipped to them, and the loss is of those drawn.
 - All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
-- Acting is done in numpy (`in_numpy`), which is several times as fast as torch for the few observations of one step.
-- Advantages are recomputed with the current critic at every epoch (`--no-recompute-advantages` for the usual once).
 """
 
 import copy
@@ -106,7 +108,7 @@ class Args:
     eval_episodes: int = 10  # episodes per evaluation: deterministic, with the same seeds each time
     checkpoint_every: int | float = 100_000  # steps between checkpoints
     runs_dir: str = "runs"  # where run directories are made
-    resume: str | None = None  # continue the run in this directory
+    resume: str | None = None  # continue the run in this directory; imports the module of its `env_id`
     config: str | None = None  # YAML or JSON file of arguments; the command line wins
     capture_video: bool = False  # film the best episode of every evaluation
     track: bool = False  # send everything to Weights & Biases
@@ -114,8 +116,9 @@ class Args:
     wandb_entity: str | None = None  # its team
 
     def __post_init__(self):
-        check_range(self, 1, math.inf, "num_envs num_steps total_timesteps num_minibatches update_epochs eval_episodes")
-        check_range(self, 1, math.inf, "checkpoint_every actor_sizes critic_sizes")
+        check_range(
+            self, 1, math.inf, "num_envs num_steps num_minibatches update_epochs eval_episodes actor_sizes critic_sizes"
+        )
         check_range(self, 0, math.inf, "ent_coef vf_coef num_evals")
         check_range(self, 1e-300, math.inf, "learning_rate critic_lr_ratio clip_coef max_grad_norm target_kl adam_eps")
         check_range(self, -math.inf, math.inf, "log_std_init log_std_min")
@@ -1012,8 +1015,12 @@ def check_range(args: Args, low: float, high: float, names: str) -> None:
 
 def check_common(args: Args) -> None:
     check_range(args, 1, 1024, "threads")
+    check_range(args, 1, 1e15, "total_timesteps checkpoint_every")
     check_range(args, 0, 2**31 - 1, "seed")  # EnvPool's have 32 bits
     args.total_timesteps, args.checkpoint_every = int(args.total_timesteps), int(args.checkpoint_every)  # of 1e6
+    for name in ("env_id", "runs_dir", "resume", "config"):
+        if getattr(args, name) == "":
+            raise ValueError(f"{flag(name)}: is empty")
     for name in ("env_kwargs", "eval_env_kwargs"):
         try:
             dict(**json.loads(getattr(args, name)))
