@@ -65,6 +65,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.tensorboard import SummaryWriter
 
+warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is asked for: its results are published
+
 
 @dataclass
 class Args:
@@ -116,9 +118,7 @@ class Args:
     wandb_entity: str | None = None  # its team
 
     def __post_init__(self):
-        check_range(
-            self, 1, math.inf, "num_envs num_steps num_minibatches update_epochs eval_episodes actor_sizes critic_sizes"
-        )
+        check_range(self, 1, math.inf, "num_steps num_minibatches update_epochs actor_sizes critic_sizes")
         check_range(self, 0, math.inf, "ent_coef vf_coef num_evals")
         check_range(self, 1e-300, math.inf, "learning_rate critic_lr_ratio clip_coef max_grad_norm target_kl adam_eps")
         check_range(self, -math.inf, math.inf, "log_std_init log_std_min")
@@ -133,9 +133,7 @@ def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> g
     if env_id.startswith("ALE/"):
         raise ValueError("this is an Atari game; ppo_atari_cnn.py plays it")
     drawn = {"render_mode": render_mode} if render_mode else {}  # not every environment of one's own can be drawn
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is asked for: its results are published
-        env = gym.make(env_id, disable_env_checker=True, **drawn, **env_kwargs)
+    env = gym.make(env_id, disable_env_checker=True, **drawn, **env_kwargs)
     with suppress(AttributeError, KeyError):  # films follow the agent where MuJoCo's model has a camera that does
         env.unwrapped.mujoco_renderer.camera_id = env.unwrapped.model.camera("track").id
     return env if isinstance(env.observation_space, gym.spaces.Box) else FlattenObservation(env)
@@ -457,31 +455,6 @@ def update(agent: Agent, args: Args, learner: Learner, batch: Batch, indices: Te
     return torch.stack((*measures, norm)).detach()
 
 
-def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run", interrupts: Sequence[int]) -> Callable:
-    """Compiles by a call on copies of everything. Where that is impossible, says so and returns what there is."""
-    started, device = time.perf_counter(), learner.theta.device
-    B, D, A = args.num_envs * args.num_steps, agent.moments.mean.numel(), agent.low.numel()
-    batch = Batch(*(torch.zeros(shape, device=device) for shape in ((B, D), (B, A), B, B, B, B)))
-    options = {"cpp_wrapper": device.type == "cpu"}  # there, calling many small kernels from Python costs
-    # Compiling is quicker without a test of the vector instructions, a header for later and the debugger's lines.
-    options |= {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
-    options |= {"aot_inductor.enable_line_tables": False}
-    run.say("compiling the update …")
-    gc.disable()  # the compiler makes many objects, and keeps them
-    try:
-        torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
-        fast = torch.compile(update, fullgraph=True, dynamic=False, options=options)
-        fast(agent, args, copy.deepcopy(learner), batch, torch.arange(B // args.num_minibatches, device=device))
-    except Exception as error:
-        if not interrupts:  # which the compiler hears too
-            run.say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
-        return update
-    finally:
-        gc.enable()
-    run.say(f"compiled in {time.perf_counter() - started:.1f} s")
-    return fast
-
-
 def step_sizes(args: Args, agent: Agent) -> Tensor:
     """Adam's step size for each parameter at the start: larger for the critic, which has to keep up with the policy."""
     ratios = {parameter: args.critic_lr_ratio for parameter in agent.critic.parameters()}
@@ -768,6 +741,31 @@ def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) ->
 # --------------------------------------------------------------------------------------------------- run directory
 
 
+def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run", interrupts: Sequence[int]) -> Callable:
+    """Compiles by a call on copies of everything. Where that is impossible, says so and returns what there is."""
+    started, device = time.perf_counter(), learner.theta.device
+    B, D, A = args.num_envs * args.num_steps, agent.moments.mean.numel(), agent.low.numel()
+    batch = Batch(*(torch.zeros(shape, device=device) for shape in ((B, D), (B, A), B, B, B, B)))
+    options = {"cpp_wrapper": device.type == "cpu"}  # there, calling many small kernels from Python costs
+    # Compiling is quicker without a test of the vector instructions, a header for later and the debugger's lines.
+    options |= {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
+    options |= {"aot_inductor.enable_line_tables": False}
+    run.say("compiling the update …")
+    gc.disable()  # the compiler makes many objects, and keeps them
+    try:
+        torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
+        fast = torch.compile(update, fullgraph=True, dynamic=False, options=options)
+        fast(agent, args, copy.deepcopy(learner), batch, torch.arange(B // args.num_minibatches, device=device))
+    except Exception as error:
+        if not interrupts:  # which the compiler hears too
+            run.say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
+        return update
+    finally:
+        gc.enable()
+    run.say(f"compiled in {time.perf_counter() - started:.1f} s")
+    return fast
+
+
 def announce(args: Args, agent: Agent, exact: bool, run: "Run") -> None:
     """What is trained, and what one may not expect of it."""
     N, T, B = args.num_envs, args.num_steps, args.num_envs * args.num_steps
@@ -1015,7 +1013,7 @@ def check_range(args: Args, low: float, high: float, names: str) -> None:
 
 def check_common(args: Args) -> None:
     check_range(args, 1, 1024, "threads")
-    check_range(args, 1, 1e15, "total_timesteps checkpoint_every")
+    check_range(args, 1, 1e15, "total_timesteps checkpoint_every num_envs eval_episodes")
     check_range(args, 0, 2**31 - 1, "seed")  # EnvPool's have 32 bits
     args.total_timesteps, args.checkpoint_every = int(args.total_timesteps), int(args.checkpoint_every)  # of 1e6
     for name in ("env_id", "runs_dir", "resume", "config"):
