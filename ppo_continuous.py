@@ -176,8 +176,10 @@ class Remembering(gym.Wrapper):
         seed, *actions = self.episode
         (observation, _), total = self.reset(seed=seed), 0.0
         for action in actions:
-            observation, reward, *_ = self.step(action)
+            observation, reward, terminated, truncated, _ = self.step(action)
             total += float(reward)
+            if terminated or truncated:
+                return observation, math.nan  # which is no running episode
         return observation, total
 
 
@@ -600,14 +602,10 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     progress = {"iteration": 0, "updates": 0, "recent": [], "evaluation": {}, "best": {}}
     progress["seconds"] = dict.fromkeys(SECONDS, 0.0)
     with closing(envs):
-        if args.resume:
-            run = Run(Path(args.resume))
+        start = {} if args.resume else state_of(args, 0, agent, learner, envs, progress) | {"sizes": {}}
+        with Run(Path(args.resume) if args.resume else create_run(args, device, start)) as run:
             saved = last_checkpoint(args, run.directory)
-            exact = restore(saved, agent, learner, envs, progress)
-        else:
-            saved, exact = state_of(args, 0, agent, learner, envs, progress) | {"sizes": {}}, True
-            run = Run(create_run(args, device, saved))
-        with run:
+            exact = not args.resume or restore(saved, agent, learner, envs, progress)
             run.begin(args, saved)
             announce(args, agent, exact, run)
             fast_update = compile_update(args, agent, learner, run, interrupts) if args.compile else update
@@ -623,7 +621,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                 measures = improve(args, agent, learner, rollout, rewards, fast_update)
                 agent.moments.update(rollout.observations.reshape(B, *agent.moments.mean.shape))
                 watch.lap("updating")
-                if not all(map(math.isfinite, (*measures.values(), *agent.moments.var.flatten().tolist()))):
+                measured = [measures[name] for name in MEASURES]
+                if not np.isfinite([*measured, *agent.moments.var.flatten(), agent.return_moments.var]).all():
                     raise FloatingPointError(f"not finite in the rollout that ended at step {step:,}: {measures}")
 
                 progress["iteration"] = iteration
@@ -884,9 +883,13 @@ class Run:
         self.live, self.said = sys.stdout.isatty(), time.monotonic()
         try:
             self.log = (directory / "run.log").open("a")
-            fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            refuse(f"--resume {directory}: another process trains this run, or it cannot be written to ({error})")
+            refuse(f"--resume {directory}: {error}")
+        try:
+            fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.log.close()
+            refuse(f"--resume {directory}: another process trains this run")
 
     def begin(self, args: Args, saved: dict) -> None:
         """Cuts the tables to where the checkpoint left them: the rows after it will be written again."""
@@ -962,7 +965,7 @@ class Run:
         write_atomically(self.directory / "result.json", json.dumps(summary, indent=2))
         shares = ", ".join(f"{name} {seconds / elapsed:.0%}" for name, seconds in progress["seconds"].items())
         self.say(f"{steps:,} steps in {timedelta(seconds=round(elapsed))}, {summary['sps']:,.0f} steps/s: {shares}")
-        if evaluation:
+        if best:
             final = f"evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}"
             self.say(f"{final}, best {best['mean']:.1f} at step {best['step']:,}")
 
@@ -974,9 +977,12 @@ class Run:
         raise SystemExit(128 + number)
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        for close in (self.tensorboard.close, self.tracker.finish if self.tracker else None, self.log.close):
-            with suppress(OSError):  # a full disk has been noticed before
-                close and close()
+        with suppress(OSError):  # a full disk has been noticed before
+            self.log.close()
+            if self.tensorboard:
+                self.tensorboard.close()
+            if self.tracker:
+                self.tracker.finish()
         if isinstance(error, OSError | EOFError | FloatingPointError | KeyboardInterrupt):
             problem = f"{type(error).__name__} {error}; the last checkpoint is of step {self.saved:,}"
             print(f"{SCRIPT}.py: {problem}\n  {self.resume_command}", file=sys.stderr)
@@ -1069,18 +1075,23 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
             with closing(make(args)) as env:
                 actions = env.action_space
                 if not isinstance(actions, gym.spaces.Box) or not np.issubdtype(actions.dtype, np.floating):
-                    raise TypeError(
-                        f"acts in {actions}, not in a Box of real numbers; for Discrete take ppo_discrete.py"
-                    )
+                    raise TypeError(f"acts in {actions}, no Box of real numbers; ppo_discrete.py is for Discrete")
                 env.reset(seed=0)
                 env.step(actions.sample())  # some values are no problem before
                 if env.render_mode:
                     env.render()
+        args = with_rollout(args, actions)
         envs = (EnvPool if args.vec == "envpool" else Environments)(args)
         if envs.observations.shape[1:] != env.observation_space.shape or envs.envs.single_action_space != actions:
+            envs.close()
             raise TypeError("evaluation does not have the spaces of training")
     except Exception as error:
         refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {error}")
+    return args, envs, actions
+
+
+def with_rollout(args: Args, actions: gym.spaces.Box) -> Args:
+    """With `num_steps`, if the minibatches divide a rollout and the run has one."""
     if args.num_steps is None:  # the more actions, the more samples it takes to tell which of them were good
         rollout = min(1024 + 512 * math.prod(actions.shape), 4096)
         unit = args.num_minibatches // math.gcd(args.num_envs, args.num_minibatches)
@@ -1091,7 +1102,7 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
         refuse(f"--num-minibatches {args.num_minibatches}: must divide {rollout} into parts of two or more")
     if args.total_timesteps < size:
         refuse(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {size} steps")
-    return args, envs, actions
+    return args
 
 
 def words_of(path: Path) -> list[str]:

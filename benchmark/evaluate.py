@@ -5,7 +5,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes.util import find_library
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,9 +41,9 @@ def share_at_bounds(action: np.ndarray, space: gym.Space) -> float:
 
 
 def play(
-    policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool, values: bool, bootstrap_terminated: bool
+    policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool, values: bool, bootstraps: Sequence[str]
 ) -> list[Episode]:
-    """An episode in each environment."""
+    """An episode in each environment; `bootstraps` names the ends after which values go on, "terminated", "truncated"."""
     observations = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
     episodes = [Episode(seed) for seed in seeds]
     running = list(range(len(envs)))
@@ -57,7 +57,7 @@ def play(
             episodes[i].at_bounds.append(share_at_bounds(action, envs[i].action_space))
             if values:
                 episodes[i].values.append(float(value))
-                if (terminated and bootstrap_terminated) or (truncated and not terminated):
+                if ("terminated" if terminated else "truncated" if truncated else None) in bootstraps:
                     episodes[i].values.append(float(policy.value(np.asarray(observations[i])[None])[0]))
             if terminated or truncated:
                 episodes[i].terminated = bool(terminated)
@@ -98,8 +98,17 @@ def to_gif(video: Path) -> Path:
     return video.with_suffix(".gif")
 
 
-def discount(config: dict, path: Path) -> float:
+def bootstraps(policy: Callable, config: dict) -> Sequence[str]:
+    """As the policy says; some scripts' policies do not say it yet."""
+    if hasattr(policy, "bootstraps"):
+        return policy.bootstraps
+    return ("terminated", "truncated") if config.get("bootstrap_terminated") else ("truncated",)
+
+
+def discount(policy: Callable, config: dict, path: Path) -> float:
     """That of this policy's critic, to within a rollout; with `final_gamma` it changes over the run."""
+    if hasattr(policy, "discount"):
+        return policy.discount
     if config.get("final_gamma") is None:
         return config["gamma"]
     done = torch.load(path, map_location="cpu", weights_only=True)["step"] / config["total_timesteps"]
@@ -191,7 +200,8 @@ def evaluate(
 ) -> None:
     """Play the policies of runs, each in the environment of its own evaluation, and print and keep the returns.
 
-    The script's copy in the run directory is what loads the policy, so forks are evaluated just as well. "At bounds" is
+    The script's copy in the run directory is what loads the policy, so forks are evaluated just as well. It is run for
+    that, so evaluate only runs whose script you trust. "At bounds" is
     the share of the actions' components that lie within a hundredth of their range of a bound.
 
     Args:
@@ -253,7 +263,7 @@ def evaluate(
         for first in range(0, len(seeds), side_by_side):
             some = seeds[first : first + side_by_side]
             envs = [module.make_eval_env(args, "human" if render else None) for _ in some]
-            played += play(chosen, envs, some, stochastic, analyze_value, run.config.get("bootstrap_terminated", False))
+            played += play(chosen, envs, some, stochastic, analyze_value, bootstraps(chosen, run.config))
             for env in envs:
                 env.close()
         returns = np.array([sum(episode.rewards) for episode in played])
@@ -274,7 +284,7 @@ def evaluate(
             print(f"  {path}" + (f"  {to_gif(path)}" if gif else ""))
         if analyze_value:
             path = output / f"{run.directory.name}-value.png"
-            gamma = discount(run.config, find_policy(run, policy))
+            gamma = discount(chosen, run.config, find_policy(run, policy))
             print(f"  explained variance {plot_values(run, played, gamma, path):.3f}  {path}")
     with (output / "episodes.csv").open("w", newline="") as file:
         writer = csv.writer(file)

@@ -48,6 +48,34 @@ class Mirror(gym.Env):
         return self.target, reward, False, self.t == 10, {}
 
 
+class Fates(gym.Env):
+    """Its observation tells all: the seed of its episode and the time. Pays the sum of what it is told to do, and more.
+
+    By their seed, episodes end by themselves, are cut, or both at once.
+    """
+
+    observation_space = gym.spaces.Box(0, np.inf, (2,))
+    action_space = gym.spaces.Box(np.float32([-1, 0]), np.float32([1, 4]))
+
+    @staticmethod
+    def end_of(seed: int) -> tuple[int, bool, bool]:
+        """After how many steps, whether it ends by itself, and whether it is cut."""
+        return 1 + seed * 7919 % 13, seed % 3 != 1, seed % 3 != 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.seed, self.t = seed % 1000, 0
+        return np.float32([self.seed, 0]), {}
+
+    def step(self, action):
+        length, terminated, truncated = self.end_of(self.seed)
+        assert self.action_space.contains(action) and self.t < length
+        self.t += 1
+        over = self.t == length
+        reward = float(action.sum()) + self.seed / 100 + self.t
+        return np.float32([self.seed, self.t]), reward, over and terminated, over and truncated, {}
+
+
 class Pair(Clock):
     observation_space = gym.spaces.Dict({"a": gym.spaces.Box(0, 1, (1,))})
 
@@ -203,6 +231,7 @@ gym.register("Ticks-v0", Ticks)
 gym.register("Echo-v0", Echo)
 gym.register("Signs-v0", Signs)
 gym.register("Mirror-v0", Mirror)
+gym.register("Fates-v0", Fates)
 gym.register("Pair-v0", Pair)
 gym.register("Bits-v0", Bits)
 gym.register("Endless-v0", Endless)

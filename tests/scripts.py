@@ -20,9 +20,9 @@ class Args:
     runs_dir: str = "runs"
     total_timesteps: int = 100
     learning_rate: float = 0.1
-    mood: str = (
-        "well"  # or: crash, hang, stubborn (hangs, ignores SIGTERM), killed (once), slow, slow-if-bad, full-disk
-    )
+    # or: crash, leave (with exit status 0, unfinished), hang, stubborn (hangs, ignores SIGTERM), killed (once), slow,
+    # slow-if-bad, full-disk
+    mood: str = "well"
     resume: str | None = None
 
 
@@ -49,6 +49,8 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if args.mood == "crash":
         raise RuntimeError("the critic is a divergent one")
+    if args.mood == "leave":
+        sys.exit(0)
     if args.mood == "full-disk":
         Path("/dev/full").write_text("rows")
     if args.mood in ("hang", "stubborn"):

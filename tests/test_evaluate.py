@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import gymnasium as gym
@@ -47,6 +48,29 @@ def test_it_plays_what_the_run_itself_evaluated(run, tmp_path):
     assert evaluate(run.directory, "--episodes", 3, "--policy", 1024, "-o", tmp_path) == 0
     earlier = run.table("evaluations")["return"][:3]
     np.testing.assert_allclose([float(row["return"]) for row in rows(tmp_path / "episodes.csv")], earlier, rtol=1e-4)
+
+
+def test_the_best_policy_need_not_be_the_last(run, tmp_path):
+    copy = tmp_path / run.directory.name
+    shutil.copytree(run.directory, copy)
+    shutil.copy(run.policies()[1024], copy / "best.pt")
+    table = run.table("evaluations")["return"]
+    for which, returns in (("best", table[:3]), ("last", table[3:])):
+        assert evaluate(copy, "--episodes", 3, "--policy", which, "-o", tmp_path) == 0
+        played = rows(tmp_path / "episodes.csv")
+        np.testing.assert_allclose([float(row["return"]) for row in played], returns, rtol=1e-4)
+        assert {row["policy"] for row in played} == {which}
+    assert np.abs(table[:3] - table[3:]).min() > 1e-3 * np.abs(table).max()
+
+
+def test_the_seeds_are_those_asked_for(run, tmp_path):
+    assert evaluate(run.directory, "--seeds", 10_002, 77, 10_001, "-o", tmp_path) == 0
+    played = rows(tmp_path / "episodes.csv")
+    assert [row["seed"] for row in played] == ["10002", "77", "10001"]
+    returns = [float(row["return"]) for row in played]
+    expected = run.table("evaluations")["return"]
+    assert returns[::2] == pytest.approx([expected[-1], expected[-2]], rel=1e-4)
+    assert returns[1] not in returns[::2]
 
 
 def test_stochastic_episodes_differ_and_repeat(run, tmp_path):
@@ -105,7 +129,8 @@ def test_a_risen_discount_is_what_values_are_compared_with(tmp_path):
     assert evaluate(run.directory, "--episodes", 1, "--analyze-value", "-o", tmp_path) == 0
     realised = [float(row["realised"]) for row in rows(tmp_path / f"{run.directory.name}-value.csv")]
     assert sum(realised) == pytest.approx(float(rows(tmp_path / "episodes.csv")[0]["return"]))
-    assert discount(run.config, run.policies()[1024]) == pytest.approx(1 - 0.1**0.5)  # half-way
+    policy = run.module().load_policy(run.policies()[1024])
+    assert discount(policy, run.config, run.policies()[1024]) == pytest.approx(1 - 0.1**0.5)  # half-way
 
 
 def test_realised_returns():
@@ -132,11 +157,9 @@ def test_a_fork_is_evaluated_by_its_own_copy(run, tmp_path):
     fork.mkdir()
     for path in run.directory.glob("*.*"):
         (fork / path.name).write_bytes(path.read_bytes())
-    source = (fork / "ppo_continuous.py").read_text()
-    changed = source.replace("return gym.make(", "return gym.wrappers.TransformReward(gym.make(", 1)
-    changed = changed.replace("disable_env_checker=True, **env_kwargs)", "**env_kwargs), lambda reward: 1.0)", 1)
-    assert changed != source
-    (fork / "ppo_continuous.py").write_text(changed)
+    with (fork / "ppo_continuous.py").open("a") as source:
+        source.write("make = make_eval_env\ndef make_eval_env(*args): ")
+        source.write("return gym.wrappers.TransformReward(make(*args), lambda reward: 1.0)\n")
     assert evaluate(fork, "--episodes", 2, "-o", tmp_path) == 0
     assert [float(row["return"]) for row in rows(tmp_path / "episodes.csv")] == [200.0, 200.0]
 

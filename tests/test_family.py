@@ -1,80 +1,104 @@
 """What scripts share is the same in all of them, to the byte."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
-SCRIPTS = sorted(path for path in Path(__file__).parent.parent.glob("*.py"))
+import pytest
 
-# Top-level functions and classes that differ on purpose, and why.
-DIFFERENT = {
-    "Args": "each algorithm has its own",
-    "train": "each algorithm has its own",
-    "check": "each algorithm has its own arguments to refuse",
-    "check_spaces": "each algorithm has its own spaces",
-    "Agent": "SAC has two critics, GRPO none, ppo_discrete.py a categorical policy, ppo_beta.py an encoder",
-    "log_prob": "each distribution has its own",
-    "ppo_loss": "the entropy of a categorical or a Beta policy depends on the state",
-    "Policy": "SAC's is squashed, and its value is the lower of two; that of ppo_discrete.py chooses",
-    "load_policy": "GRPO and SAC do not scale rewards; a Box has bounds, discrete actions have first choices and sizes",
-    "Batch": "GRPO has no critic; the Beta policy keeps what its rollout's policy expected",
-    "make_eval_env": "ppo_beta.py sees images too, ppo_atari_cnn.py games",
-    "make_train_env": "ppo_beta.py sees images too",
-    "make_envpool": "ppo_beta.py sees images too",
-    "Frames": "ppo_beta.py's are an environment's images, ppo_atari_cnn.py's as the emulator makes them",
-    "Environments": "ppo_atari_cnn.py plays the emulator's own vector environment",
-    "check_environments": "ppo_atari_cnn.py plays the emulator's own vector environment",
-    "update": "each algorithm has its own",
-    "compile_update": "the updates take different arguments",
-}
+from tools import family
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(ROOT.glob("*.py"))
+
+SOURCE = '''import math
+
+LIMIT = 3
 
 
-def blocks(source: str) -> dict[str, str]:
-    """The source of each top-level function and class, decorators included."""
-    found = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            found[node.name] = "\n".join(source.split("\n")[first - 1 : node.end_lineno])
-    return found
+class Args:
+    clip_coef: float = 0.2
 
 
-def differences(sources: dict[str, str]) -> list[str]:
-    """Names that stand for different blocks in different scripts, without being on the list."""
-    versions: dict[str, dict[str, str]] = {}
-    for script, source in sources.items():
-        for name, block in blocks(source).items():
-            versions.setdefault(name, {})[script] = block
-    return [name for name, found in versions.items() if name not in DIFFERENT and len(set(found.values())) > 1]
+@cached
+def shared(x: int) -> int:
+    """Long."""
+    return x + LIMIT
+
+
+def own(x):
+    return math.pi
+
+
+if __name__ == "__main__":
+    shared(1)
+'''
 
 
 def test_shared_blocks_are_identical():
-    assert differences({path.name: path.read_text() for path in SCRIPTS}) == []
+    result = subprocess.run([sys.executable, ROOT / "tools" / "family.py", "--check"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_what_follows_the_algorithm_is_one_text():
-    tails = [path.read_text().partition("# From here on every script is the same.")[2] for path in SCRIPTS]
-    assert tails[0].rstrip().endswith("train(interrupts=catch_interrupts(), args=parse())")
-    assert len(set(tails)) == 1
-
-
-def test_a_changed_block_is_noticed():
-    source = (SCRIPTS[0]).read_text()
-    assert differences({"a.py": source, "b.py": source}) == []
-    changed = source.replace("beta1: float = 0.9", "beta1: float = 0.8").replace(
-        "    clip_coef: float", "    clip: float"
-    )
-    assert differences({"a.py": source, "b.py": changed}) == ["Learner"]
+def test_every_script_belongs_to_a_family():
+    assert {path.name for path in SCRIPTS} == {
+        name for source, others in family.FAMILIES.items() for name in (source, *others)
+    }
 
 
 def test_every_exception_is_about_a_block():
-    names = {name for path in SCRIPTS for name in blocks(path.read_text())}
-    assert set(DIFFERENT) <= names
+    names = {name for path in SCRIPTS for name in family.blocks(path.read_text())}
+    assert set(family.DIFFERENT) <= names
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [
+        ("x + LIMIT", "x - LIMIT", "shared"),
+        ("x: int", "x: float", "shared"),
+        ("@cached", "@lru_cache", "shared"),
+        ("LIMIT = 3", "LIMIT = 4", "LIMIT"),
+    ],
+)
+def test_a_changed_block_is_noticed_and_copied(old, new, name):
+    changed = SOURCE.replace(old, new)
+    assert changed != SOURCE and family.differences(SOURCE, SOURCE) == {}
+    assert family.differences(SOURCE, changed).keys() == {name}
+    assert family.updated(SOURCE, changed) == SOURCE
+
+
+def test_what_is_not_shared_is_left_alone():
+    other = SOURCE.replace("0.2", "0.3").replace("def own(x):\n    return math.pi", "def mine(x):\n    return 7")
+    assert family.differences(SOURCE, other) == {} and family.updated(SOURCE, other) == other
+    longer = other.replace("    return x + LIMIT", "    y = x\n\n    return y")
+    assert family.updated(SOURCE, longer) == other
+
+
+def test_it_says_what_differs_and_copies_only_without_check(tmp_path, monkeypatch, capsys):
+    changed = SOURCE.replace("x + LIMIT", "x - LIMIT")
+    (tmp_path / "a.py").write_text(SOURCE)
+    (tmp_path / "b.py").write_text(changed)
+    monkeypatch.setattr(family, "ROOT", tmp_path)
+    monkeypatch.setattr(family, "FAMILIES", {"a.py": ["b.py"]})
+
+    def status(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["family.py", *words])
+        with pytest.raises(SystemExit) as stop:
+            family.main()
+        return int(stop.value.code)
+
+    assert status("--check") == 1 and (tmp_path / "b.py").read_text() == changed
+    assert capsys.readouterr().out == "b.py: shared is not that of a.py\n"
+    assert status() == 0 and (tmp_path / "b.py").read_text() == SOURCE
+    assert capsys.readouterr().out == "b.py: shared copied from a.py\n"
+    assert status("--check") == 0 and capsys.readouterr().out == ""
 
 
 def test_scripts_import_nothing_of_ours():
+    ours = {"benchmark", "tests", "tools", "examples", *(path.stem for path in SCRIPTS)}
     for path in SCRIPTS:
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            ours = {"benchmark", "tests", *(other.stem for other in SCRIPTS)}
             assert not ours & {module.split(".")[0] for module in modules}, path.name

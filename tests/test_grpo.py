@@ -381,6 +381,21 @@ def test_the_reference_stays_for_some_iterations_and_holds_the_policy_back(small
     assert [float(row["kl_coef"]) for row in adapting] == pytest.approx([1.5**n for n in range(5)])
 
 
+def test_the_reference_sees_observations_as_it_did_when_it_played(small):
+    """Its parameters are those of the policy here; until the next reference, it is the normaliser that differs."""
+    args = replace(small, env_id="tests.envs:Mirror-v0", max_episode_steps=10, num_evals=0, total_timesteps=480)
+    progress = rows(train(replace(args, learning_rate=1e-12, ref_update_every=3)), "progress")
+    away = [float(row["reference_kl"]) for row in progress]
+    assert len(away) == 4 and max(away[0], away[3]) < 1e-8 and min(away[1:3]) > 1e-6
+
+
+def test_the_policys_deviation_has_a_floor(small):
+    args = replace(small, env_id="tests.envs:Mirror-v0", max_episode_steps=10, num_evals=0, total_timesteps=480)
+    run = train(replace(args, learning_rate=0.02, log_std_init=-0.5, log_std_min=-0.51))
+    log_std = torch.load(run / "checkpoint.pt", weights_only=True)["agent"]["log_std"]
+    assert log_std.min() == np.float32(-0.51)
+
+
 def test_an_update_ends_once_it_went_too_far(small):
     args = replace(small, **PENDULUM, num_evals=0, total_timesteps=240, learning_rate=0.1)
     assert rows(train(args), "progress")[0]["updates"] == "16"  # 2 epochs of 240 steps

@@ -412,6 +412,18 @@ def test_actions_are_random_until_learning_starts(small):
     assert np.abs(counts - actions.shape[1] * 250).max() < 90
 
 
+def test_actions_are_then_drawn_from_the_policy(small):
+    """As it is all along, with steps that are too small to change it."""
+    run = train(replace(small, learning_rate=1e-12, total_timesteps=1000, num_evals=0, buffer_size=2000))
+    observations, actions, *_, between = load(run)["buffer"]["rings"]
+    policy = load_policy(run / "checkpoint.pt")
+    before = observations[between[128:, 0].long()].numpy().reshape(-1, 2, 2)
+    mean, log_std = sac.gaussian(policy.agent.actor(policy.input(before)))
+    deviations = ((actions[128:].atanh() - mean) / log_std.exp()).detach()
+    assert len(deviations) == 872 and deviations.std(0).numpy() == pytest.approx(np.ones(4), abs=0.1)
+    assert deviations.mean(0).numpy() == pytest.approx(np.zeros(4), abs=0.15)
+
+
 def test_evaluations_come_at_their_own_steps(small):
     run = train(replace(small, total_timesteps=700, num_evals=7, checkpoint_every=256))
     assert [row["step"] for row in rows(run, "evaluations")][:: small.eval_episodes] == [

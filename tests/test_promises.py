@@ -1,0 +1,727 @@
+"""What every script promises: of its results, of its policies, of what it leaves on disk and of what it refuses."""
+
+import contextlib
+import csv
+import dataclasses
+import importlib
+import json
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from tests.marks import needs_compiler
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclasses.dataclass
+class Row:
+    """What the tests need to know of a script. Settings are fields of its Args."""
+
+    small: dict  # a run of a second in tests.envs, with several rollouts and checkpoints
+    killed: dict[str, dict]  # environments in which it is killed and resumed
+    played: str  # one whose evaluations are played again
+    filmed: str  # one that is filmed
+    clock: dict | None  # a run in which the critic learns the values of Clock-v0; None where there is no critic
+    mistakes: dict[str, str]  # its own, and what has to be said of them
+
+
+SCRIPTS = {
+    "ppo_continuous": Row(
+        small={
+            "env_id": "tests.envs:Mirror-v0",
+            "total_timesteps": 1024,
+            "num_envs": 4,
+            "num_steps": 32,
+            "num_minibatches": 4,
+            "update_epochs": 2,
+        },
+        killed={
+            "HalfCheetah-v4": {"num_envs": 2, "total_timesteps": 3072},
+            "Hopper-v4": {"total_timesteps": 4096},
+            "LunarLander-v3": {"total_timesteps": 4096, "env_kwargs": '{"continuous": true}'},
+            "BipedalWalker-v3": {"num_envs": 2, "total_timesteps": 2048, "eval_episodes": 1, "num_evals": 1},
+        },
+        played="HalfCheetah-v4",
+        filmed="Pendulum-v1",
+        clock={
+            "total_timesteps": 9600,
+            "num_envs": 8,
+            "num_steps": 40,
+            "gamma": 0.9,
+            "learning_rate": 3e-3,
+            "lr_schedule": "constant",
+            "vf_coef": 1.0,
+            "update_epochs": 8,
+            "norm_obs": False,
+        },
+        mistakes={
+            "--env-id CartPole-v1": "--env-id CartPole-v1: acts in Discrete(2)",
+            "--env-id tests.envs:Bits-v0": "MultiBinary(3)",
+            "--env-id tests.envs:Whole-v0": "real numbers",
+            "--num-steps 0": "--num-steps 0: must be at least 1",
+            "--vec async --num-envs 3 --num-steps 100": "3 x 100 = 300 steps",
+            "--num-minibatches 7 --num-steps 16": "--num-minibatches 7",
+            "--total-timesteps 100": "--total-timesteps 100: must be at least one rollout, 4096 steps",
+            "--gamma 1.5": "--gamma 1.5: must be between 0 and 1",
+            "--gae-lambda -0.1": "--gae-lambda",
+            "--clip-coef 0": "--clip-coef 0",
+            "--ent-coef -0.1": "--ent-coef",
+            "--target-kl 0": "--target-kl",
+            "--log-std-init nan": "--log-std-init",
+            "--actor-sizes 64 0": "--actor-sizes",
+        },
+    )
+}
+# Of every script: what is wrong, and what has to be said of it.
+MISTAKES = {
+    "--env-id HalfCheeta-v4": "--env-id HalfCheeta-v4",
+    "--env-id HalfCheetah-v9": "`v9`",
+    "--env-id nowhere:Thing-v0": "--env-id nowhere:Thing-v0",
+    "--env-kwargs [1]": "--env-kwargs [1]: must be JSON",
+    "--env-kwargs {'a':1}": "--env-kwargs {'a':1}: must be JSON",
+    '--env-kwargs {"wings":2}': '--env-kwargs {"wings":2}',
+    '--eval-env-kwargs {"wings":2}': '--eval-env-kwargs {"wings":2}',
+    "--seed 3000000000": "--seed 3000000000: must be between 0 and 2147483647",
+    "--seed -1": "--seed -1",
+    "--num-envs 0": "--num-envs 0: must be",
+    "--total-timesteps nan": "--total-timesteps nan",
+    "--checkpoint-every 0": "--checkpoint-every 0",
+    "--learning-rate -1": "--learning-rate -1.0: must be above 0",
+    "--learning-rate nan": "--learning-rate nan",
+    "--learning-rate fast": "Error parsing --learning-rate",
+    "--lerning-rate 1": "Perhaps you meant: --learning-rate",
+    "--lr-schedule steep": "--lr-schedule",
+    "--vec threads": "--vec",
+    "--num-evals -1": "--num-evals -1",
+    "--eval-episodes 0": "--eval-episodes 0",
+    "--threads 0": "--threads 0",
+    "--device cuda": "--device cuda: torch finds no CUDA device",
+    "--vec envpool": "--vec: envpool is not installed; pip install envpool",
+    "--track": "--track: wandb is not installed; pip install wandb",
+    "--runs-dir /dev/null/runs": "--runs-dir /dev/null/runs",
+    "--resume .": "--resume .: is no run of",
+    "--config nowhere.yaml": "nowhere.yaml",
+}
+
+
+class Script:
+    """A script with its row of the table. What is not said of a run's arguments is as in its `small` one."""
+
+    def __init__(self, name: str, folder: Path):
+        self.name, self.row, self.runs = name, SCRIPTS[name], folder / "runs"
+        self.module: ModuleType = importlib.import_module(name)
+        self.path = Path(self.module.__file__)
+
+    def args(self, **settings: object) -> object:
+        usual = {"num_evals": 2, "eval_episodes": 2, "checkpoint_every": 256, "compile": False}
+        return self.module.Args(**usual | self.row.small | {"runs_dir": str(self.runs)} | settings)
+
+    def words(self, **settings: object) -> list[str]:
+        """The same as a command line."""
+        words = []
+        for name, value in vars(self.args(**settings)).items():
+            if value != getattr(self.module.Args, name):
+                flag = name.replace("_", "-")
+                values = () if isinstance(value, bool) else value if isinstance(value, tuple) else (value,)
+                words += [f"--no-{flag}" if value is False else f"--{flag}", *map(str, values)]
+        return words
+
+    def train(self, *words: str, interrupts: Iterable[int] = (), **settings: object) -> Path:
+        args = self.module.parse(list(words)) if words else self.args(**settings)
+        return self.module.train(args, interrupts=interrupts)
+
+    def stop_after_a_rollout(self, *words: str, **settings: object) -> Path:
+        interrupts, write = [], self.module.Run.write
+
+        def write_and_interrupt(run: object, table: str, rows: list[dict]) -> None:
+            write(run, table, rows)
+            if table == "progress":
+                interrupts.append(signal.SIGINT)
+
+        with mock.patch.object(self.module.Run, "write", write_and_interrupt), pytest.raises(SystemExit, match="130"):
+            self.train(*words, interrupts=interrupts, **settings)
+        return only(self.runs)
+
+    def refuse(self, capsys: pytest.CaptureFixture, *words: str) -> str:
+        """What is said of a mistake: a box by tyro, or a line by the script."""
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            self.train(*words)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        line = error.startswith(f"{self.name}.py: ") and error.count("\n") == 1
+        assert line or "For full helptext" in error, error
+        return " ".join(error.replace("│", " ").split())
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request, tmp_path) -> Script:
+    return Script(request.param, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished_runs(tmp_path_factory) -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture
+def finished(script, finished_runs, tmp_path_factory) -> Path:
+    """A finished run, of which every test has its own copy."""
+    if script.name not in finished_runs:
+        finished_runs[script.name] = script.train(runs_dir=str(tmp_path_factory.mktemp(script.name)))
+    return Path(shutil.copytree(finished_runs[script.name], script.runs / "copy"))
+
+
+def with_each(field: str) -> pytest.MarkDecorator:
+    """Runs a test with each script and each key in that field of its row."""
+    cases = [(name, key) for name, row in SCRIPTS.items() for key in getattr(row, field) or ()]
+    return pytest.mark.parametrize(("script", field), cases, indirect=["script"])
+
+
+def only(runs: Path) -> Path | None:
+    """The run directory, if there is one."""
+    found = [path for path in runs.glob("*") if not path.name.startswith(".")]
+    assert len(found) <= 1
+    return found[0] if found else None
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def rows(run: Path, table: str) -> list[dict[str, str]]:
+    """Without what the clock has measured."""
+    with (run / f"{table}.csv").open() as file:
+        return [
+            {name: value for name, value in row.items() if name not in ("wall_time", "sps") and "seconds" not in name}
+            for row in csv.DictReader(file)
+        ]
+
+
+def flat(state: object, path: str = "") -> Iterable[tuple[str, object]]:
+    """Everything in a nested state, by its place."""
+    if isinstance(state, dict | list | tuple):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from flat(value, f"{path}/{key}")
+    else:
+        yield path, state.numpy().tobytes() if isinstance(state, torch.Tensor) else state
+
+
+def same(a: Path, b: Path) -> bool:
+    """The whole state of training and the episodes, bit for bit; how the run was watched and timed may differ."""
+    states = []
+    for run in (a, b):
+        state = load(run / "checkpoint.pt")
+        for name in ("args", "sizes"):
+            del state[name]
+        for name in ("seconds", "evaluation", "best"):
+            del state["progress"][name]
+        states.append(dict(flat(state)))
+    return states[0] == states[1] and rows(a, "episodes") == rows(b, "episodes")
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+def test_the_seed_decides_and_watching_changes_nothing(script):
+    first = script.train()
+    assert same(first, script.train())
+    assert same(first, script.train(num_evals=0))
+    assert same(first, script.train(num_evals=8, eval_episodes=3))
+    assert same(first, script.train(checkpoint_every=1))
+    other = script.train(seed=2)
+    assert not same(first, other)
+    weights = [load(run / "checkpoint.pt")["agent"] for run in (first, other)]
+    assert all(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if name.endswith("0.weight"))
+
+
+def test_async_steps_like_sync(script):
+    assert same(script.train(), script.train(vec="async"))
+
+
+def test_filming_changes_nothing_and_shows_the_best_episode(script, monkeypatch):
+    from moviepy import VideoFileClip
+
+    seeds, play = [], script.module.play
+    settings = {"env_id": script.row.filmed, "num_evals": 1}
+    plain = script.train(**settings)
+    monkeypatch.setattr(script.module, "play", lambda *arguments: (seeds.append(arguments[-1]), play(*arguments))[1])
+    run = script.train(**settings, capture_video=True)
+    assert same(run, plain) and rows(run, "evaluations") == rows(plain, "evaluations")
+    assert [path.name for path in (run / "videos").iterdir()] == ["step-000001024.mp4"]
+    best = max(rows(run, "evaluations"), key=lambda row: float(row["return"]))
+    assert len(seeds) == 3 and seeds[-1] == int(best["seed"])
+    with VideoFileClip(str(run / "videos" / "step-000001024.mp4")) as clip:
+        assert abs(clip.n_frames - int(best["length"])) <= 1 and clip.get_frame(1).std() > 5
+
+
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("name", [name for name, row in SCRIPTS.items() if row.clock])
+def test_truncation_bootstraps_and_termination_does_not(tmp_path, name, cut):
+    script = Script(name, tmp_path)
+    settings = {"env_id": "tests.envs:Clock-v0", "env_kwargs": json.dumps({"cut": cut}), "num_evals": 0}
+    policy = script.module.load_policy(script.train(**settings | script.row.clock) / "checkpoint.pt")
+    t = np.arange(20)
+    bootstraps = ("truncated" if cut else "terminated") in policy.bootstraps
+    expected = (1 - policy.discount ** (np.inf if bootstraps else 20 - t)) / (1 - policy.discount)
+    np.testing.assert_allclose(policy.value(t[:, None] / 20), np.broadcast_to(expected, 20), atol=0.5)
+
+
+def test_what_is_not_finite_stops_the_run(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.train(env_kwargs='{"breaks": 150}', eval_env_kwargs='{"breaks": null}')
+    assert stop.value.code == 1
+    output = capsys.readouterr()
+    run = only(script.runs)
+    saved = load(run / "checkpoint.pt")
+    said = output.out + output.err
+    assert "not finite" in said and f"the last checkpoint is of step {saved['step']}" in said
+    assert not (run / "result.json").exists() and 0 < saved["step"] < 640
+    assert all(value.isfinite().all() for value in saved["agent"].values())
+
+
+# ------------------------------------------------------------------------------------------------------------ resume
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts processes that have imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro", "mujoco", *SCRIPTS])
+    multiprocessing.forkserver.ensure_running()
+    return context.Process
+
+
+def run_in_process(name: str, words: list[str], dies_at: int | None = None) -> None:
+    """Trains; is killed at its so-many-th operation on files that has to be safe."""
+    operations = 0
+
+    def deadly(operation):
+        def wrapped(*arguments, **keywords):
+            nonlocal operations
+            operations += 1
+            if operations == dies_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(*arguments, **keywords)
+
+        return wrapped
+
+    if dies_at:
+        for operation in ("fsync", "replace", "rename", "link", "unlink", "truncate"):
+            setattr(os, operation, deadly(getattr(os, operation)))
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        module = importlib.import_module(name)
+        module.train(module.parse(words))
+
+
+@with_each("killed")
+def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_were_not(script, killed, processes):
+    settings = {"env_id": killed, "checkpoint_every": 500} | script.row.killed[killed]
+    started = time.monotonic()
+    undisturbed = script.train(**settings | {"runs_dir": str(script.runs / "undisturbed")})
+    seconds = time.monotonic() - started
+
+    runs = script.runs / "killed"
+    words, kills = script.words(**settings | {"runs_dir": str(runs)}), 0
+    for moment in np.random.default_rng(zlib.crc32(killed.encode())).uniform(0.1, 0.5, 4) * seconds:
+        process = processes(target=run_in_process, args=(script.name, words))
+        process.start()
+        process.join(moment)
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        if run := only(runs):
+            words = ["--resume", str(run)]
+    assert kills and script.train(*words) == run
+    assert same(undisturbed, run)
+    for table in ("evaluations", "progress"):
+        assert rows(undisturbed, table) == rows(run, table)
+
+
+def test_a_run_may_be_killed_at_any_operation_on_its_files(script, processes):
+    settings = {"num_evals": 4, "checkpoint_every": 512}
+    undisturbed = script.train(**settings, runs_dir=str(script.runs / "undisturbed"))
+    runs = script.runs / "killed"
+    words, number, died, policies = script.words(**settings, runs_dir=str(runs)), 0, True, set()
+    while died:
+        number += 1
+        process = processes(target=run_in_process, args=(script.name, words, number))
+        process.start()
+        process.join()
+        died = process.exitcode == -signal.SIGKILL
+        assert died or process.exitcode == 0
+        if run := only(runs):
+            assert (run / "result.json").exists() is not died
+            before, policies = policies, {path for path in run.rglob("*.pt") if "checkpoint" not in path.name}
+            assert before <= policies and all(load(path)["step"] for path in policies)
+            words = ["--resume", str(run)]
+    assert number > 10 and same(undisturbed, run) and rows(undisturbed, "evaluations") == rows(run, "evaluations")
+    assert not list(run.rglob("*.unfinished"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"compile": True}, marks=needs_compiler, id="compiled"),
+        pytest.param({"vec": "async"}, id="async"),
+        pytest.param({"vec": "async", "compile": True}, marks=needs_compiler, id="async-compiled"),
+    ],
+)
+def test_a_run_that_is_stopped_twice_ends_as_if_it_were_not(script, settings, capsys):
+    settings = {"env_id": script.row.played} | settings
+    undisturbed = script.train(**settings | {"num_evals": 0, "runs_dir": str(script.runs / "undisturbed")})
+    script.runs /= "stopped"
+    run = script.stop_after_a_rollout(**settings)
+    script.stop_after_a_rollout("--resume", str(run))
+    assert "cannot restore" not in capsys.readouterr().out
+    assert same(undisturbed, script.train("--resume", str(run)))
+
+
+def test_a_finished_run_that_is_resumed_is_finished_again(script, finished):
+    before = contents(finished)
+    assert script.train("--resume", str(finished)) == finished
+    after = contents(finished)
+    for name in ("checkpoint.pt", "episodes.csv", "progress.csv", "evaluations.csv", "best.pt"):
+        assert after[finished / name] == before[finished / name]
+    old, new = (json.loads(files[finished / "result.json"]) for files in (before, after))
+    assert all(new[name] == old[name] for name in ("steps", "evaluation", "best", "training_return"))
+
+
+def test_a_finished_run_that_has_lost_its_end_is_unfinished_until_it_is_there_again(script, finished):
+    (finished / "checkpoint.previous.pt").replace(finished / "checkpoint.pt")
+    script.stop_after_a_rollout("--resume", str(finished))
+    assert not (finished / "result.json").exists()
+
+
+def wait_for(condition, seconds: float = 60) -> object:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on_and_is_nobody_elses_until_then(script, number, capsys):
+    words = [sys.executable, str(script.path), *script.words(total_timesteps=1e6, checkpoint_every=1e6, num_evals=0)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            wait_for(lambda: list(script.runs.glob("[!.]*/progress.csv")))
+            run = only(script.runs)
+            process.send_signal(signal.SIGSTOP)
+            wait_for(lambda: Path(f"/proc/{process.pid}/stat").read_text().split()[2] == "T")
+            before = contents(run)
+            assert "another process" in script.refuse(capsys, "--resume", str(run))
+            assert contents(run) == before
+            process.send_signal(number)
+            process.send_signal(signal.SIGCONT)
+            output, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + number and not errors and not (run / "result.json").exists()
+    _, said, command = output.partition("continue with\n")
+    assert said and shlex.split(command) == ["python", str(script.path), "--resume", str(run)]
+    steps = [int(row["step"]) for row in rows(run, "progress")]
+    assert load(run / "checkpoint.pt")["step"] == steps[-1]
+    script.stop_after_a_rollout("--resume", str(run))
+    assert [int(row["step"]) for row in rows(run, "progress")] == [*steps, steps[-1] + steps[0]]
+
+
+DAMAGES = {
+    "cut": lambda good: good[: len(good) // 2],
+    "zeros": lambda good: good[:3000] + bytes(200) + good[3200:],
+    "flipped": lambda good: good[:20_000] + bytes(255 - byte for byte in good[20_000:20_200]) + good[20_200:],
+    "empty": lambda _: b"",
+    "gone": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(script, finished, damage, capsys):
+    undisturbed = Path(shutil.copytree(finished, script.runs / "undisturbed"))
+    checkpoint = finished / "checkpoint.pt"
+    good = checkpoint.read_bytes()
+    checkpoint.unlink()
+    if DAMAGES[damage]:
+        checkpoint.write_bytes(DAMAGES[damage](good))
+    script.train("--resume", str(finished))
+    error = capsys.readouterr().err
+    assert "checkpoint.pt is torn or missing" in error and error.count("\n") == 1
+    assert same(undisturbed, finished) and (finished / "result.json").exists()
+    assert rows(undisturbed, "evaluations") == rows(finished, "evaluations")
+
+
+def edit_config(**changes: object):
+    def edit(run: Path) -> None:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(yaml.safe_dump(config | changes))
+
+    return edit
+
+
+def edit_checkpoint(change):
+    def edit(run: Path) -> None:
+        state = load(run / "checkpoint.pt")
+        change(state)
+        torch.save(state, run / "checkpoint.pt")
+
+    return edit
+
+
+def each(pattern: str, change):
+    def edit(run: Path) -> None:
+        for path in run.glob(pattern):
+            change(path)
+
+    return edit
+
+
+# What makes a run one that cannot be resumed, and what has to be said of it.
+SPOILT = {
+    "both checkpoints torn": (each("checkpoint*.pt", lambda path: path.write_bytes(b"PK")), "torn or missing"),
+    "both checkpoints gone": (each("checkpoint*.pt", Path.unlink), "torn or missing"),
+    "a table too short": (each("episodes.csv", lambda path: path.write_text("step\n")), "episodes.csv is shorter"),
+    "a table gone": (each("evaluations.csv", Path.unlink), "evaluations.csv is shorter"),
+    "another seed": (edit_config(seed=7), "--seed is 1 in checkpoint.pt and cannot become 7"),
+    "another rate": (edit_config(learning_rate=0.5), "cannot become 0.5"),
+    "no arguments": (each("config.yaml", lambda path: path.write_text("")), "is no file of arguments"),
+    "no YAML": (each("config.yaml", lambda path: path.write_text("{")), "is no file of arguments"),
+    "an unknown argument": (edit_config(wings=2), "--wings"),
+    "a wrong value": (edit_config(learning_rate="quick"), "--learning-rate"),
+    "no script": (each("*.py", Path.unlink), "is no run of"),
+    "another script's checkpoint": (edit_checkpoint(lambda state: state.update(script="other")), "--script is other"),
+    "another environment's": (edit_checkpoint(lambda state: state["args"].update(env_id="A-v0")), "--env-id is A-v0"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_spoilt_run_is_refused_and_left_alone(script, finished, case, capsys):
+    spoil, told = SPOILT[case]
+    spoil(finished)
+    before = contents(finished)
+    for _ in range(2):
+        assert told in script.refuse(capsys, "--resume", str(finished))
+    assert contents(finished) == before
+
+
+def test_what_may_not_differ_from_the_run_is_refused(script, finished, capsys):
+    before = contents(finished)
+    for flag, value in (("--learning-rate", "1.0"), ("--env-id", script.row.filmed), ("--seed", "2")):
+        assert f"{flag} is" in script.refuse(capsys, "--resume", str(finished), flag, value)
+    assert contents(finished) == before
+
+
+# ---------------------------------------------------------------------------------------------------------- policies
+
+
+def returns_again(module: ModuleType, run: Path, checkpoint: str, seeds: list[int]) -> list[str]:
+    """Those of a loaded policy, as the table writes them."""
+    args = module.Args(**yaml.safe_load((run / "config.yaml").read_text()))
+    policy, returns = module.load_policy(run / checkpoint), []
+    for seed in seeds:
+        with contextlib.closing(module.make_eval_env(args)) as env:
+            (observation, _), total, over = env.reset(seed=seed), 0.0, False
+            while not over:
+                observation, reward, terminated, truncated, _ = env.step(policy(observation))
+                total, over = total + float(reward), terminated or truncated
+        returns.append(str(total))
+    return returns
+
+
+def test_a_loaded_policy_has_exactly_the_returns_of_its_evaluation(script):
+    run = script.train(env_id=script.row.played, num_evals=3)
+    table = rows(run, "evaluations")
+    steps = {f"policies/step-{step:09d}.pt": step for step in {int(row["step"]) for row in table}}
+    steps |= {name: load(run / name)["step"] for name in ("best.pt", "checkpoint.pt")}
+    assert len(steps) == 5 and len({row["return"] for row in table}) == 6
+    for name, step in steps.items():
+        chosen = [row for row in table if int(row["step"]) == step]
+        again = returns_again(script.module, run, name, [int(row["seed"]) for row in chosen])
+        assert again == [row["return"] for row in chosen], name
+
+    code = f"import sys; sys.path.insert(0, {str(run)!r}); import {script.name} as module; from pathlib import Path\n"
+    code += "from tests.test_promises import returns_again\n"
+    code += f"print(module.__file__, *returns_again(module, Path({str(run)!r}), 'best.pt', [10_000, 10_001]))"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    best = [row["return"] for row in table if int(row["step"]) == steps["best.pt"]]
+    assert said.split() == [str(run / f"{script.name}.py"), *best]
+
+
+def test_a_policy_takes_an_observation_or_a_batch_and_nothing_else(script, finished):
+    with contextlib.closing(script.module.make_eval_env(script.args())) as env:
+        space, actions = env.observation_space, env.action_space
+    space.seed(0)
+    observations = np.array([space.sample() for _ in range(17)])
+    policy = script.module.load_policy(finished / "best.pt")
+    alone = [policy(observation) for observation in observations]
+    assert all(action in actions for action in alone)
+    for size in (1, 2, 3, 4, 5, 8, 16, 17):
+        assert np.array_equal(policy(observations[:size]), alone[:size])
+        assert np.array_equal(policy(observations[-size:]), alone[-size:])
+    for wrong in (0.0, observations[0].ravel()[:1], observations[None], observations[..., None], observations[..., :1]):
+        with pytest.raises(ValueError, match="must be"):
+            policy(wrong)
+    assert 0 <= policy.discount <= 1 and set(policy.bootstraps) <= {"truncated", "terminated"}
+
+
+def test_a_sample_varies_and_the_policy_does_not(script, finished):
+    with contextlib.closing(script.module.make_eval_env(script.args())) as env:
+        observation = env.reset(seed=0)[0]
+    policy = script.module.load_policy(finished / "checkpoint.pt")
+    assert np.array_equal(policy(observation), policy(observation))
+    samples = np.array([policy(observation, sample=True) for _ in range(20)])
+    assert len(np.unique(samples, axis=0)) > 1
+
+
+@pytest.mark.parametrize(
+    ("means", "best"), [([1, 5, 2, 3], 1), ([1, np.nan, 5, np.nan], 2), ([np.nan, 5, 2, 3], 1), ([3, 3, 2, 1], 0)]
+)
+def test_the_best_policy_is_that_of_the_best_evaluation(script, monkeypatch, means, best):
+    returns = iter(means)
+    monkeypatch.setattr(script.module, "play", lambda policy, env, seed: (float(next(returns)), 1))
+    run = script.train(num_evals=4, eval_episodes=1)
+    policies = [load(path) for path in sorted((run / "policies").iterdir())]
+    kept = load(run / "best.pt")
+    assert [dict(flat(kept)) == dict(flat(policy)) for policy in policies] == [n == best for n in range(4)]
+    result = json.loads((run / "result.json").read_text())
+    assert result["best"]["mean"] == means[best] and result["best"]["step"] == kept["step"]
+
+
+def test_a_policy_that_was_never_a_number_is_no_best_one(script, monkeypatch):
+    monkeypatch.setattr(script.module, "play", lambda policy, env, seed: (float("nan"), 1))
+    run = script.train()
+    assert (run / "result.json").exists() and not (run / "best.pt").exists()
+
+
+# ------------------------------------------------------------------------------------------------ what a run leaves
+
+
+def test_what_a_run_leaves(script):
+    run = script.train()
+    args = script.args()
+    env_id = args.env_id.replace(":", "-")
+    assert run.name.startswith(f"{env_id}__{script.name}__1__") and run.parent == script.runs
+    assert {path.name for path in script.runs.iterdir()} == {run.name}
+    assert (run / script.path.name).read_bytes() == script.path.read_bytes()
+    assert script.module.Args(**yaml.safe_load((run / "config.yaml").read_text())).env_id == args.env_id
+    told = {"command", "git_commit", "git_dirty", "packages", "host", "device", "started"}
+    assert told <= json.loads((run / "meta.json").read_text()).keys()
+
+    episodes, evaluations, progress = (rows(run, table) for table in ("episodes", "evaluations", "progress"))
+    assert list(episodes[0]) == ["step", "return", "length"] and all(row["length"] == "10" for row in episodes)
+    assert len(episodes) == 1024 // 40 * 4 and episodes[0]["step"] == "40"
+    assert list(evaluations[0]) == ["step", "episode", "seed", "return", "length"]
+    assert [(row["step"], row["episode"], row["seed"]) for row in evaluations] == [
+        (step, episode, seed) for step in ("512", "1024") for episode, seed in (("0", "10000"), ("1", "10001"))
+    ]
+    assert progress[-1]["step"] == "1024" and len(progress) > 2
+    assert {"wall_time", "sps", "seconds_stepping", "seconds_acting", "seconds_updating"} <= set(
+        (run / "progress.csv").read_text().split("\n")[0].split(",")
+    )
+    result = json.loads((run / "result.json").read_text())
+    last = [float(row["return"]) for row in evaluations[2:]]
+    assert result["steps"] == 1024 and result["evaluation"] == {
+        "step": 1024,
+        "mean": np.mean(last),
+        "std": np.std(last),
+    }
+    assert result["training_return"] == pytest.approx(np.mean([float(row["return"]) for row in episodes[-100:]]))
+    assert sorted(path.name for path in (run / "policies").iterdir()) == ["step-000000512.pt", "step-000001024.pt"]
+    assert str(run) in (run / "run.log").read_text() and list(run.glob("events.out.tfevents*"))
+    assert {"checkpoint.pt", "checkpoint.previous.pt", "best.pt"} <= {path.name for path in run.iterdir()}
+    assert not list(run.rglob("*.unfinished")) and not list(run.rglob("*.next*"))
+
+
+def test_a_lone_copy_trains_evaluates_and_resumes_and_says_nothing_on_stderr(script, tmp_path):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(script.path, alone)
+
+    def call(*words: str) -> str:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        command = [sys.executable, script.path.name, *words]
+        result = subprocess.run(command, cwd=alone, env=environment, capture_output=True, text=True)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert not set(result.stdout) & {"\r", "\033"} and "evaluation" in result.stdout
+        return result.stdout
+
+    call(*script.words(env_id=script.row.filmed, runs_dir="runs"))
+    run = only(alone / "runs")
+    table, meta = rows(run, "evaluations"), json.loads((run / "meta.json").read_text())
+    assert len(table) == 4 and meta["git_commit"] is None
+    (run / "checkpoint.previous.pt").replace(run / "checkpoint.pt")
+    (run / "result.json").unlink()
+    call("--resume", str(run.relative_to(alone)))
+    assert rows(run, "evaluations") == table and (run / "result.json").exists()
+
+
+# --------------------------------------------------------------------------------------------- arguments, refusals
+
+
+def test_a_runs_config_starts_it_again_and_the_command_line_wins(script, finished):
+    config = ["--config", str(finished / "config.yaml"), "--runs-dir", str(script.runs)]
+    assert same(finished, script.train(*config))
+    run = script.train(*config, "--num-evals", "0", "--learning-rate", "0.01")
+    old, new = (yaml.safe_load((path / "config.yaml").read_text()) for path in (finished, run))
+    assert {name for name in old if old[name] != new[name]} <= {"runs_dir", "config", "num_evals", "learning_rate"}
+    assert (new["num_evals"], new["learning_rate"]) == (0, 0.01) and not same(finished, run)
+
+
+def test_files_of_arguments(script, tmp_path):
+    settings = {"learning-rate": 1e-3, "num_envs": 8, "compile": False, "env_kwargs": {"a": 1}, "total_timesteps": 2e6}
+    lists = [name for name, value in vars(script.module.Args()).items() if isinstance(value, tuple)]
+    settings |= {name: [32, 16] for name in lists}
+    for text in (yaml.safe_dump(settings), json.dumps(settings)):
+        (tmp_path / "file").write_text(text)
+        args = script.module.parse(["--config", str(tmp_path / "file"), "--num-envs", "2"])
+        assert (args.learning_rate, args.num_envs, args.compile, args.total_timesteps) == (1e-3, 2, False, 2_000_000)
+        assert json.loads(args.env_kwargs) == {"a": 1} and all(getattr(args, name) == (32, 16) for name in lists)
+
+
+MISTAKEN = [(name, mistake) for name, row in SCRIPTS.items() for mistake in MISTAKES | row.mistakes]
+
+
+@pytest.mark.parametrize(("script", "mistake"), MISTAKEN, indirect=["script"])
+def test_a_mistake_is_named_and_nothing_is_written(script, mistake, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(script.module, "find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    assert (MISTAKES | script.row.mistakes)[mistake] in script.refuse(capsys, *mistake.split())
+    left = multiprocessing.active_children()
+    for worker in left:
+        worker.kill()
+    assert not left and not list(tmp_path.iterdir())
+
+
+def test_mistakes_in_a_file_of_arguments(script, tmp_path, capsys):
+    path = tmp_path / "file.yaml"
+    for text, told in {
+        "learning_rat: 1": "--learning-rat",
+        "learning_rate: quick": "--learning-rate",
+        "[1]": "is no file of arguments",
+        "env_id: --seed": "would be read as a flag",
+    }.items():
+        path.write_text(text)
+        assert told in script.refuse(capsys, "--config", str(path), "--runs-dir", str(script.runs))
+    assert not script.runs.exists()
