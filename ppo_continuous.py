@@ -1070,19 +1070,21 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
     set_by_user = ("env_kwargs", "eval_env_kwargs", "vec", "capture_video")
     given = ["env_id", *(name for name in set_by_user if getattr(args, name) != getattr(Args, name))]
+    spaces = []
     try:
         for make in (make_train_env, partial(make_eval_env, render_mode="rgb_array" if args.capture_video else None)):
             with closing(make(args)) as env:
                 actions = env.action_space
                 if not isinstance(actions, gym.spaces.Box) or not np.issubdtype(actions.dtype, np.floating):
                     raise TypeError(f"acts in {actions}, no Box of real numbers; ppo_discrete.py is for Discrete")
+                spaces.append((env.observation_space.shape, actions))
                 env.reset(seed=0)
                 env.step(actions.sample())  # some values are no problem before
                 if env.render_mode:
                     env.render()
         args = with_rollout(args, actions)
         envs = (EnvPool if args.vec == "envpool" else Environments)(args)
-        if envs.observations.shape[1:] != env.observation_space.shape or envs.envs.single_action_space != actions:
+        if spaces != [(envs.observations.shape[1:], actions)] * 2:
             envs.close()
             raise TypeError("evaluation does not have the spaces of training")
     except Exception as error:

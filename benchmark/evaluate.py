@@ -43,7 +43,7 @@ def share_at_bounds(action: np.ndarray, space: gym.Space) -> float:
 def play(
     policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool, values: bool, bootstraps: Sequence[str]
 ) -> list[Episode]:
-    """An episode in each environment; `bootstraps` names the ends after which values go on, "terminated", "truncated"."""
+    """An episode in each environment. Values go on after the ends that `bootstraps` names."""
     observations = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
     episodes = [Episode(seed) for seed in seeds]
     running = list(range(len(envs)))

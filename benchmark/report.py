@@ -411,7 +411,8 @@ def report(
         runs: run directories, or folders of them
         output: a folder
         threshold: ENVIRONMENT=RETURN, to tell the steps and seconds until a seed reached it; as many as wanted
-        random: compare with a policy that acts at random, which is played once and remembered
+        random: compare with a policy that acts at random, which is played once and remembered; the script in the run
+            directory makes its environment, so only report on runs whose script you trust
     """
     need_extra()
     from benchmark.groups import gather
