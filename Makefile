@@ -4,7 +4,7 @@ VENV ?= .venv
 SCRIPT ?= ppo_continuous.py
 ARGS ?= --env-id HalfCheetah-v4 --num-envs 16
 
-.PHONY: train test
+.PHONY: train test family
 train: $(VENV)/train
 	$(VENV)/bin/python $(SCRIPT) $(ARGS)
 
@@ -12,6 +12,9 @@ test: $(VENV)/dev
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/python -m pytest -n auto
+
+family: # copies the blocks that scripts share; the tests hold that they are the same
+	$(PYTHON) tools/family.py
 
 $(VENV)/train: EXTRAS =
 $(VENV)/dev: EXTRAS = [dev]
