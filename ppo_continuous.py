@@ -32,8 +32,6 @@ import importlib
 import json
 import math
 import os
-import platform
-import re
 import shlex
 import shutil
 import signal
@@ -44,7 +42,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -65,6 +63,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.tensorboard import SummaryWriter
 
+SCRIPT = Path(__file__).stem
 warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is asked for: its results are published
 
 
@@ -118,12 +117,7 @@ class Args:
     wandb_entity: str | None = None  # its team
 
     def __post_init__(self):
-        check_range(self, 1, math.inf, "num_steps num_minibatches update_epochs actor_sizes critic_sizes")
-        check_range(self, 0, math.inf, "ent_coef vf_coef num_evals")
-        check_range(self, 1e-300, math.inf, "learning_rate critic_lr_ratio clip_coef max_grad_norm target_kl adam_eps")
-        check_range(self, -math.inf, math.inf, "log_std_init log_std_min")
-        check_range(self, 0, 1, "gamma gae_lambda lr_warmup")
-        check_common(self)
+        check(self)
 
 
 # ---------------------------------------------------------------------------------------------------- environments
@@ -143,19 +137,15 @@ def make_eval_env(args: Args, render_mode: str | None = None) -> gym.Env:
     return make_env(args.env_id, json.loads(args.env_kwargs) | json.loads(args.eval_env_kwargs), render_mode)
 
 
-def make_train_env(args: Args) -> gym.Env:
-    if parent_process():  # a worker of --vec async, which ends when the trainer says so
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return Remembering(partial(make_env, args.env_id, json.loads(args.env_kwargs)))
-
-
-class Remembering(gym.Wrapper):
+class TrainEnv(gym.Wrapper):
     """Remembers its episode: the seed and the actions since, which are all it takes to play it again."""
 
-    def __init__(self, make: Callable[[], gym.Env]):
-        super().__init__(make())
-        self.make, self.worn = make, False
+    def __init__(self, args: Args):
+        if args.vec == "async" and parent_process():  # a worker, which ends when the trainer says so
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.make, self.worn = partial(make_env, args.env_id, json.loads(args.env_kwargs)), False
+        super().__init__(self.make())
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         if self.worn:
@@ -190,13 +180,15 @@ class Environments:
 
     def __init__(self, args: Args):
         self.args, self.envs, self.random = args, self._make(args), np.random.default_rng(args.seed)
-        self.returns, self.lengths, self.discounted = (np.zeros(args.num_envs, kind) for kind in (float, int, float))
-        self.observations = self._reset(np.ones(args.num_envs, bool))
+        N = args.num_envs
+        self.returns, self.lengths, self.discounted = np.zeros(N), np.zeros(N, int), np.zeros(N)
+        self.observations = self._reset(np.ones(N, bool))
 
     def _make(self, args: Args) -> gym.vector.VectorEnv:
-        vector = {"sync": gym.vector.SyncVectorEnv, "async": gym.vector.AsyncVectorEnv}[args.vec]
-        one = partial(make_train_env, args)
-        return vector([one] * args.num_envs, copy=False, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+        vector = gym.vector.AsyncVectorEnv if args.vec == "async" else gym.vector.SyncVectorEnv
+        return vector(
+            [partial(TrainEnv, args)] * args.num_envs, copy=False, autoreset_mode=gym.vector.AutoresetMode.DISABLED
+        )
 
     def _reset(self, which: np.ndarray) -> np.ndarray:
         """Begins an episode where `which` is true; the observations of all."""
@@ -259,12 +251,11 @@ class RunningMoments(nn.Module):
         self.register_buffer("count", torch.tensor(0))
 
     def update(self, batch: np.ndarray) -> None:
-        mean, var, count, total = batch.mean(0), batch.var(0), len(batch), self.count.item() + len(batch)
-        delta, seen = mean - self.mean.numpy(), self.count.item()
-        self.var.copy_(
-            torch.as_tensor((self.var.numpy() * seen + var * count + delta**2 * seen * count / total) / total)
-        )
-        self.mean.add_(torch.as_tensor(delta * count / total))
+        seen, count = self.count.item(), len(batch)
+        total, delta = seen + count, torch.as_tensor(batch.mean(0)) - self.mean
+        squares = self.var * seen + torch.as_tensor(batch.var(0)) * count + delta**2 * seen * count / total
+        self.var.copy_(squares / total)
+        self.mean.add_(delta * count / total)
         self.count.fill_(total)
 
     def deviation(self) -> np.ndarray:
@@ -277,10 +268,8 @@ class RunningMoments(nn.Module):
 
     def normaliser(self) -> Callable[[np.ndarray], np.ndarray]:
         """Of batches, with the moments as they are now."""
-        mean, deviation = self.mean.numpy().copy(), self.deviation()
-        if not self.enabled:
-            return lambda batch: batch.astype(np.float32)
-        return lambda batch: np.minimum(np.maximum((batch - mean) / deviation, -10), 10).astype(np.float32)
+        mean, deviation, limit = self.mean.numpy() * self.enabled, self.deviation(), 10 if self.enabled else np.inf
+        return lambda batch: np.minimum(np.maximum((batch - mean) / deviation, -limit), limit).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------- algorithm
@@ -343,14 +332,16 @@ class Agent(nn.Module):
         bounded = np.isfinite(low) & np.isfinite(high)  # to the policy, such bounds are -1 and 1
         self.centre = np.where(bounded, low / 2 + high / 2, 0).astype(low.dtype)
         self.half_range = np.where(bounded, high / 2 - low / 2, 1).astype(low.dtype)
+        self.bounds = low, high
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.actor(observations), self.log_std, self.critic(observations).squeeze(-1)
 
     def for_environment(self, actions: np.ndarray) -> np.ndarray:
         """(N, A) of the policy's to the environment's shape and bounds."""
-        actions = self.centre + self.half_range * actions.reshape(-1, *self.low.shape)
-        return np.minimum(np.maximum(actions, self.low.numpy()), self.high.numpy())
+        low, high = self.bounds
+        actions = self.centre + self.half_range * actions.reshape(-1, *low.shape)
+        return np.minimum(np.maximum(actions, low), high)
 
 
 def log_prob(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
@@ -408,6 +399,7 @@ def ppo_loss(parameters: dict[str, Tensor], agent: Agent, args: Args, batch: Bat
 
 
 MEASURES = ["policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm"]
+SECONDS = ["stepping", "acting", "updating", "evaluating", "saving"]
 
 
 def parameters_of(module: nn.Module, theta: Tensor) -> dict[str, Tensor]:
@@ -469,12 +461,6 @@ def lr_factor(args: Args, iteration: int, iterations: int) -> float:
     decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
     rise = iteration / (args.lr_warmup * iterations) if args.lr_warmup else 1.0
     return decay[args.lr_schedule] * min(1.0, rise)
-
-
-# -------------------------------------------------------------------------------------------------------- training
-
-SCRIPT = Path(__file__).stem
-SECONDS = ["stepping", "acting", "updating", "evaluating", "saving"]
 
 
 class Rollout(NamedTuple):
@@ -597,61 +583,50 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     torch.manual_seed(args.seed)
 
     agent = Agent(args, envs.observations.shape[1:], actions.low, actions.high).requires_grad_(False)
-    learner, rates = Learner.of(agent, device), step_sizes(args, agent).to(device)
-    learner = learner._replace(learning_rate=rates.clone())
-    progress = {"iteration": 0, "updates": 0, "recent": [], "evaluation": {}, "best": {}}
-    progress["seconds"] = dict.fromkeys(SECONDS, 0.0)
-    with closing(envs):
-        start = {} if args.resume else state_of(args, 0, agent, learner, envs, progress) | {"sizes": {}}
-        with Run(Path(args.resume) if args.resume else create_run(args, device, start)) as run:
-            saved = last_checkpoint(args, run.directory)
-            exact = not args.resume or restore(saved, agent, learner, envs, progress)
-            run.begin(args, saved)
-            announce(args, agent, exact, run)
-            fast_update = compile_update(args, agent, learner, run, interrupts) if args.compile else update
+    rates = step_sizes(args, agent).to(device)
+    learner = Learner.of(agent, device)._replace(learning_rate=rates.clone())
+    progress = {"updates": 0, "recent": [], "evaluation": {}, "best": {}, "seconds": dict.fromkeys(SECONDS, 0.0)}
+    with closing(envs), Run(args, agent, learner, envs, progress) as run:
+        run.begin()
+        fast_update = compile_update(args, agent, learner, run, interrupts) if args.compile else update
+        watch, booked = Stopwatch(progress["seconds"]), dict(progress["seconds"])
+
+        for iteration in range(run.saved // B + 1, iterations + 1):
+            step = iteration * B
             if interrupts:
-                run.stop(interrupts[0])
-            watch, booked = Stopwatch(progress["seconds"]), dict(progress["seconds"])
+                run.stop(interrupts[0], step - B)
+            learner.learning_rate.copy_(rates * lr_factor(args, iteration, iterations))
+            rollout = collect(args, agent, envs, step - B, watch)
+            rewards = scale_rewards(args, agent, envs, rollout)
+            measures = improve(args, agent, learner, rollout, rewards, fast_update)
+            agent.moments.update(rollout.observations.reshape(B, *agent.moments.mean.shape))
+            watch.lap("updating")
+            measured = [measures[name] for name in MEASURES]
+            if not np.isfinite([*measured, *agent.moments.var.flatten(), agent.return_moments.var]).all():
+                raise FloatingPointError(f"not finite in the rollout that ended at step {step:,}: {measures}")
 
-            for iteration in range(progress["iteration"] + 1, iterations + 1):
-                step = iteration * B
-                learner.learning_rate.copy_(rates * lr_factor(args, iteration, iterations))
-                rollout = collect(args, agent, envs, step - B, watch)
-                rewards = scale_rewards(args, agent, envs, rollout)
-                measures = improve(args, agent, learner, rollout, rewards, fast_update)
-                agent.moments.update(rollout.observations.reshape(B, *agent.moments.mean.shape))
-                watch.lap("updating")
-                measured = [measures[name] for name in MEASURES]
-                if not np.isfinite([*measured, *agent.moments.var.flatten(), agent.return_moments.var]).all():
-                    raise FloatingPointError(f"not finite in the rollout that ended at step {step:,}: {measures}")
+            progress["updates"] += measures["updates"]
+            progress["recent"] = [*progress["recent"], *(e["return"] for e in rollout.episodes)][-100:]
+            row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(step / watch.elapsed())}
+            row |= measures | {"updates": progress["updates"]}
+            row |= {f"seconds_{name}": round(watch.seconds[name] - booked[name], 4) for name in SECONDS}
+            booked = dict(watch.seconds)
+            run.write("episodes", rollout.episodes)
+            run.write("progress", [row])
+            watch.lap("saving")
 
-                progress["iteration"] = iteration
-                progress["updates"] += measures["updates"]
-                progress["recent"] = [*progress["recent"], *(e["return"] for e in rollout.episodes)][-100:]
-                row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(step / watch.elapsed())}
-                row |= measures | {"updates": progress["updates"]}
-                row |= {f"seconds_{name}": round(watch.seconds[name] - booked[name], 4) for name in SECONDS}
-                booked = dict(watch.seconds)
-                run.write("episodes", rollout.episodes)
-                run.write("progress", [row])
+            if iteration * args.num_evals // iterations > (iteration - 1) * args.num_evals // iterations:
+                evaluate(args, run, agent, step, progress)
+                watch.lap("evaluating")
+            if step // args.checkpoint_every > (step - B) // args.checkpoint_every or iteration == iterations:
+                run.save(step)
                 watch.lap("saving")
-
-                if iteration * args.num_evals // iterations > (iteration - 1) * args.num_evals // iterations:
-                    evaluate(args, run, agent, step, progress)
-                    watch.lap("evaluating")
-                stop = list(interrupts)  # looked at once: what stops the run has been saved
-                due = step // args.checkpoint_every > (step - B) // args.checkpoint_every
-                if due or stop or iteration == iterations:
-                    run.save(state_of(args, step, agent, learner, envs, progress))
-                    watch.lap("saving")
-                run.show(row, iterations * B, progress, f"KL {row['approx_kl']:.4f}  std {row['std']:.2f}")
-                if stop:
-                    run.stop(stop[0])
-            run.finish(args, iterations * B, progress, watch.elapsed())
+            run.show(row, iterations * B, f"KL {row['approx_kl']:.4f}  std {row['std']:.2f}")
+        run.finish(iterations * B, watch.elapsed())
     return run.directory
 
 
-# ---------------------------------------------------------------------------------------- deployment and evaluation
+# ------------------------------------------------------------------------------------------ evaluation, run directory
 
 
 class Policy:
@@ -721,8 +696,8 @@ def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) ->
     state = {"script": SCRIPT, "args": asdict(args), "step": step, "agent": agent.state_dict()}
     write_atomically(run.directory / "policies" / f"step-{step:09d}.pt", state)
     if math.isnan(evaluation["mean"]):
-        run.say(f"step {step:,}: the evaluation's returns are not numbers: {returns}")
-    elif not progress["best"] or evaluation["mean"] > progress["best"]["mean"]:
+        run.say(f"the evaluation at step {step:,} has returns that are not numbers: {returns}")
+    elif evaluation["mean"] > progress["best"].get("mean", -math.inf):
         progress["best"] = evaluation
         write_atomically(run.directory / "best.pt", state)
     run.say(f"{step:>11,}  evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}")
@@ -737,23 +712,19 @@ def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) ->
             run.tracker.log({"videos": importlib.import_module("wandb").Video(str(path))})
 
 
-# --------------------------------------------------------------------------------------------------- run directory
-
-
 def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run", interrupts: Sequence[int]) -> Callable:
     """Compiles by a call on copies of everything. Where that is impossible, says so and returns what there is."""
     started, device = time.perf_counter(), learner.theta.device
     B, D, A = args.num_envs * args.num_steps, agent.moments.mean.numel(), agent.low.numel()
     batch = Batch(*(torch.zeros(shape, device=device) for shape in ((B, D), (B, A), B, B, B, B)))
-    options = {"cpp_wrapper": device.type == "cpu"}  # there, calling many small kernels from Python costs
     # Compiling is quicker without a test of the vector instructions, a header for later and the debugger's lines.
-    options |= {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
-    options |= {"aot_inductor.enable_line_tables": False}
+    config = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False, "aot_inductor.enable_line_tables": False}
+    config |= {"cpp_wrapper": device.type == "cpu"}  # there, calling many small kernels from Python costs
     run.say("compiling the update …")
     gc.disable()  # the compiler makes many objects, and keeps them
     try:
         torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
-        fast = torch.compile(update, fullgraph=True, dynamic=False, options=options)
+        fast = torch.compile(update, fullgraph=True, dynamic=False, options=config)
         fast(agent, args, copy.deepcopy(learner), batch, torch.arange(B // args.num_minibatches, device=device))
     except Exception as error:
         if not interrupts:  # which the compiler hears too
@@ -763,43 +734,6 @@ def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run", inter
         gc.enable()
     run.say(f"compiled in {time.perf_counter() - started:.1f} s")
     return fast
-
-
-def announce(args: Args, agent: Agent, exact: bool, run: "Run") -> None:
-    """What is trained, and what one may not expect of it."""
-    N, T, B = args.num_envs, args.num_steps, args.num_envs * args.num_steps
-    D, A, size = agent.moments.mean.numel(), agent.low.numel(), sum(p.numel() for p in agent.parameters())
-    run.say(
-        f"{SCRIPT}  {args.env_id}  {D} observations, {A} actions in {agent.low.min():g} to {agent.high.max():g}\n"
-        f"{args.total_timesteps // B * B:,} steps: rollouts of {N} environments ({args.vec}) x {T} steps,"
-        f" {args.update_epochs} epochs of {args.num_minibatches} minibatches of {B // args.num_minibatches},"
-        f" {size:,} parameters, {agent.log_std.device}\n{run.directory}"
-    )
-    if slow := {type(layer).__name__ for layer in agent.actor if type(layer) not in IN_NUMPY}:
-        run.say(f"acting is slower for {', '.join(sorted(slow))}, which in_numpy does not know")
-    if not exact:
-        run.say("the running episodes could not be restored exactly; they begin anew, all else continues")
-
-
-def state_of(args: Args, step: int, agent: Agent, learner: Learner, envs: Environments, progress: dict) -> dict:
-    """All that training depends on from here."""
-    state = {"script": SCRIPT, "args": asdict(args), "step": step, "agent": agent.state_dict()}
-    state |= {"learner": list(learner[1:]), "environments": envs.state(), "progress": progress}
-    return state | {"random": torch.get_rng_state()}
-
-
-def restore(saved: dict, agent: Agent, learner: Learner, envs: Environments, progress: dict) -> bool:
-    """Whether the running episodes, too, are what they were."""
-    try:
-        agent.load_state_dict(saved["agent"])
-    except RuntimeError as error:
-        refuse(f"--resume: the checkpoint is of other networks than this source and environment make: {error}")
-    for tensor, value in zip(learner[1:], saved["learner"], strict=True):
-        tensor.copy_(value)
-    progress |= saved["progress"]
-    exact = envs.restore(saved["environments"])
-    torch.set_rng_state(saved["random"])
-    return exact
 
 
 def write_atomically(path: Path, content: dict | str) -> None:
@@ -825,48 +759,27 @@ def load_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
-def last_checkpoint(args: Args, directory: Path) -> dict:
-    """The last good one, once it is known to be of this run; nothing in the directory is touched before."""
-    for path in (directory / "checkpoint.pt", directory / "checkpoint.previous.pt"):
-        with suppress(ValueError):
-            saved = load_checkpoint(path)
-            break
-    else:
-        refuse(f"--resume {directory}: its checkpoints are torn or missing; start a new run")
-    was = saved["args"] | {"script": saved["script"]}
-    for name, value in (asdict(args) | {"script": SCRIPT}).items():
-        if name not in FREE and value != was.get(name):
-            refuse(f"--resume {directory}: {flag(name)} is {was.get(name)} in {path.name} and cannot become {value}")
-    for name, size in saved["sizes"].items():
-        if not (directory / name).is_file() or (directory / name).stat().st_size < size:
-            refuse(f"--resume {directory}: {name} is shorter than when {path.name} was written; start a new run")
-    if path.name != "checkpoint.pt":
-        print(f"--resume {directory}: checkpoint.pt is torn or missing; going on from {path.name}", file=sys.stderr)
-        path.replace(directory / "checkpoint.pt")
-    return saved
-
-
-def create_run(args: Args, device: torch.device, state: dict) -> Path:
+def create_run(args: Args, state: dict) -> Path:
     """Filled under another name and then renamed: a run directory is never half there, nor without a checkpoint."""
-    runs, here = Path(args.runs_dir), Path(__file__).resolve().parent
+    runs, source = Path(args.runs_dir), Path(__file__).resolve()
     command = "git rev-parse HEAD && git status --short"
-    git = subprocess.run(command, shell=True, cwd=here, capture_output=True, text=True)
+    git = subprocess.run(command, shell=True, cwd=source.parent, capture_output=True, text=True)
     commit, *changes = git.stdout.splitlines() or [None]
     packages = [name for name in ("torch", "gymnasium", "mujoco", "ale_py", "envpool", "numpy") if find_spec(name)]
-    meta = {"script": SCRIPT, "command": shlex.join([sys.executable, *sys.argv]), "python": platform.python_version()}
-    meta |= {"git_commit": commit, "git_dirty": bool(changes), "host": platform.node(), "device": str(device)}
-    meta |= {"packages": {name: version(name) for name in packages}}
+    meta = {"script": SCRIPT, "command": shlex.join([sys.executable, *sys.argv]), "python": sys.version.split()[0]}
+    meta |= {"git_commit": commit, "git_dirty": bool(changes), "packages": {name: version(name) for name in packages}}
+    meta |= {"host": os.uname().nodename, "device": str(state["learner"][0].device)}
     meta |= {"started": datetime.now().astimezone().isoformat(timespec="seconds")}
     try:
         runs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".new-", dir=runs, ignore_cleanup_errors=True) as folder:
             new = Path(folder)
-            shutil.copy(Path(__file__).resolve(), new)
+            shutil.copy(source, new)
             (new / "config.yaml").write_text(yaml.safe_dump(asdict(args), sort_keys=False))
             (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
             torch.save(state, new / "checkpoint.pt")
             new.chmod(0o755)
-            name = f"{re.sub('[/:]', '-', args.env_id)}__{SCRIPT}__{args.seed}"
+            name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}"
             while (directory := runs / f"{name}__{datetime.now():%Y%m%d-%H%M%S}").exists():
                 time.sleep(0.1)
             return new.rename(directory)
@@ -874,41 +787,92 @@ def create_run(args: Args, device: torch.device, state: dict) -> Path:
         refuse(f"--runs-dir {runs}: {error}; name a folder that can be written to")
 
 
-class Run:
-    """What a run directory collects while the run goes on. One process at a time holds it."""
+class Run(ExitStack):
+    """A run's directory, and all that goes there. One process at a time holds it."""
 
-    def __init__(self, directory: Path):
-        self.directory, self.tracker, self.tensorboard, self.saved = directory, None, None, 0
-        self.resume_command = shlex.join(["python", sys.argv[0], "--resume", str(directory)])
-        self.live, self.said = sys.stdout.isatty(), time.monotonic()
+    def __init__(self, args: Args, agent: Agent, learner: Learner, envs: Environments, progress: dict):
+        super().__init__()
+        self.args, self.agent, self.learner, self.envs, self.progress = args, agent, learner, envs, progress
+        self.directory = Path(args.resume) if args.resume else create_run(args, self.state(0) | {"sizes": {}})
+        self.resume_command = shlex.join(["python", sys.argv[0], "--resume", str(self.directory)])
+        self.live, self.said, self.tracker, self.saved = sys.stdout.isatty(), time.monotonic(), None, 0
+
+    def state(self, step: int) -> dict:
+        """All that training depends on from here."""
+        state = {"script": SCRIPT, "args": asdict(self.args), "step": step, "agent": self.agent.state_dict()}
+        state |= {"learner": list(self.learner[1:]), "environments": self.envs.state(), "progress": self.progress}
+        return state | {"random": torch.get_rng_state()}
+
+    def begin(self) -> None:
+        """Goes on from the last good checkpoint; nothing is touched before that is known to be of this run."""
         try:
-            self.log = (directory / "run.log").open("a")
-        except OSError as error:
-            refuse(f"--resume {directory}: {error}")
-        try:
+            self.log = self.enter_context((self.directory / "run.log").open("a"))
             fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.log.close()
-            refuse(f"--resume {directory}: another process trains this run")
-
-    def begin(self, args: Args, saved: dict) -> None:
-        """Cuts the tables to where the checkpoint left them: the rows after it will be written again."""
+            saved = self.load()
+            self.agent.load_state_dict(saved["agent"])
+        except BlockingIOError:
+            refuse(f"--resume {self.directory}: another process trains this run")
+        except (OSError, ValueError, RuntimeError) as error:  # the last where the networks are others
+            refuse(f"--resume {self.directory}: {error}")
+        for tensor, value in zip(self.learner[1:], saved["learner"], strict=True):
+            tensor.copy_(value)
+        self.progress |= saved["progress"]
+        exact = not self.args.resume or self.envs.restore(saved["environments"])
+        torch.set_rng_state(saved["random"])
         self.saved = saved["step"]
+
         (self.directory / "result.json").unlink(missing_ok=True)
-        for path in self.directory.glob("*.csv"):
+        for path in self.directory.glob("*.csv"):  # the rows after the checkpoint will be written again
             os.truncate(path, saved["sizes"].get(path.name, 0))
         if not saved["sizes"]:  # an episode may never end
             (self.directory / "episodes.csv").write_text("step,wall_time,return,length\n")
+        args, name = self.args, self.directory.name
         if args.track:
             import wandb
 
-            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.directory.name}
-            names |= {"id": self.directory.name, "resume": "allow"}
-            self.tracker = wandb.init(**names, config=asdict(args), sync_tensorboard=True)
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": name}
+            self.tracker = wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True)
             self.tracker.log_code(str(self.directory))
+            self.callback(self.tracker.finish)
         self.tensorboard = SummaryWriter(str(self.directory), purge_step=self.saved + 1)
+        self.callback(self.tensorboard.close)
         table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
         self.tensorboard.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+        self.announce(exact)
+
+    def load(self) -> dict:
+        for path in (self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"):
+            with suppress(ValueError):
+                saved = load_checkpoint(path)
+                break
+        else:
+            raise ValueError("its checkpoints are torn or missing; start a new run")
+        was = saved["args"] | {"script": saved["script"]}
+        for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
+            if name not in FREE and value != was.get(name):
+                raise ValueError(f"{flag(name)} is {was.get(name)} in {path.name} and cannot become {value}")
+        for name, size in saved["sizes"].items():
+            if not (self.directory / name).is_file() or (self.directory / name).stat().st_size < size:
+                raise ValueError(f"{name} is shorter than when {path.name} was written; start a new run")
+        if path.name != "checkpoint.pt":
+            print(f"{self.directory}: checkpoint.pt is torn or missing; going on from {path.name}", file=sys.stderr)
+            path.replace(self.directory / "checkpoint.pt")
+        return saved
+
+    def announce(self, exact: bool) -> None:
+        """What is trained, and what one may not expect of it."""
+        args, agent, N, T = self.args, self.agent, self.args.num_envs, self.args.num_steps
+        D, A, size = agent.moments.mean.numel(), agent.low.numel(), sum(p.numel() for p in agent.parameters())
+        self.say(
+            f"{SCRIPT}  {args.env_id}  {D} observations, {A} actions in {agent.low.min():g} to {agent.high.max():g}\n"
+            f"{args.total_timesteps // (N * T) * N * T:,} steps: rollouts of {N} environments ({args.vec}) x {T} steps,"
+            f" {args.update_epochs} epochs of {args.num_minibatches} minibatches of {N * T // args.num_minibatches},"
+            f" {size:,} parameters, {agent.log_std.device}\n{self.directory}"
+        )
+        if slow := {type(layer).__name__ for layer in agent.actor if type(layer) not in IN_NUMPY}:
+            self.say(f"acting is slower for {', '.join(sorted(slow))}, which in_numpy does not know")
+        if not exact:
+            self.say("the running episodes could not be restored exactly; they begin anew, all else continues")
 
     def write(self, table: str, rows: list[dict]) -> None:
         """In CSV, and in TensorBoard by CleanRL's names."""
@@ -924,28 +888,27 @@ class Run:
                 kind = "charts/episodic_" if table == "episodes" else "losses/" if name in losses else "charts/"
                 self.tensorboard.add_scalar(kind + name.replace("sps", "SPS"), row[name], row["step"])
 
-    def save(self, state: dict) -> None:
+    def save(self, step: int) -> None:
         """The checkpoint before this one stays as `checkpoint.previous.pt`."""
         sizes = {}
         for path in self.directory.glob("*.csv"):
             with path.open("a") as file:
                 os.fsync(file.fileno())
                 sizes[path.name] = file.tell()
-        write_atomically(self.directory / "checkpoint.next.pt", state | {"sizes": sizes})
         last, previous = self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"
         previous.unlink(missing_ok=True)
         os.link(last, previous)
-        (self.directory / "checkpoint.next.pt").replace(last)
-        self.saved = state["step"]
+        write_atomically(last, self.state(step) | {"sizes": sizes})
+        self.saved = step
 
     def say(self, text: str) -> None:
         print(f"\r\033[K{text}" if self.live else text, flush=True)
         self.log.writelines(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n" for line in text.splitlines())
         self.log.flush()
 
-    def show(self, row: dict, total: int, progress: dict, learnt: str) -> None:
+    def show(self, row: dict, total: int, learnt: str) -> None:
         """A live line on a terminal; elsewhere, and in the log, a line every half minute."""
-        step, recent = row["step"], progress["recent"]
+        step, recent = row["step"], self.progress["recent"]
         left = timedelta(seconds=round(row["wall_time"] / step * (total - step)))
         text = f"{step:>11,} {step / total:4.0%}  {row['sps']:,} steps/s  ETA {left}"
         text += f"  return {np.mean(recent):.1f}  {learnt}" if recent else f"  {learnt}"
@@ -955,34 +918,28 @@ class Run:
         elif self.live:
             print(f"\r\033[K{text[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
 
-    def finish(self, args: Args, steps: int, progress: dict, elapsed: float) -> None:
-        """Writes and says what the run came to."""
-        evaluation, best, recent = progress["evaluation"], progress["best"], progress["recent"]
-        summary = {"script": SCRIPT, "env_id": args.env_id, "seed": args.seed, "steps": steps}
-        summary |= {"wall_time": elapsed, "sps": steps / elapsed, "evaluation": evaluation, "best": best}
-        summary |= {"training_return": np.mean(recent).item() if recent else None}
-        summary |= {f"seconds_{name}": seconds for name, seconds in progress["seconds"].items()}
+    def finish(self, steps: int, elapsed: float) -> None:
+        progress, seconds, best = self.progress, self.progress["seconds"], self.progress["best"]
+        summary = {"script": SCRIPT, "env_id": self.args.env_id, "seed": self.args.seed, "steps": steps}
+        summary |= {"wall_time": elapsed, "sps": steps / elapsed, "evaluation": progress["evaluation"], "best": best}
+        summary |= {"training_return": np.mean(progress["recent"]).item() if progress["recent"] else None}
+        summary |= {f"seconds_{name}": spent for name, spent in seconds.items()}
         write_atomically(self.directory / "result.json", json.dumps(summary, indent=2))
-        shares = ", ".join(f"{name} {seconds / elapsed:.0%}" for name, seconds in progress["seconds"].items())
-        self.say(f"{steps:,} steps in {timedelta(seconds=round(elapsed))}, {summary['sps']:,.0f} steps/s: {shares}")
+        shares = ", ".join(f"{name} {spent / elapsed:.0%}" for name, spent in seconds.items())
+        self.say(f"{steps:,} steps in {timedelta(seconds=round(elapsed))}, {steps / elapsed:,.0f} steps/s: {shares}")
         if best:
-            final = f"evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}"
+            final = f"evaluation {progress['evaluation']['mean']:.1f} ± {progress['evaluation']['std']:.1f}"
             self.say(f"{final}, best {best['mean']:.1f} at step {best['step']:,}")
 
-    def __enter__(self) -> "Run":
-        return self
-
-    def stop(self, number: int) -> NoReturn:
+    def stop(self, number: int, step: int) -> NoReturn:
+        if step > self.saved:
+            self.save(step)
         self.say(f"stopped at step {self.saved:,}; continue with\n  {self.resume_command}")
         raise SystemExit(128 + number)
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         with suppress(OSError):  # a full disk has been noticed before
-            self.log.close()
-            if self.tensorboard:
-                self.tensorboard.close()
-            if self.tracker:
-                self.tracker.finish()
+            super().__exit__(None, None, None)
         if isinstance(error, OSError | EOFError | FloatingPointError | KeyboardInterrupt):
             problem = f"{type(error).__name__} {error}; the last checkpoint is of step {self.saved:,}"
             print(f"{SCRIPT}.py: {problem}\n  {self.resume_command}", file=sys.stderr)
@@ -997,7 +954,7 @@ FREE += ["runs_dir", "capture_video", "track", "wandb_project_name", "wandb_enti
 
 
 def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return f"--{name}".replace("_", "-")
 
 
 def refuse(problem: str) -> NoReturn:
@@ -1006,21 +963,26 @@ def refuse(problem: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def check_range(args: Args, low: float, high: float, names: str) -> None:
+RANGES = {
+    "at least 1": (1, 1e15, "num_steps num_minibatches update_epochs actor_sizes critic_sizes"),
+    "between 1 and 1e15": (1, 1e15, "total_timesteps checkpoint_every num_envs eval_episodes"),
+    "at least 0": (0, 1e15, "ent_coef vf_coef num_evals"),
+    "above 0": (1e-300, 1e300, "learning_rate critic_lr_ratio clip_coef max_grad_norm target_kl adam_eps"),
+    "a number": (-1e300, 1e300, "log_std_init log_std_min"),
+    "between 0 and 1": (0, 1, "gamma gae_lambda lr_warmup"),
+    "between 1 and 1024": (1, 1024, "threads"),
+    "between 0 and 2147483647": (0, 2**31 - 1, "seed"),  # EnvPool's have 32 bits
+}
+
+
+def check(args: Args) -> None:
     """Of a tuple every value counts, and None is a setting that is off."""
-    rule = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-    rule = {1e-300: "above 0", -math.inf: "a number"}.get(low, rule)
-    for name in names.split():
-        value = getattr(args, name)
-        values = value if isinstance(value, tuple | list) else () if value is None else (value,)
-        if not all(low <= each <= high and math.isfinite(each) for each in values):
-            raise ValueError(f"{flag(name)} {value}: must be {rule}")
-
-
-def check_common(args: Args) -> None:
-    check_range(args, 1, 1024, "threads")
-    check_range(args, 1, 1e15, "total_timesteps checkpoint_every num_envs eval_episodes")
-    check_range(args, 0, 2**31 - 1, "seed")  # EnvPool's have 32 bits
+    for rule, (low, high, names) in RANGES.items():
+        for name in names.split():
+            value = getattr(args, name)
+            values = value if isinstance(value, tuple | list) else () if value is None else (value,)
+            if not all(low <= each <= high for each in values):
+                raise ValueError(f"{flag(name)} {value}: must be {rule}")
     args.total_timesteps, args.checkpoint_every = int(args.total_timesteps), int(args.checkpoint_every)  # of 1e6
     for name in ("env_id", "runs_dir", "resume", "config"):
         if getattr(args, name) == "":
@@ -1068,11 +1030,9 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
     if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
-    set_by_user = ("env_kwargs", "eval_env_kwargs", "vec", "capture_video")
-    given = ["env_id", *(name for name in set_by_user if getattr(args, name) != getattr(Args, name))]
-    spaces = []
+    N, M, spaces = args.num_envs, args.num_minibatches, []
     try:
-        for make in (make_train_env, partial(make_eval_env, render_mode="rgb_array" if args.capture_video else None)):
+        for make in (TrainEnv, partial(make_eval_env, render_mode="rgb_array" if args.capture_video else None)):
             with closing(make(args)) as env:
                 actions = env.action_space
                 if not isinstance(actions, gym.spaces.Box) or not np.issubdtype(actions.dtype, np.floating):
@@ -1082,47 +1042,23 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
                 env.step(actions.sample())  # some values are no problem before
                 if env.render_mode:
                     env.render()
-        args = with_rollout(args, actions)
+        if args.num_steps is None:  # the more actions, the more samples it takes to tell which of them were good
+            rollout, unit = min(1024 + 512 * math.prod(actions.shape), 4096), M // math.gcd(N, M)
+            args = replace(args, num_steps=max(1, round(rollout / N / unit)) * unit)
+        size = N * args.num_steps
+        if size % M or size == M:
+            refuse(f"--num-minibatches {M}: must divide a rollout's {N} x {args.num_steps} = {size} steps in parts > 1")
+        if args.total_timesteps < size:
+            refuse(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {size} steps")
         envs = (EnvPool if args.vec == "envpool" else Environments)(args)
         if spaces != [(envs.observations.shape[1:], actions)] * 2:
             envs.close()
             raise TypeError("evaluation does not have the spaces of training")
     except Exception as error:
+        names = ("env_kwargs", "eval_env_kwargs", "vec", "capture_video")
+        given = ["env_id", *(name for name in names if getattr(args, name) != getattr(Args, name))]
         refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {error}")
     return args, envs, actions
-
-
-def with_rollout(args: Args, actions: gym.spaces.Box) -> Args:
-    """With `num_steps`, if the minibatches divide a rollout and the run has one."""
-    if args.num_steps is None:  # the more actions, the more samples it takes to tell which of them were good
-        rollout = min(1024 + 512 * math.prod(actions.shape), 4096)
-        unit = args.num_minibatches // math.gcd(args.num_envs, args.num_minibatches)
-        args = replace(args, num_steps=max(1, round(rollout / args.num_envs / unit)) * unit)
-    size = args.num_envs * args.num_steps
-    if size % args.num_minibatches or size == args.num_minibatches:
-        rollout = f"a rollout of {args.num_envs} x {args.num_steps} = {size} steps"
-        refuse(f"--num-minibatches {args.num_minibatches}: must divide {rollout} into parts of two or more")
-    if args.total_timesteps < size:
-        refuse(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {size} steps")
-    return args
-
-
-def words_of(path: Path) -> list[str]:
-    """A file of arguments as a command line."""
-    try:
-        settings = {str(key).replace("-", "_"): value for key, value in yaml.safe_load(path.read_text()).items()}
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        refuse(f"{path}: is no file of arguments: {error}")
-    words = []
-    for name, value in settings.items():
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        if any(str(each).startswith("--") for each in values):
-            refuse(f"{path}: {name} is {value}, which would be read as a flag")
-        words += [
-            flag(f"no_{name}" if value is False else name),
-            *map(str, values if not isinstance(value, bool) else ()),
-        ]
-    return words
 
 
 def parse(argv: list[str] | None = None) -> Args:
@@ -1131,8 +1067,25 @@ def parse(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, description=__doc__)
     if args.resume and not (Path(args.resume) / f"{SCRIPT}.py").is_file():
         refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py")
-    path = Path(args.resume) / "config.yaml" if args.resume else args.config and Path(args.config)
-    return tyro.cli(Args, args=words_of(path) + argv, description=__doc__) if path else args
+    if args.resume and args.config:
+        refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
+    path = f"{args.resume}/config.yaml" if args.resume else args.config
+    if not path:
+        return args
+    try:
+        settings = yaml.safe_load(Path(path).read_text()).items()
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        refuse(f"{path}: is no file of arguments: {error}")
+    words = []
+    for name, value in settings:
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        if any(str(each).startswith("--") for each in values):
+            refuse(f"{path}: {name} is {value}, which would be read as a flag")
+        if isinstance(value, bool):
+            words += [flag(name if value else f"no_{name}")]
+        else:
+            words += [flag(name), *map(str, values)]
+    return tyro.cli(Args, args=words + argv, description=__doc__)
 
 
 def catch_interrupts() -> list[int]:
