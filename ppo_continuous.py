@@ -288,13 +288,13 @@ def mlp(sizes: tuple[int, ...], last_scale: float) -> nn.Sequential:
 
 
 IN_NUMPY = {
-    nn.Linear: lambda x, layer, weight, bias=0: x @ weight.T + bias,
-    nn.LayerNorm: lambda x, layer, weight=1, bias=0: (
-        (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + layer.eps) * weight + bias
+    nn.Linear: lambda layer, weight, bias=0: lambda x: x @ weight.T + bias,
+    nn.LayerNorm: lambda layer, weight=1, bias=0: (
+        lambda x: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + layer.eps) * weight + bias
     ),
-    nn.Tanh: lambda x, layer: np.tanh(x),
-    nn.ReLU: lambda x, layer: np.maximum(x, 0),
-    nn.SiLU: lambda x, layer: x * (0.5 + 0.5 * np.tanh(0.5 * x)),
+    nn.Tanh: lambda layer: np.tanh,
+    nn.ReLU: lambda layer: lambda x: np.maximum(x, 0),
+    nn.SiLU: lambda layer: lambda x: x * (0.5 + 0.5 * np.tanh(0.5 * x)),
 }
 
 
@@ -303,13 +303,14 @@ def in_numpy(network: nn.Sequential) -> Callable[[np.ndarray], np.ndarray]:
 
     Layers that are not `IN_NUMPY` are computed by torch.
     """
-    layers = list(copy.deepcopy(network).cpu())
-    arrays = [[parameter.numpy() for parameter in layer.parameters()] for layer in layers]
+    functions = []
+    for layer in copy.deepcopy(network).cpu():
+        make = IN_NUMPY.get(type(layer), lambda layer, *_: lambda x: layer(torch.tensor(x)).numpy())
+        functions.append(make(layer, *(parameter.numpy() for parameter in layer.parameters())))
 
     def forward(x: np.ndarray) -> np.ndarray:
-        for layer, parameters in zip(layers, arrays, strict=True):
-            known = IN_NUMPY.get(type(layer))
-            x = known(x, layer, *parameters) if known else layer(torch.tensor(x)).numpy()
+        for function in functions:
+            x = function(x)
         return x
 
     return forward
