@@ -643,25 +643,29 @@ class Policy:
         self._act, self._normalise = in_numpy(agent.actor), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
-        rows = self._rows(observations)
-        actions = np.array([self._act(row) for row in rows])
+        if np.shape(observations) == self.shape:
+            return self._choose(observations, sample)
+        actions = [self._choose(observation, sample) for observation in self._batch(observations)]
+        return np.array(actions).reshape(-1, *self.agent.low.shape)
+
+    def _choose(self, observation: np.ndarray, sample: bool) -> np.ndarray:
+        action = self._act(self._normalise(observation).reshape(-1))
         if sample:
-            actions += (self.agent.log_std.cpu().exp() * torch.randn(actions.shape)).numpy()
-        actions = self.agent.for_environment(actions)
-        return actions[0] if np.shape(observations) == self.shape else actions
+            action = action + (self.agent.log_std.cpu().exp() * torch.randn(len(action))).numpy()
+        return self.agent.for_environment(action)[0]
 
     def value(self, observations: np.ndarray) -> np.ndarray:
         """The discounted return that the critic expects, in the environment's own rewards."""
-        rows = torch.tensor(self._rows(observations), device=self.agent.log_std.device)
-        values = self.agent.critic(rows).squeeze(-1).cpu().numpy() * self.agent.return_moments.deviation()
-        return values[0] if np.shape(observations) == self.shape else values
+        if np.shape(observations) == self.shape:
+            return self.value(np.asarray(observations)[None])[0]
+        rows = self._normalise(self._batch(observations)).reshape(len(observations), -1)
+        values = self.agent.critic(torch.tensor(rows, device=self.agent.log_std.device)).squeeze(-1).cpu().numpy()
+        return values * self.agent.return_moments.deviation()
 
-    def _rows(self, observations: np.ndarray) -> np.ndarray:
-        """Normalised and flat, (N, D)."""
-        observations = np.asarray(observations)
-        if self.shape not in (observations.shape, observations.shape[1:]):
-            raise ValueError(f"observations {observations.shape}: must be {self.shape}, or a batch of those")
-        return self._normalise(observations).reshape(-1, math.prod(self.shape))
+    def _batch(self, observations: np.ndarray) -> np.ndarray:
+        if np.shape(observations)[1:] != self.shape:
+            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
+        return np.asarray(observations)
 
 
 def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:
