@@ -870,8 +870,8 @@ class Run(ExitStack):
         D, A, size = agent.moments.mean.numel(), agent.low.numel(), sum(p.numel() for p in agent.parameters())
         self.say(
             f"{SCRIPT}  {args.env_id}  {D} observations, {A} actions in {agent.low.min():g} to {agent.high.max():g}\n"
-            f"{args.total_timesteps // (N * T) * N * T:,} steps: rollouts of {N} environments ({args.vec}) x {T} steps,"
-            f" {args.update_epochs} epochs of {args.num_minibatches} minibatches of {N * T // args.num_minibatches},"
+            f"{args.total_timesteps // (N * T) * N * T:,} steps: rollouts of {N} environments ({args.vec}) x {T} steps\n"
+            f"{args.update_epochs} epochs of {args.num_minibatches} minibatches of {N * T // args.num_minibatches},"
             f" {size:,} parameters, {agent.log_std.device}\n{self.directory}"
         )
         if slow := {type(layer).__name__ for layer in agent.actor if type(layer) not in IN_NUMPY}:
