@@ -19,6 +19,7 @@ from tests.envs import Fates
 from tests.marks import needs_compiler
 from tests.test_promises import rows
 
+CONFIGS = Path(ppo.__file__).parent / "configs" / "ppo_continuous"
 SMALL = Args(
     env_id="tests.envs:Mirror-v0",
     num_envs=4,
@@ -731,3 +732,13 @@ def test_envpool_learns_from_true_last_observations_and_says_what_it_cannot_rest
     train(ppo.parse(["--resume", str(run)]))
     assert "could not be restored exactly" in capsys.readouterr().out
     assert len(set(seeds)) == 2  # those that begin anew are not the run's first episodes again
+
+
+# --------------------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_files_of_settings_are_read(path):
+    settings = yaml.safe_load(path.read_text())
+    args = ppo.parse(["--config", str(path)])
+    assert {name: getattr(args, name) for name in settings} == settings
