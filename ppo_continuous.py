@@ -867,11 +867,12 @@ class Run(ExitStack):
     def announce(self, exact: bool) -> None:
         """What is trained, and what one may not expect of it."""
         args, agent, N, T = self.args, self.agent, self.args.num_envs, self.args.num_steps
+        B = N * T
         D, A, size = agent.moments.mean.numel(), agent.low.numel(), sum(p.numel() for p in agent.parameters())
         self.say(
             f"{SCRIPT}  {args.env_id}  {D} observations, {A} actions in {agent.low.min():g} to {agent.high.max():g}\n"
-            f"{args.total_timesteps // (N * T) * N * T:,} steps: rollouts of {N} environments ({args.vec}) x {T} steps\n"
-            f"{args.update_epochs} epochs of {args.num_minibatches} minibatches of {N * T // args.num_minibatches},"
+            f"{args.total_timesteps // B * B:,} steps: rollouts of {N} environments ({args.vec}) x {T} steps\n"
+            f"{args.update_epochs} epochs of {args.num_minibatches} minibatches of {B // args.num_minibatches},"
             f" {size:,} parameters, {agent.log_std.device}\n{self.directory}"
         )
         if slow := {type(layer).__name__ for layer in agent.actor if type(layer) not in IN_NUMPY}:
