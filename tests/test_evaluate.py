@@ -211,4 +211,4 @@ def test_a_baseline_belongs_to_all_that_the_evaluation_environment_is_made_from(
     assert arguments_of(run).keys() == {"env_id", "env_kwargs", "eval_env_kwargs"}
     assert "def make_env(" in maker(ppo) and "class Agent" not in maker(ppo)
     games = maker(ppo_atari_cnn)
-    assert "class Frames" in games and "args.repeat_action_probability" in games
+    assert "class Game(" in games and "args.repeat_action_probability" in games
