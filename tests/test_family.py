@@ -68,6 +68,31 @@ def test_a_changed_block_is_noticed_and_copied(old, new, name):
     assert family.updated(SOURCE, changed) == SOURCE
 
 
+CLASS = """class Run:
+    \"\"\"Long.\"\"\"
+
+    columns = 3
+
+    @property
+    def own(self):
+        return 1
+
+    def shared(self):
+        return 2
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [("return 1", "return 9", None), ("return 2", "return 9", "Run.shared"), ("= 3", "= 9", "Run")],
+)
+def test_of_a_class_one_method_may_differ(old, new, name, monkeypatch):
+    monkeypatch.setattr(family, "DIFFERENT", {"Run.own": "a reason"})
+    changed = CLASS.replace(old, new)
+    assert changed != CLASS and set(family.differences(CLASS, changed)) == ({name} if name else set())
+    assert family.updated(CLASS, changed) == (CLASS if name else changed)
+
+
 def test_what_is_not_shared_is_left_alone():
     other = SOURCE.replace("0.2", "0.3").replace("def own(x):\n    return math.pi", "def mine(x):\n    return 7")
     assert family.differences(SOURCE, other) == {} and family.updated(SOURCE, other) == other

@@ -130,6 +130,57 @@ SCRIPTS = {
         breaks=False,
         dear=True,
     ),
+    "sac_continuous": Row(
+        small={
+            "env_id": "tests.envs:Mirror-v0",
+            "total_timesteps": 1024,
+            "num_envs": 4,
+            "threads": 1,
+            "learning_starts": 128,
+            "updates_per_step": 0.25,
+            "batch_size": 32,
+            "buffer_size": 600,
+            "actor_sizes": (32, 32),
+            "critic_sizes": (32, 32),
+        },
+        killed={
+            "HalfCheetah-v4": {"num_envs": 1, "policy_frequency": 2, "precision": "bf16", "total_timesteps": 2048},
+            "Hopper-v4": {"norm_obs": True, "total_timesteps": 3072},
+            "LunarLander-v3": {"total_timesteps": 3072, "env_kwargs": '{"continuous": true}'},
+        },
+        played="HalfCheetah-v4",
+        filmed="Pendulum-v1",
+        clock={
+            "total_timesteps": 6000,
+            "buffer_size": 10_000,
+            "gamma": 0.9,
+            "learning_rate": 3e-3,
+            "tau": 0.02,
+            "autotune": False,
+            "alpha": 1e-6,
+        },
+        mistakes={
+            "--env-id CartPole-v1": "--env-id CartPole-v1: acts in Discrete(2)",
+            "--env-id tests.envs:Whole-v0": "real numbers",
+            "--env-id tests.envs:Endless-v0": "infinite bounds; ppo_continuous.py is for those",
+            '--env-id Ant-v4 --eval-env-kwargs {"use_contact_forces":true}': "the spaces of training",
+            "--num-envs 8 --buffer-size 31": "--buffer-size 31: must be at least 4 x --num-envs, 32",
+            "--policy-lr nan": "--policy-lr nan",
+            "--q-lr 0": "--q-lr 0",
+            "--precision fp16": "--precision",
+            "--gamma 1.5": "--gamma 1.5: must be between 0 and 1",
+            "--tau -0.1": "--tau",
+            "--alpha 0": "--alpha 0",
+            "--batch-size 0": "--batch-size 0",
+            "--updates-per-step 0": "--updates-per-step 0",
+            "--policy-frequency 0": "--policy-frequency 0",
+            "--target-network-frequency 0": "--target-network-frequency 0",
+            "--learning-starts -1": "--learning-starts -1",
+            "--total-timesteps 100": "--total-timesteps 100: must be above --learning-starts 10000",
+            "--lr-warmup 0.01": "--lr-warmup 0.01: ends at step 10,000, before --learning-starts 10000",
+            "--critic-sizes 64 0": "--critic-sizes",
+        },
+    ),
 }
 # Of every script: what is wrong, and what has to be said of it.
 MISTAKES = {
@@ -303,7 +354,8 @@ def test_the_seed_decides_and_watching_changes_nothing(script):
     other = script.train(seed=2)
     assert not same(first, other)
     weights = [load(run / "checkpoint.pt")["agent"] for run in (first, other)]
-    assert all(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if name.endswith(".weight"))
+    names = [name for name in weights[0] if "weight" in name]
+    assert names and all(not torch.equal(weights[0][name], weights[1][name]) for name in names)
 
 
 def test_async_steps_like_sync(script):
@@ -497,7 +549,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_is_nobody_elses_until_then(scr
     _, said, command = output.partition("continue with\n")
     assert said and shlex.split(command) == ["python", str(script.path), "--resume", str(run)]
     steps = [int(row["step"]) for row in rows(run, "progress")]
-    assert load(run / "checkpoint.pt")["step"] == steps[-1]
+    assert 0 <= load(run / "checkpoint.pt")["step"] - steps[-1] < steps[0]
     script.stop_after_a_rollout("--resume", str(run))
     assert [int(row["step"]) for row in rows(run, "progress")] == [*steps, steps[-1] + steps[0]]
 
