@@ -17,8 +17,7 @@ Beta policy: Chou et al. 2017, https://proceedings.mlr.press/v70/chou17a.html.
 The algorithm ends with `train`; what follows keeps, evaluates and checks, and is much the same in every script.
 
 What may surprise:
-- An episode cut by a time limit bootstraps from the value of its true last observation; only termination ends a return,
-  and with `bootstrap_terminated` not even that.
+- An episode cut by a time limit bootstraps from the value of its true last observation; only termination ends a return.
 - The statistics that normalise observations change once per rollout, after its update; nothing shifts within it.
 - All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
 - Acting on vectors is done in numpy (`in_numpy`), several times as fast as torch for the few observations of one step.
@@ -111,10 +110,6 @@ class Args:
     """passes over each rollout"""
     gamma: float = 0.992
     """discount"""
-    final_gamma: float | None = None
-    """where the discount goes over the run, if given: 1 - gamma changes by the same factor every rollout"""
-    bootstrap_terminated: bool = False
-    """bootstrap where an episode terminates, too: if its end, like a lap's, is a success that nothing announces"""
     gae_lambda: float = 0.9
     """lambda of generalised advantage estimation"""
     recompute_advantages: bool = True
@@ -141,8 +136,6 @@ class Args:
     """hidden layers of the policy"""
     critic_sizes: tuple[int, ...] = (64, 64)
     """hidden layers of the value function"""
-    concentration_max: float | None = None
-    """alpha + beta is at most this, if given: a policy that no longer varies no longer learns to recover"""
 
     grayscale: bool = False
     """images: in shades of grey"""
@@ -488,17 +481,16 @@ class Agent(nn.Module):
         size = self.encoder.size if images else math.prod(observation_shape)
         self.actor = mlp((size, *args.actor_sizes, 2 * action_size), last_scale=0.01)
         self.critic = mlp((size, *args.critic_sizes, 1), last_scale=1.0)
-        self.concentration_max = args.concentration_max
 
     def policy(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        return concentrations(self.actor(self.encoder(observations)), self.concentration_max)
+        return concentrations(self.actor(self.encoder(observations)))
 
     def value(self, observations: Tensor) -> Tensor:
         return self.critic(self.encoder(observations)).squeeze(-1)
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features = self.encoder(observations)
-        return *concentrations(self.actor(features), self.concentration_max), self.critic(features).squeeze(-1)
+        return *concentrations(self.actor(features)), self.critic(features).squeeze(-1)
 
 
 def values_of(agent: Agent, observations: Tensor) -> Tensor:
@@ -506,16 +498,9 @@ def values_of(agent: Agent, observations: Tensor) -> Tensor:
     return torch.cat([agent.value(part) for part in observations.split(1024)])
 
 
-def concentrations(raw: Tensor, most: float | None = None) -> tuple[Tensor, Tensor]:
-    """alpha, beta = softplus(raw) + 1, above 1 so that the density has one peak, and that inside: each (N, A).
-
-    Where their sum would exceed `most`, what is above 1 shrinks in proportion, so that the mode stays. With 20, actions
-    in the middle deviate by 0.22 of half the range or more, which is the Gaussian policy's exp(-1.5).
-    """
-    above = softplus(raw).unflatten(-1, (2, -1))  # (N, 2, A)
-    if most is not None:
-        above = above * ((most - 2) / above.sum(-2, keepdim=True).clamp(min=most - 2))
-    alpha, beta = (above + 1).unbind(-2)
+def concentrations(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha, beta = softplus(raw) + 1, above 1 so that the density has one peak, and that inside: each (N, A)."""
+    alpha, beta = (softplus(raw) + 1).chunk(2, -1)
     return alpha, beta
 
 
@@ -525,15 +510,8 @@ def acting(agent: Agent) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]
         device = next(agent.parameters()).device
         return lambda images: tuple(each.cpu().numpy() for each in agent.policy(torch.tensor(images, device=device)))
 
-    actor, most = in_numpy(agent.actor), agent.concentration_max
-
-    def policy(observations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # as `concentrations`
-        above = np.logaddexp(actor(observations), 0).reshape(len(observations), 2, -1)
-        if most is not None:
-            above *= (most - 2) / np.maximum(above.sum(1, keepdims=True), most - 2)
-        return above[:, 0] + 1, above[:, 1] + 1
-
-    return policy
+    actor = in_numpy(agent.actor)
+    return lambda observations: np.split(np.logaddexp(actor(observations), 0) + 1, 2, -1)  # as `concentrations`
 
 
 def draw(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
@@ -721,14 +699,6 @@ def lr_factor(args: Args, iteration: int, iterations: int) -> float:
     return decay[args.lr_schedule] * min(1.0, rise)
 
 
-def discount(args: Args, iteration: int, iterations: int) -> float:
-    """γ of this rollout. If it rises, the horizon 1 / (1 − γ) grows geometrically: the near is learned first."""
-    if args.final_gamma is None:
-        return args.gamma
-    progress = (iteration - 1) / iterations
-    return 1 - (1 - args.gamma) ** (1 - progress) * (1 - args.final_gamma) ** progress
-
-
 class Policy:
     """What is deployed: a batch of observations to actions, with the normaliser frozen inside.
 
@@ -893,15 +863,13 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
         # Scale the rewards by the deviation of the discounted return, which starts anew with every episode.
         clock = time.perf_counter()
-        gamma = discount(args, iteration, iterations)
         discounted_returns = np.empty((T, N))
         for t in range(T):
-            discounted_returns[t] = discounted = discounted * gamma + rewards[t]
+            discounted_returns[t] = discounted = discounted * args.gamma + rewards[t]
             discounted = np.where(ended[t], 0.0, discounted)
         return_moments.update(discounted_returns.ravel())
         scaled = torch.from_numpy(return_moments.scale(rewards).astype(np.float32)).to(device)
-        final = terminated & (not args.bootstrap_terminated)  # worth nothing from there on
-        stops = torch.from_numpy(final).to(device), torch.from_numpy(ended).to(device)
+        stops = torch.from_numpy(terminated).to(device), torch.from_numpy(ended).to(device)
 
         # Improve the policy, and the critic with it.
         if last_at:
@@ -918,7 +886,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                 next_values, values = values[1:].clone(), values[:-1]
                 if last_at:  # what an ended episode saw last, instead of what the next one saw first
                     next_values[where] = values_of(agent, last)
-                advantages = generalised_advantages(scaled, values, next_values, *stops, gamma, args.gae_lambda)
+                advantages = generalised_advantages(scaled, values, next_values, *stops, args.gamma, args.gae_lambda)
                 batch.advantages[:] = advantages.flatten()
                 batch.returns[:] = (advantages + values).flatten()
             if epoch == 0:
@@ -997,13 +965,8 @@ def check(args: Args) -> None:
         " actor_sizes critic_sizes frame_stack action_repeat",
         at_least_0="seed ent_coef vf_coef num_evals",
         above_0="learning_rate critic_lr_ratio clip_coef max_grad_norm target_kl",
-        shares="gamma final_gamma gae_lambda lr_warmup",
+        shares="gamma gae_lambda lr_warmup",
     )
-    if args.final_gamma is not None and max(args.gamma, args.final_gamma) == 1:
-        name = "gamma" if args.gamma == 1 else "final_gamma"
-        refuse(f"{flag(name)} 1: must be below 1 with --final-gamma, whose steps are factors of 1 - gamma")
-    if args.concentration_max is not None and not 2 < args.concentration_max < math.inf:
-        refuse(f"--concentration-max {args.concentration_max}: must be above 2, the sum of a uniform distribution's")
     if args.resize is not None and args.resize < 8:
         refuse(f"--resize {args.resize}: must be at least 8")
     check_setup(args)

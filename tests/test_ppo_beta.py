@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from torch.distributions import AffineTransform, Beta, TransformedDistribution, kl_divergence
-from torch.nn.functional import softplus
 
 import ppo_beta as ppo
 from ppo_beta import Args, load_policy, make_eval_env, parse, train
@@ -140,37 +139,17 @@ def test_samples_are_beta_distributed_and_reproducible():
 def test_gradients_are_those_of_differences():
     raw = (2 * torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).requires_grad_()
     unit = torch.linspace(0.01, 0.99, 10, dtype=torch.float64).view(5, 2)
-    for most in (None, 5.0):
-        fixed = ppo.concentrations(raw.detach() + 0.3, most)
-        assert torch.autograd.gradcheck(lambda raw, most=most: ppo.entropy_of(*ppo.concentrations(raw, most)), raw)
-        assert torch.autograd.gradcheck(lambda raw, most=most: log_prob(*ppo.concentrations(raw, most), unit), raw)
-        assert torch.autograd.gradcheck(
-            lambda raw, fixed=fixed, most=most: divergence(*fixed, *ppo.concentrations(raw, most)), raw
-        )
+    fixed = ppo.concentrations(raw.detach() + 0.3)
+    assert torch.autograd.gradcheck(lambda raw: ppo.entropy_of(*ppo.concentrations(raw)), raw)
+    assert torch.autograd.gradcheck(lambda raw: log_prob(*ppo.concentrations(raw), unit), raw)
+    assert torch.autograd.gradcheck(lambda raw: divergence(*fixed, *ppo.concentrations(raw)), raw)
 
 
-def test_concentrations_are_bounded_in_sum_and_keep_their_mode():
-    raw = 10 * torch.randn(1000, 12, generator=torch.Generator().manual_seed(0))
-    free, bounded = ppo.concentrations(raw), ppo.concentrations(raw, 20.0)
-    for one, expected in zip(free, (softplus(raw[:, :6]) + 1, softplus(raw[:, 6:]) + 1), strict=True):
-        torch.testing.assert_close(one, expected)
-    alpha, beta = bounded
-    assert alpha.min() >= 1 and beta.min() >= 1 and (alpha + beta).max() < 20 + 1e-4
-    small = sum(free) < 20
-    assert 0.1 < small.float().mean() < 0.9
-    assert torch.equal(alpha[small], free[0][small]) and torch.equal(beta[small], free[1][small])
-    modes = [((alpha - 1) / (alpha + beta - 2))[~small] for alpha, beta in (free, bounded)]
-    torch.testing.assert_close(modes[1], modes[0], rtol=1e-3, atol=1e-5)
-    middle = Beta(*ppo.concentrations(torch.full((1, 2), 1e4), 20.0))
-    assert 2 * middle.stddev.item() == pytest.approx(np.exp(-1.5), rel=0.03)
-
-
-@pytest.mark.parametrize("most", [None, 20.0])
 @pytest.mark.parametrize("raw", [(-1e4, 1e6), (1e6, -1e4), (1e6, 1e6), (-1e4, -1e4), (0.0, 30.0)])
-def test_nothing_breaks_at_the_edges(raw, most):
+def test_nothing_breaks_at_the_edges(raw):
     torch.manual_seed(0)
     raw = torch.tensor(raw).repeat(1000, 1).requires_grad_()
-    alpha, beta = ppo.concentrations(raw, most)
+    alpha, beta = ppo.concentrations(raw)
     unit = draw(alpha, beta).detach()
     assert unit.min() > 0 and unit.max() < 1
     for edge in (unit, torch.full_like(unit, 2**-24), torch.full_like(unit, 1 - 2**-24)):
@@ -289,22 +268,6 @@ def test_learns_to_mirror(small):
     assert json.loads((run / "result.json").read_text())["evaluation"]["mean"] > -0.5  # a random policy's is -11
 
 
-def test_the_discount_rises(small, monkeypatch):
-    """Eight rollouts take the horizon from 10 to 160 steps: it doubles every other one, and ends a rollout short."""
-    horizons, estimate = [], ppo.generalised_advantages
-
-    def noted(*given):
-        horizons.append(1 / (1 - given[-2]))
-        return estimate(*given)
-
-    monkeypatch.setattr(ppo, "generalised_advantages", noted)
-    train(replace(small, gamma=0.9, final_gamma=1 - 1 / 160, recompute_advantages=False))
-    np.testing.assert_allclose(horizons, 10 * 2 ** (np.arange(8) / 2))
-    horizons.clear()
-    train(replace(small, gamma=0.9, recompute_advantages=False))
-    np.testing.assert_allclose(horizons, 8 * [10])
-
-
 def test_learns_from_images(images):
     args = replace(images, env_kwargs='{"asks": true}', action_repeat=1, total_timesteps=6400, gamma=0.0)
     run = train(replace(args, learning_rate=3e-3, update_epochs=4))
@@ -313,15 +276,15 @@ def test_learns_from_images(images):
     )  # a random policy's is -18, of one that never moves -4
 
 
-@pytest.mark.parametrize(("cut", "also"), [(True, False), (False, False), (False, True)])
-def test_of_images_too_truncation_bootstraps_and_termination_only_if_told_to(images, cut, also):
+@pytest.mark.parametrize("cut", [True, False])
+def test_of_images_too_truncation_bootstraps_and_termination_does_not(images, cut):
     """From the last image, which is worth 2 more, not from the first of the next episode, which is worth nothing."""
     args = replace(images, env_kwargs=json.dumps({"cut": cut}), resize=None, frame_stack=1, action_repeat=1)
     args = replace(args, total_timesteps=9600, num_evals=0, gamma=0.5, vf_coef=1.0, learning_rate=2e-3)
-    policy = load_policy(train(replace(args, bootstrap_terminated=also)) / "checkpoint.pt")
+    policy = load_policy(train(args) / "checkpoint.pt")
     env = make_eval_env(args)
     shown = [env.reset()[0], *(env.step(np.float32([0, 0]))[0] for _ in range(19))]
-    expected, following = np.zeros(20), 2.0 if cut or also else 0.0
+    expected, following = np.zeros(20), 2.0 if cut else 0.0
     for t in reversed(range(20)):
         expected[t] = following = (t >= 10) + 0.5 * following
     np.testing.assert_allclose(policy.value(np.stack(shown)), expected, atol=0.3)
@@ -335,11 +298,10 @@ def test_images_stay_as_they_are_while_the_next_take_their_place():
     assert kept.dtype == np.uint8 and (kept == 255).all()
 
 
-@pytest.mark.parametrize("most", [None, 20.0])
 @pytest.mark.parametrize("shape", [(17,), (16, 16, 3)])
-def test_a_step_is_taken_by_the_policy_that_is_updated(shape, most):
+def test_a_step_is_taken_by_the_policy_that_is_updated(shape):
     torch.manual_seed(0)
-    agent = ppo.Agent(Args(concentration_max=most), shape, 6).requires_grad_(False)
+    agent = ppo.Agent(Args(), shape, 6).requires_grad_(False)
     agent.actor[-1].bias.copy_(torch.linspace(-30, 30, 12))
     kind = torch.uint8 if len(shape) == 3 else torch.float32
     observations = (100 * torch.rand(16, int(np.prod(shape)))).to(kind)
@@ -534,7 +496,7 @@ RESUMED = {
 
 @pytest.mark.parametrize("env_id", RESUMED)
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path, env_id):
-    args = replace(SMALL, env_id=env_id, num_steps=64, total_timesteps=6144, checkpoint_every=1000, final_gamma=0.999)
+    args = replace(SMALL, env_id=env_id, num_steps=64, total_timesteps=6144, checkpoint_every=1000)
     args = replace(args, **RESUMED[env_id])
     undisturbed = train(replace(args, runs_dir=str(tmp_path / "undisturbed")))
 
@@ -569,10 +531,6 @@ MISTAKES = {
     "--env-id Pendulum-v1 --precision bf16": "--precision is for images",
     "--env-id tests.envs:Filmed-v0 --action-repeat 0": "--action-repeat",
     "--env-id tests.envs:Filmed-v0 --resize 0": "--resize",
-    "--env-id Pendulum-v1 --concentration-max 2": "must be above 2",
-    "--gamma 0.9 --final-gamma 1": "--final-gamma 1: must be below 1",
-    "--gamma 1 --final-gamma 0.9": "--gamma 1: must be below 1",
-    "--final-gamma 1.5": "--final-gamma 1.5: must be between 0 and 1",
     "--log-std-init 0": "--log-std-init",
 }
 
