@@ -87,7 +87,51 @@ SCRIPTS = {
             "--log-std-init nan": "--log-std-init",
             "--actor-sizes 64 0": "--actor-sizes",
         },
-    )
+    ),
+    "ppo_beta": Row(
+        small={
+            "env_id": "tests.envs:Mirror-v0",
+            "total_timesteps": 1024,
+            "num_envs": 4,
+            "num_steps": 32,
+            "num_minibatches": 4,
+            "update_epochs": 2,
+        },
+        killed={
+            "HalfCheetah-v4": {"num_envs": 2, "total_timesteps": 3072},
+            "tests.envs:Filmed-v0": {"total_timesteps": 2048, "frame_stack": 3, "resize": 16, "action_repeat": 3},
+        },
+        played="Pendulum-v1",
+        filmed="Pendulum-v1",
+        clock={
+            "total_timesteps": 9600,
+            "num_envs": 8,
+            "num_steps": 40,
+            "gamma": 0.9,
+            "learning_rate": 3e-3,
+            "lr_schedule": "constant",
+            "vf_coef": 1.0,
+            "update_epochs": 8,
+            "norm_obs": False,
+        },
+        mistakes={
+            "--env-id CartPole-v1": "--env-id CartPole-v1: acts in Discrete(2)",
+            "--env-id tests.envs:Endless-v0": "without bounds",
+            "--env-id tests.envs:Whole-v0": "real numbers",
+            "--env-id tests.envs:ChannelsFirst-v0": "(height, width, channels)",
+            "--env-id tests.envs:ChannelsFirst-v0 --resize 84": "(height, width, channels)",
+            "--env-id tests.envs:WithoutChannels-v0": "(height, width, channels)",
+            "--env-id tests.envs:Stacked-v0": "(height, width, channels)",
+            "--env-id tests.envs:Transparent-v0 --grayscale": "three channels",
+            "--env-id tests.envs:Filmed-v0 --resize 7": "--resize 7: must be at least 8",
+            "--env-id tests.envs:Filmed-v0 --action-repeat 0": "--action-repeat 0",
+            "--env-id Pendulum-v1 --frame-stack 4": "observes no images, which --frame-stack is for",
+            "--env-id Pendulum-v1 --precision bf16": "--precision is for",
+            "--num-minibatches 7 --num-steps 16": "--num-minibatches 7",
+            "--total-timesteps 100": "--total-timesteps 100: must be at least one rollout, 4096 steps",
+            "--log-std-init 0": "--log-std-init",
+        },
+    ),
 }
 # Of every script: what is wrong, and what has to be said of it.
 MISTAKES = {

@@ -13,35 +13,29 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Each source with those who take its blocks. The five below still have the form before the flagship was redrawn.
-FAMILIES = {
-    "ppo_continuous.py": [],
-    "ppo_discrete.py": ["ppo_beta.py", "ppo_atari_cnn.py", "grpo.py", "sac_continuous.py"],
-}
+# Each source with those who take its blocks.
+FAMILIES = {"ppo_continuous.py": ["ppo_beta.py"]}
 # What differs on purpose, and why.
 DIFFERENT = {
     "Args": "each algorithm has its own",
-    "train": "each algorithm has its own",
-    "check": "each algorithm has its own arguments to refuse",
-    "check_spaces": "each algorithm has its own spaces",
-    "Agent": "SAC has two critics, GRPO none, ppo_discrete.py a categorical policy, ppo_beta.py an encoder",
+    "RANGES": "each algorithm has its own arguments",
+    "Agent": "each algorithm has its own networks",
     "log_prob": "each distribution has its own",
-    "ppo_loss": "the entropy of a categorical or a Beta policy depends on the state",
-    "Policy": "SAC's is squashed, and its value is the lower of two; that of ppo_discrete.py chooses",
-    "load_policy": "GRPO and SAC do not scale rewards; a Box has bounds, discrete actions have first choices and sizes",
-    "Batch": "GRPO has no critic; the Beta policy keeps what its rollout's policy expected",
-    "make_eval_env": "ppo_beta.py sees images too, ppo_atari_cnn.py games",
-    "make_train_env": "ppo_beta.py sees images too",
-    "make_envpool": "ppo_beta.py sees images too",
-    "Frames": "ppo_beta.py's are an environment's images, ppo_atari_cnn.py's as the emulator makes them",
-    "Environments": "ppo_atari_cnn.py plays the emulator's own vector environment",
-    "check_environments": "ppo_atari_cnn.py plays the emulator's own vector environment",
-    "update": "each algorithm has its own",
-    "compile_update": "the updates take different arguments",
-    "MEASURES": "each algorithm measures its own",
-    "STATE": "each algorithm has its own",
-    "SECONDS": "SAC learns while it collects",
-    "TABLES": "each algorithm has its own columns",
+    "ppo_loss": "the entropy of a Beta policy depends on the state",
+    "Rollout": "the Beta policy's keeps alpha and beta",
+    "collect": "a Beta policy acts by two outputs; ppo_beta.py keeps images as bytes",
+    "estimate": "ppo_beta.py sees images through an encoder, in parts",
+    "batch_of": "the Beta policy's probabilities are those it acted with",
+    "improve": "each policy has its own measures; the Gaussian's deviation has a floor",
+    "train": "each algorithm shows what it measures",
+    "Policy": "each distribution has its own",
+    "compile_update": "ppo_beta.py keeps images as bytes",
+    "Run": "ppo_beta.py has no log_std, whose device the Gaussian's announces",
+    "make_env": "ppo_beta.py sees images too",
+    "make_eval_env": "ppo_beta.py sees images too",
+    "TrainEnv": "ppo_beta.py sees images too",
+    "EnvPool": "ppo_beta.py sees images too",
+    "prepare": "each algorithm has its own spaces",
 }
 
 
