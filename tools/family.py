@@ -14,7 +14,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Each source with those who take its blocks.
-FAMILIES = {"ppo_continuous.py": ["ppo_beta.py"]}
+FAMILIES = {
+    "ppo_continuous.py": ["ppo_beta.py"],
+    "ppo_discrete.py": [],
+    "ppo_atari_cnn.py": [],
+    "grpo.py": [],
+    "sac_continuous.py": [],
+}
 # What differs on purpose, and why.
 DIFFERENT = {
     "Args": "each algorithm has its own",
