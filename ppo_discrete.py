@@ -64,6 +64,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 SCRIPT = Path(__file__).stem
 warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is asked for: its results are published
+warnings.filterwarnings("ignore", message=".*precision lowered")  # by EnvPool, of bounds that are infinite
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Args:
 
     num_steps: int | None = None  # of each environment per rollout; default: all make 4096
     learning_rate: float = 5e-4  # Adam's step size at the start
+    critic_lr_ratio: float = 1.0  # the critic's step size, as a multiple of that
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how the rate falls; the last two end at 0
     lr_warmup: float = 0.0  # share of the run over which the learning rate first rises from 0
     num_minibatches: int = 64  # minibatches per epoch
@@ -313,10 +315,7 @@ def in_numpy(network: nn.Sequential) -> Callable[[np.ndarray], np.ndarray]:
 
 
 class Agent(nn.Module):
-    """A categorical policy for each of an action's A parts, a critic of its own, and the scales of both.
-
-    A part is a number from `low` to `high`. The actor gives each the logits of K choices; a part may have fewer.
-    """
+    """A categorical policy for each of an action's A parts, of up to K choices, a critic of its own, and the scales."""
 
     def __init__(self, args: Args, observation_shape: tuple[int, ...], low: np.ndarray, high: np.ndarray):
         super().__init__()
@@ -372,7 +371,7 @@ def generalised_advantages(
 
 class Batch(NamedTuple):
     observations: Tensor  # (B, D)
-    actions: Tensor  # (B, A), which count from 0
+    actions: Tensor  # (B, A)
     logprobs: Tensor  # (B,)
     values: Tensor  # (B,), those of the rollout's critic
     advantages: Tensor  # (B,)
@@ -453,6 +452,13 @@ def update(agent: Agent, args: Args, learner: Learner, batch: Batch, indices: Te
     return torch.stack((*measures, norm)).detach()
 
 
+def step_sizes(args: Args, agent: Agent) -> Tensor:
+    """Adam's step size for each parameter at the start: larger for the critic, which has to keep up with the policy."""
+    ratios = {parameter: args.critic_lr_ratio for parameter in agent.critic.parameters()}
+    rates = [torch.full_like(p, args.learning_rate * ratios.get(p, 1.0)).flatten() for p in agent.parameters()]
+    return torch.cat(rates)
+
+
 def lr_factor(args: Args, iteration: int, iterations: int) -> float:
     progress = (iteration - 1) / iterations
     decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
@@ -475,9 +481,9 @@ class Rollout(NamedTuple):
 
 def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Stopwatch") -> Rollout:
     """A rollout from `step` on, with the policy and the normaliser as they are."""
-    T, N, D, (A, K) = args.num_steps, args.num_envs, agent.moments.mean.numel(), agent.shape
+    T, N, D, A = args.num_steps, args.num_envs, agent.moments.mean.numel(), agent.low.numel()
     act, normalise, device = in_numpy(agent.actor), agent.moments.normaliser(), next(agent.parameters()).device
-    noise = gumbel((T, N, A, K)).numpy()
+    noise = gumbel((T, N, *agent.shape)).numpy()
     observations = np.empty((T, *envs.observations.shape))
     inputs, actions = np.empty((T + 1, N, D), np.float32), np.empty((T, N, A), np.int64)
     rewards, terminated, truncated = np.empty((T, N)), np.empty((T, N), bool), np.empty((T, N), bool)
@@ -485,7 +491,7 @@ def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Sto
     for t in range(T):
         observations[t] = envs.observations
         inputs[t] = normalise(envs.observations).reshape(N, D)
-        actions[t] = (act(inputs[t]).reshape(N, A, K) + noise[t]).argmax(-1)
+        actions[t] = (act(inputs[t]).reshape(noise[t].shape) + noise[t]).argmax(-1)
         environment_actions = agent.for_environment(actions[t])
         watch.lap("acting")
         true_next, rewards[t], terminated[t], truncated[t], finished = envs.step(environment_actions)
@@ -548,7 +554,7 @@ def improve(
         if too_far:
             break
     measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist(), strict=True))
-    measures |= {"explained_variance": explained_variance.item(), "learning_rate": learner.learning_rate.item()}
+    measures |= {"explained_variance": explained_variance.item(), "learning_rate": learner.learning_rate[0].item()}
     return measures | {"updates": len(measured)}
 
 
@@ -579,7 +585,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     torch.manual_seed(args.seed)
 
     agent = Agent(args, envs.observations.shape[1:], *bounds_of(actions)).requires_grad_(False)
-    learner = Learner.of(agent, device)
+    rates = step_sizes(args, agent).to(device)
+    learner = Learner.of(agent, device)._replace(learning_rate=rates.clone())
     progress = {"updates": 0, "recent": [], "evaluation": {}, "best": {}, "seconds": dict.fromkeys(SECONDS, 0.0)}
     with closing(envs), Run(args, agent, learner, envs, progress) as run:
         run.begin()
@@ -590,7 +597,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             step = iteration * B
             if interrupts:
                 run.stop(interrupts[0], step - B)
-            learner.learning_rate.fill_(args.learning_rate * lr_factor(args, iteration, iterations))
+            learner.learning_rate.copy_(rates * lr_factor(args, iteration, iterations))
             rollout = collect(args, agent, envs, step - B, watch)
             rewards = scale_rewards(args, agent, envs, rollout)
             measures = improve(args, agent, learner, rollout, rewards, fast_update)
@@ -864,10 +871,9 @@ class Run(ExitStack):
         """What is trained, and what one may not expect of it."""
         args, agent, N, T = self.args, self.agent, self.args.num_envs, self.args.num_steps
         B = N * T
-        D, low, high = agent.moments.mean.numel(), agent.low.tolist(), agent.high.tolist()
-        size = sum(p.numel() for p in agent.parameters())
+        D, size = agent.moments.mean.numel(), sum(p.numel() for p in agent.parameters())
         self.say(
-            f"{SCRIPT}  {args.env_id}  {D} observations, actions from {low} to {high}\n"
+            f"{SCRIPT}  {args.env_id}  {D} observations, actions from {agent.low.tolist()} to {agent.high.tolist()}\n"
             f"{args.total_timesteps // B * B:,} steps: rollouts of {N} environments ({args.vec}) x {T} steps\n"
             f"{args.update_epochs} epochs of {args.num_minibatches} minibatches of {B // args.num_minibatches},"
             f" {size:,} parameters, {self.learner.theta.device}\n{self.directory}"
@@ -970,7 +976,7 @@ RANGES = {
     "at least 1": (1, 1e15, "num_steps num_minibatches update_epochs actor_sizes critic_sizes"),
     "between 1 and 1e15": (1, 1e15, "total_timesteps checkpoint_every num_envs eval_episodes"),
     "at least 0": (0, 1e15, "ent_coef vf_coef num_evals"),
-    "above 0": (1e-300, 1e300, "learning_rate clip_coef max_grad_norm target_kl adam_eps"),
+    "above 0": (1e-300, 1e300, "learning_rate critic_lr_ratio clip_coef max_grad_norm target_kl adam_eps"),
     "between 0 and 1": (0, 1, "gamma gae_lambda lr_warmup"),
     "between 1 and 1024": (1, 1024, "threads"),
     "between 0 and 2147483647": (0, 2**31 - 1, "seed"),  # EnvPool's have 32 bits
@@ -1052,8 +1058,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete | gym.s
                 if env.render_mode:
                     env.render()
         if args.num_steps is None:
-            unit = M // math.gcd(N, M)
-            args = replace(args, num_steps=max(1, round(4096 / N / unit)) * unit)
+            rollout, unit = 4096, M // math.gcd(N, M)
+            args = replace(args, num_steps=max(1, round(rollout / N / unit)) * unit)
         size = N * args.num_steps
         if size % M or size == M:
             refuse(f"--num-minibatches {M}: must divide a rollout's {N} x {args.num_steps} = {size} steps in parts > 1")
