@@ -225,6 +225,45 @@ SCRIPTS = {
             "--log-std-init 0": "--log-std-init",
         },
     ),
+    "ppo_discrete": Row(
+        small={
+            "env_id": "tests.envs:Echo-v0",
+            "total_timesteps": 1024,
+            "num_envs": 4,
+            "num_steps": 32,
+            "num_minibatches": 4,
+            "update_epochs": 2,
+        },
+        killed={
+            "CartPole-v1": {"total_timesteps": 4096},
+            "Acrobot-v1": {"num_envs": 2, "total_timesteps": 3072},
+            "LunarLander-v3": {"total_timesteps": 4096},
+        },
+        played="LunarLander-v3",
+        filmed="LunarLander-v3",
+        clock={
+            "env_id": "tests.envs:Ticks-v0",
+            "total_timesteps": 9600,
+            "num_envs": 8,
+            "num_steps": 40,
+            "gamma": 0.9,
+            "learning_rate": 3e-3,
+            "lr_schedule": "constant",
+            "vf_coef": 1.0,
+            "update_epochs": 8,
+            "norm_obs": False,
+        },
+        mistakes={
+            "--env-id Pendulum-v1": "--env-id Pendulum-v1: acts in Box(-2.0, 2.0, (1,), float32)",
+            "--env-id tests.envs:Clock-v0": "ppo_continuous.py is for Box",
+            "--env-id tests.envs:Bits-v0": "MultiBinary(3)",
+            "--num-steps 0": "--num-steps 0: must be at least 1",
+            "--vec async --num-envs 3 --num-steps 100": "3 x 100 = 300 steps",
+            "--num-minibatches 7 --num-steps 16": "--num-minibatches 7",
+            "--total-timesteps 100": "--total-timesteps 100: must be at least one rollout, 4096 steps",
+            "--log-std-init 0": "--log-std-init",
+        },
+    ),
 }
 # Of every script: what is wrong, and what has to be said of it.
 MISTAKES = {
