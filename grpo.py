@@ -177,17 +177,29 @@ class Environments:
     def __init__(self, args: Args):
         self.args, self.envs, self.random = args, self._make(args), np.random.default_rng(args.seed)
 
-    def _make(self, args: Args) -> list[gym.Env]:
-        return [TrainEnv(args) for _ in range(args.num_envs)]
+    def _make(self, args: Args) -> gym.vector.VectorEnv:
+        vector = gym.vector.AsyncVectorEnv if args.vec == "async" else gym.vector.SyncVectorEnv
+        mode = gym.vector.AutoresetMode.NEXT_STEP
+        return vector([partial(TrainEnv, args)] * args.num_envs, copy=False, autoreset_mode=mode)
 
     def begin(self, which: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         """An episode from each seed; their first observations."""
-        return np.array([self.envs[n].reset(seed=seed)[0] for n, seed in zip(which, seeds.tolist(), strict=True)])
+        if self.args.vec == "sync":
+            return np.array(
+                [self.envs.envs[n].reset(seed=seed)[0] for n, seed in zip(which, seeds.tolist(), strict=True)]
+            )
+        mask, every = np.zeros(self.args.num_envs, bool), np.zeros(self.args.num_envs, int)
+        mask[which], every[which] = True, seeds
+        return self.envs.reset(seed=every.tolist(), options={"reset_mask": mask})[0][which]
 
     def step(self, which: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The true next observations, rewards, terminated, truncated."""
-        results = [self.envs[n].step(action)[:4] for n, action in zip(which, actions, strict=True)]
-        return tuple(map(np.array, zip(*results, strict=True)))
+        if self.args.vec == "sync":
+            results = [self.envs.envs[n].step(action)[:4] for n, action in zip(which, actions, strict=True)]
+            return tuple(map(np.array, zip(*results, strict=True)))
+        every = np.repeat(actions[:1], self.args.num_envs, 0)  # those that should rest play on, unseen
+        every[which] = actions
+        return tuple(result[which] for result in self.envs.step(every)[:4])
 
     def state(self) -> dict:
         """No episode is running when a checkpoint is written."""
@@ -199,34 +211,13 @@ class Environments:
         return True
 
     def close(self) -> None:
-        for env in self.envs:
-            env.close()
-
-
-class Workers(Environments):
-    """In a process each; those that rest play on, unseen."""
-
-    def _make(self, args: Args) -> gym.vector.VectorEnv:
-        mode = gym.vector.AutoresetMode.NEXT_STEP
-        return gym.vector.AsyncVectorEnv([partial(TrainEnv, args)] * args.num_envs, copy=False, autoreset_mode=mode)
-
-    def begin(self, which: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        every, chosen = np.zeros(self.args.num_envs, int), np.zeros(self.args.num_envs, bool)
-        every[which], chosen[which] = seeds, True
-        return self.envs.reset(seed=every.tolist(), options={"reset_mask": chosen})[0][which]
-
-    def step(self, which: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        every = np.repeat(actions[:1], self.args.num_envs, 0)
-        every[which] = actions
-        return tuple(result[which] for result in self.envs.step(every)[:4])
-
-    def close(self) -> None:
-        time.sleep(0.3)  # a process that died is not gone at once
-        for n, worker in enumerate(self.envs.processes):  # one that hangs would never answer
+        workers = getattr(self.envs, "processes", [])  # of --vec async; one that hangs would never answer
+        time.sleep(0.3 if workers else 0)  # a process that died is not gone at once
+        for n, worker in enumerate(workers):
             if worker.exitcode is not None:
                 print(f"{SCRIPT}.py: the process of environment {n} ended by itself", file=sys.stderr)
             worker.kill()
-        self.envs.closed = True
+            self.envs.closed = True
         self.envs.close()
 
 
@@ -738,7 +729,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     agent = Agent(args, shape, actions.low, actions.high).requires_grad_(False)
     learner = Learner.of(agent, device)
     reference, total = copy.deepcopy(agent), args.total_timesteps
-    progress = {"iteration": 0, "updates": 0, "kl_coef": args.kl_coef, "reference": {}, "warned": False}
+    progress = {"iteration": 0, "updates": 0, "kl_coef": args.kl_coef, "reference": {}}
     progress |= {"recent": [], "evaluation": {}, "best": {}, "seconds": dict.fromkeys(SECONDS, 0.0)}
     with closing(envs), Run(args, agent, learner, envs, progress) as run:
         run.begin()
@@ -766,12 +757,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             if not np.isfinite([*measured, advantages.sum(), *agent.moments.var.flatten()]).all():
                 raise FloatingPointError(f"not finite in the iteration that ended at step {step:,}: {measures}")
 
-            if not (advantages.any() or measures["degenerate_groups"] == 1 or progress["warned"]):
-                progress["warned"] = True
-                run.say(
-                    f"warning: every {args.advantage} advantage is 0, though returns differ, so nothing is learnt;"
-                    " rewards that never vary have no process: use --advantage rtg or outcome"
-                )
+            if progress["iteration"] == 1 and measures["degenerate_groups"] < 1 and not advantages.any():
+                run.say(f"every {args.advantage} advantage is 0, though returns differ: try --advantage rtg or outcome")
             progress["updates"] += measures["updates"]
             progress["recent"] = [*progress["recent"], *(e["return"] for e in rollout.episodes)][-100:]
             row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(step / watch.elapsed())}
@@ -1160,7 +1147,7 @@ def check(args: Args) -> None:
             raise ValueError(f"{flag(name)} {getattr(args, name)}: must be JSON such as '{{\"g\": 9.81}}'") from None
 
 
-class EnvPool(Workers):
+class EnvPool(Environments):
     """EnvPool seeds its episodes itself, so that they cannot be played again."""
 
     def _make(self, args: Args) -> gym.Env:
@@ -1179,9 +1166,6 @@ class EnvPool(Workers):
         self.__init__(replace(self.args, seed=(state["seed"] + 1) % 2**31))  # with other episodes than the first time
         return False
 
-    def close(self) -> None:
-        self.envs.close()
-
 
 def prepare(args: Args) -> tuple[Args, Environments, tuple[int, ...], gym.spaces.Box]:
     """The environments, and the arguments with `num_envs` and `max_episode_steps`; the spaces, as a Box.
@@ -1199,9 +1183,8 @@ def prepare(args: Args) -> tuple[Args, Environments, tuple[int, ...], gym.spaces
     if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
-    M, spaces = args.num_groups * args.group_size, []
-    args = replace(args, num_envs=args.num_envs or min(M, 64))
-    if args.num_envs > M:
+    M, spaces, limits = args.num_groups * args.group_size, [], [args.max_episode_steps]
+    if args.num_envs and args.num_envs > M:
         refuse(f"--num-envs {args.num_envs}: must be at most {M}, the episodes of an iteration")
     if args.log_std_init < args.log_std_min:
         refuse(f"--log-std-init {args.log_std_init}: must be at least --log-std-min {args.log_std_min}")
@@ -1219,19 +1202,17 @@ def prepare(args: Args) -> tuple[Args, Environments, tuple[int, ...], gym.spaces
                     raise TypeError(f"acts in {actions}, neither Discrete nor a Box of real numbers")
                 if args.distribution == "beta" and not (actions.dtype.kind == "f" and actions.is_bounded()):
                     raise TypeError(f"acts in {env.action_space}; --distribution beta is for a bounded Box, use normal")
-                if not spaces:
-                    limits = [steps for steps in (args.max_episode_steps, env.spec.max_episode_steps) if steps]
-                    if not limits:
-                        raise TypeError(
-                            "has no limit of its own; set --max-episode-steps, as whole episodes are played"
-                        )
-                    args = replace(args, max_episode_steps=min(limits))
                 spaces.append((env.observation_space.shape, actions))
+                limits.append(env.spec.max_episode_steps)
+                if not any(limits):
+                    raise TypeError("has no limit of its own; set --max-episode-steps, as whole episodes are played")
                 env.reset(seed=0)
                 env.step(env.action_space.sample())  # some values are no problem before
                 if env.render_mode:
                     env.render()
-        envs = {"sync": Environments, "async": Workers, "envpool": EnvPool}[args.vec](args)
+        limit = min(steps for steps in limits[:2] if steps)
+        args = replace(args, num_envs=args.num_envs or min(M, 64), max_episode_steps=limit)
+        envs = (EnvPool if args.vec == "envpool" else Environments)(args)
         observations = envs.begin(np.array([0]), np.array([args.seed]))
         if spaces != [(observations.shape[1:], actions)] * 2:
             envs.close()
