@@ -22,6 +22,7 @@ What may surprise:
 - The members of a group get one seed (`--identical-start`): they begin alike and meet the same chance, but act each
   with noise of its own.
 - Nothing bootstraps: what would have come after a time limit counts as nothing.
+- Finite bounds are -1 and 1 to the normal policy; actions are clipped to them, and the loss is of those drawn.
 - What normalises observations changes once per iteration, after its update; the first sees them raw, clipped at ±10.
 - All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
 """
@@ -394,6 +395,9 @@ class Agent(nn.Module):
         self.moments = RunningMoments(observation_shape, args.norm_obs)
         self.register_buffer("low", torch.as_tensor(low))
         self.register_buffer("high", torch.as_tensor(high))
+        bounded = np.isfinite(low) & np.isfinite(high)  # to the policy, such bounds are -1 and 1
+        self.centre = np.where(bounded, low / 2 + high / 2, 0).astype(low.dtype)
+        self.half_range = np.where(bounded, high / 2 - low / 2, 1).astype(low.dtype)
         self.bounds = low, high
 
     def forward(self, observations: Tensor) -> Tensor:
@@ -405,11 +409,9 @@ class Agent(nn.Module):
         low, high = self.bounds
         if self.kind is Categorical:
             return low + actions
-        actions = actions.reshape(-1, *low.shape)
-        if self.kind is Normal:
-            return np.minimum(np.maximum(actions, low), high)
-        unit = actions.astype(np.float64)
-        return (low * (1 - unit) + high * unit).astype(low.dtype)
+        actions = 2 * actions - 1 if self.kind is Beta else actions
+        actions = self.centre + self.half_range * actions.reshape(-1, *low.shape)
+        return np.minimum(np.maximum(actions, low), high)
 
 
 def rewards_to_go(rewards: np.ndarray, gamma: float) -> np.ndarray:

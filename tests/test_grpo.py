@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -105,12 +106,29 @@ def test_the_mean_of_k3_is_the_closed_divergence(kind):
 
 
 def test_actions_cover_uneven_bounds_and_choices_begin_where_the_space_does():
-    bounds = np.array([[-1, 0]], np.float32), np.array([[3, 0.5]], np.float32)
-    beta = agent_of(replace(SMALL, distribution="beta"), *bounds)
-    np.testing.assert_allclose(beta.for_environment(np.array([[0, 1], [0.5, 0.5]])), [[[-1, 0.5]], [[1, 0.25]]])
-    normal = agent_of(SMALL, *bounds)
-    np.testing.assert_allclose(normal.for_environment(np.array([[-2, 0.2], [2, 9]])), [[[-1, 0.2]], [[2, 0.5]]])
+    normal = agent_of(SMALL, [-1, 70, -np.inf], [3, 130, 1])
+    actions = normal.for_environment(np.float32([[0, 0, 0], [1, -1, 0.5], [2, -9, 9]]))
+    assert actions.tolist() == [[1, 100, 0], [3, 70, 0.5], [3, 70, 1]]
+    beta = agent_of(replace(SMALL, distribution="beta"), np.float32([[-1, 0]]), np.float32([[3, 0.5]]))
+    actions = beta.for_environment(np.float32([[0, 1], [0.5, 0.5]]))
+    assert actions.tolist() == [[[-1, 0.5]], [[1, 0.25]]] and actions.dtype == np.float32
     assert agent_of(low=-1, high=1).for_environment(np.array([0, 2])).tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize("distribution", ["normal", "beta"])
+@pytest.mark.parametrize("shape", [(), (2,), (1, 2)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_loaded_policy_acts_in_the_environments_own_space(tmp_path, dtype, shape, distribution):
+    """0.3 of 32 bits is more than 0.3 of 64."""
+    space = gym.spaces.Box(0.1, 0.3, shape, dtype)
+    args = replace(SMALL, distribution=distribution)
+    agent = grpo.Agent(args, (3,), space.low, space.high).requires_grad_(False)
+    agent.actor[-1].bias[: space.low.size] += 30  # the highest mean, the largest alpha
+    torch.save({"script": "grpo", "args": vars(args), "agent": agent.state_dict()}, tmp_path / "policy.pt")
+    actions = grpo.load_policy(tmp_path / "policy.pt")(np.zeros((4, 3)))
+    assert actions.dtype == dtype and actions.shape == (4, *shape)
+    assert all(np.asarray(action) in space for action in actions)
+    np.testing.assert_allclose(actions, 0.3, atol=0.02)
 
 
 # ------------------------------------------------------------------------------------------------------- advantages
