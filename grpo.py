@@ -344,6 +344,24 @@ class Normal:
         return (other.log_std - self.log_std + 0.5 * square * (-2 * other.log_std).exp() - 0.5).sum(-1)
 
 
+def stirling(z: Tensor) -> Tensor:
+    """The series of ln Γ(z) after its leading terms; exact in float32 from z = 4 on."""
+    return (1 / 12 - (1 / 360 - 1 / (1260 * z**2)) / z**2) / z
+
+
+def log_beta(alpha: Tensor, beta: Tensor) -> Tensor:
+    """ln B(alpha, beta), what normalises x^(alpha-1) (1-x)^(beta-1), for arguments ≥ 1.
+
+    B(alpha + 3, beta + 3) by Stirling's formula, and back by B(a, b) = B(a + 1, b + 1) (a + b) (a + b + 1) / (a b).
+    More exact than three torch.lgamma for large arguments, and faster, as it can be vectorised.
+    """
+    a, b, total = alpha + 3, beta + 3, alpha + beta
+    s = total + 6
+    back = [(alpha + i) * (beta + i) / ((total + 2 * i) * (total + 2 * i + 1)) for i in range(3)]
+    leading = (0.5 - a) * (b / a).log1p() + (0.5 - b) * (a / b).log1p() + 0.5 * (2 * math.pi / s).log()
+    return leading + stirling(a) + stirling(b) - stirling(s) - (back[0] * back[1] * back[2]).log()
+
+
 class Beta:
     """Of Box actions, from 0 at the lower bound to 1 at the upper; the outputs, (B, 2A), give alpha and beta."""
 
@@ -357,19 +375,15 @@ class Beta:
     def best(self) -> Tensor:
         return self.alpha / (self.alpha + self.beta)
 
-    def log_norm(self) -> Tensor:
-        """ln B(alpha, beta), what normalises the density x^(alpha-1) (1-x)^(beta-1)."""
-        return torch.lgamma(self.alpha) + torch.lgamma(self.beta) - torch.lgamma(self.alpha + self.beta)
-
     def log_prob(self, actions: Tensor) -> Tensor:
         logs = (self.alpha - 1) * actions.log() + (self.beta - 1) * torch.log1p(-actions)
-        return (logs - self.log_norm()).sum(-1)
+        return (logs - log_beta(self.alpha, self.beta)).sum(-1)
 
     def cross_entropy(self, other: "Beta") -> Tensor:
         """-E[ln p_other(x)], of which the parts are E[ln x] and E[ln(1 - x)]."""
         total = torch.digamma(self.alpha + self.beta)
         log_x, log_rest = torch.digamma(self.alpha) - total, torch.digamma(self.beta) - total
-        return (other.log_norm() - (other.alpha - 1) * log_x - (other.beta - 1) * log_rest).sum(-1)
+        return (log_beta(other.alpha, other.beta) - (other.alpha - 1) * log_x - (other.beta - 1) * log_rest).sum(-1)
 
     def entropy(self) -> Tensor:
         return self.cross_entropy(self)

@@ -16,8 +16,10 @@ from grpo import Args, train
 from tests.envs import Luck
 from tests.marks import needs_compiler
 from tests.test_promises import rows
+from tools import family
 
-CONFIGS = Path(grpo.__file__).parent / "configs" / "grpo"
+ROOT = Path(grpo.__file__).parent
+CONFIGS = ROOT / "configs" / "grpo"
 SMALL = Args(
     env_id="tests.envs:Luck-v0",
     num_envs=4,
@@ -74,6 +76,20 @@ def test_distributions_are_torchs(kind):
     torch.testing.assert_close(policy.log_prob(actions), total(torchs.log_prob(actions)))
     torch.testing.assert_close(policy.entropy(), total(torchs.entropy()))
     torch.testing.assert_close(policy.kl(kind(others)), total(torch.distributions.kl_divergence(torchs, other)))
+
+
+def test_what_normalises_a_beta_is_exact_for_large_parameters_too():
+    alpha, beta = (torch.logspace(0, 4, 300, dtype=torch.float64)[torch.randperm(300)] for _ in range(2))
+    expected = alpha.lgamma() + beta.lgamma() - (alpha + beta).lgamma()
+    torch.testing.assert_close(grpo.log_beta(alpha, beta), expected, atol=1e-6, rtol=0)
+    found = grpo.log_beta(alpha.float(), beta.float()).double()
+    assert ((found - expected).abs() <= 1e-6 * expected.abs() + 1e-5).all()
+
+
+def test_log_beta_is_that_of_ppo_beta():
+    ours, theirs = ((ROOT / name).read_text() for name in ("grpo.py", "ppo_beta.py"))
+    for name in ("stirling", "log_beta"):
+        assert family.lines(ours, family.blocks(ours)[name]) == family.lines(theirs, family.blocks(theirs)[name])
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
