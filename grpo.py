@@ -759,10 +759,11 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                 progress["reference"] = copy.deepcopy(agent.state_dict())
             reference.load_state_dict(progress["reference"])
             progress["iteration"] += 1
-            before = step
-            learner.learning_rate.fill_(args.learning_rate * lr_factor(args, before + 1, total))
-            rollout = collect(args, agent, envs, before, watch)
-            step += len(rollout.inputs)
+            rollout = collect(args, agent, envs, step, watch)
+            B = len(rollout.inputs)
+            step += B
+            rate = args.learning_rate * lr_factor(args, step / B, total / B)  # as if every iteration had B steps
+            learner.learning_rate.fill_(rate)
             bare, advantages = estimate(args, rollout)
             batch = batch_of(args, agent, reference, rollout, advantages)
             measures = improve(args, agent, learner, batch, progress["kl_coef"], fast_update)
@@ -787,10 +788,10 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
             if args.target_kl:
                 progress["kl_coef"] = next_kl_coef(progress["kl_coef"], row["reference_kl"], args.target_kl)
-            if min(step, total) * args.num_evals // total > before * args.num_evals // total:
+            if min(step, total) * args.num_evals // total > (step - B) * args.num_evals // total:
                 evaluate(args, run, agent, step, progress)
                 watch.lap("evaluating")
-            if step // args.checkpoint_every > before // args.checkpoint_every or step >= total:
+            if step // args.checkpoint_every > (step - B) // args.checkpoint_every or step >= total:
                 run.save(step)
                 watch.lap("saving")
             run.show(row, max(step, total), f"KL {row['approx_kl']:.4f}  length {row['episode_length']:.0f}")

@@ -607,21 +607,22 @@ def test_what_changes_when(small, monkeypatch):
 
     spy("collect", lambda arguments, rollout: (arguments[3], arguments[1].moments.count.item(), rollout))
     spy("update", lambda arguments, _: (arguments[0].moments.count.item(), arguments[2].learning_rate.item()))
-    args = replace(small, learning_rate=0.01)
-    table = rows(train(args), "progress")
-    steps = [int(row["step"]) for row in table]
+    run = train(replace(small, learning_rate=0.01, lr_warmup=0.5))
+    table = rows(run, "progress")
+    steps = [0, *(int(row["step"]) for row in table)]
     assert steps[-2] < 1000 <= steps[-1]  # the iteration that reaches the total is the last, and whole
+    assert sum(int(row["length"]) for row in rows(run, "episodes")) == steps[-1]
     rollouts = [look for name, look in seen if name == "collect"]
-    assert [(step, count) for step, count, _ in rollouts] == [(step, step) for step in (0, *steps[:-1])]
-    assert [len(rollout.inputs) for *_, rollout in rollouts] == np.diff([0, *steps]).tolist()
+    assert [(step, count) for step, count, _ in rollouts] == [(step, step) for step in steps[:-1]]
+    assert [len(rollout.inputs) for *_, rollout in rollouts] == np.diff(steps).tolist()
+
     updates = [look for name, look in seen if name == "update"]
-    assert {count for count, _ in updates} == {0, *steps[:-1]} and len(updates) == int(table[-1]["updates"])
-    for count, rate in updates:
-        assert rate == pytest.approx(0.01 * (1 - count / 1000))
-    assert [float(row["learning_rate"]) for row in table] == pytest.approx(
-        [0.01 * (1 - s / 1000) for s in (0, *steps)][:-1]
-    )
-    assert sum(int(row["length"]) for row in rows(next(Path(small.runs_dir).iterdir()), "episodes")) == steps[-1]
+    assert {count for count, _ in updates} == set(steps[:-1]) and len(updates) == int(table[-1]["updates"])
+    # Falls from where an iteration begins and rises to where it ends: the first is 1 / (warm-up * iterations) of it.
+    rates = {a: 0.01 * (1 - a / 1000) * min(1, b / 500) for a, b in zip(steps[:-1], steps[1:], strict=True)}
+    assert rates[0] == pytest.approx(0.01 * steps[1] / 500) and rates[0] > 1e-3
+    assert [rate for _, rate in updates] == pytest.approx([rates[count] for count, _ in updates])
+    assert [float(row["learning_rate"]) for row in table] == pytest.approx(list(rates.values()))
 
 
 def test_the_reference_stays_for_some_iterations_and_holds_the_policy_back(small):
