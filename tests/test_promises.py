@@ -264,6 +264,67 @@ SCRIPTS = {
             "--log-std-init 0": "--log-std-init",
         },
     ),
+    "grpo": Row(
+        small={
+            "env_id": "tests.envs:Mirror-v0",
+            "total_timesteps": 1024,
+            "num_envs": 4,
+            "num_groups": 4,
+            "group_size": 4,
+            "max_episode_steps": 8,
+            "minibatch_size": 32,
+            "update_epochs": 2,
+        },
+        killed={
+            "HalfCheetah-v4": {
+                "total_timesteps": 6000,
+                "max_episode_steps": 50,
+                "distribution": "beta",
+                "identical_start": False,
+                "eval_episodes": 1,
+            },
+            "LunarLander-v3": {
+                "total_timesteps": 9000,
+                "max_episode_steps": 200,
+                "kl_coef": 0.1,
+                "target_kl": 0.001,
+                "ref_update_every": 3,
+            },
+            "BipedalWalker-v3": {
+                "num_groups": 2,
+                "total_timesteps": 2048,
+                "max_episode_steps": 40,
+                "eval_episodes": 1,
+                "num_evals": 1,
+            },
+        },
+        played="Pendulum-v1",
+        filmed="Pendulum-v1",
+        clock=None,
+        mistakes={
+            "--env-id tests.envs:Whole-v0": "real numbers",
+            "--env-id tests.envs:Several-v0": "MultiDiscrete",
+            "--env-id tests.envs:Clock-v0": "set --max-episode-steps",
+            "--env-id Pendulum-v1 --log-std-init nan": "--log-std-init nan: must be a number",
+            "--env-id Pendulum-v1 --log-std-init -3": "at least --log-std-min",
+            "--env-id tests.envs:Endless-v0 --max-episode-steps 9 --distribution beta": "use normal",
+            "--distribution beta": "Discrete(2)",
+            "--num-groups 0": "--num-groups 0",
+            "--group-size 1": "at least 2",
+            "--num-envs 17": "at most 16",
+            "--minibatch-size 0": "--minibatch-size",
+            "--clip-coef 1": "below 1",
+            "--clip-coef 0": "--clip-coef 0.0: must be above 0",
+            "--advantage value": "rtg",
+            "--gamma 1.1": "--gamma",
+            "--target-kl 0.01": "--kl-coef",
+            "--kl-coef -1": "--kl-coef",
+            "--ref-update-every 0": "--ref-update-every",
+            "--hybrid-clip 0": "--hybrid-clip",
+            "--total-timesteps 0": "--total-timesteps",
+        },
+        length=8,
+    ),
 }
 # Of every script: what is wrong, and what has to be said of it.
 MISTAKES = {
@@ -820,9 +881,10 @@ def test_what_a_run_leaves(script):
     assert told <= json.loads((run / "meta.json").read_text()).keys()
 
     episodes, evaluations, progress = (rows(run, table) for table in ("episodes", "evaluations", "progress"))
-    assert list(episodes[0]) == ["step", "return", "length"] and all(row["length"] == "10" for row in episodes)
-    N = args.num_envs
-    assert len(episodes) == 1024 // (10 * N) * N and episodes[0]["step"] == str(10 * N)
+    assert list(episodes[0]) == ["step", "return", "length"]
+    assert {row["length"] for row in episodes} == {str(script.row.length)}
+    steps = 4 * script.row.length  # until the first of each environment ends
+    assert len(episodes) == 1024 // steps * 4 and episodes[0]["step"] == str(steps)
     assert list(evaluations[0]) == ["step", "episode", "seed", "return", "length"]
     assert [(row["step"], row["episode"], row["seed"]) for row in evaluations] == [
         (step, episode, seed) for step in ("512", "1024") for episode, seed in (("0", "10000"), ("1", "10001"))
