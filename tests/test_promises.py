@@ -883,8 +883,8 @@ def test_what_a_run_leaves(script):
     episodes, evaluations, progress = (rows(run, table) for table in ("episodes", "evaluations", "progress"))
     assert list(episodes[0]) == ["step", "return", "length"]
     assert {row["length"] for row in episodes} == {str(script.row.length)}
-    steps = 4 * script.row.length  # until the first of each environment ends
-    assert len(episodes) == 1024 // steps * 4 and episodes[0]["step"] == str(steps)
+    steps = args.num_envs * script.row.length  # until the first of each environment ends
+    assert len(episodes) == 1024 // steps * args.num_envs and episodes[0]["step"] == str(steps)
     assert list(evaluations[0]) == ["step", "episode", "seed", "return", "length"]
     assert [(row["step"], row["episode"], row["seed"]) for row in evaluations] == [
         (step, episode, seed) for step in ("512", "1024") for episode, seed in (("0", "10000"), ("1", "10001"))
