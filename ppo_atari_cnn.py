@@ -466,39 +466,46 @@ class Rollout(NamedTuple):
     truncated: Tensor  # (T, N), where a game was cut
 
 
-def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Stopwatch") -> Rollout:
-    """A rollout from `step` on, with the network as it is."""
+def see(agent: Agent, parameters: dict[str, Tensor], frames: Tensor) -> Tensor:
+    """Logits and value of each, (N, A + 1)."""
+    logits, values = functional_call(agent, parameters, (frames,))
+    return torch.cat((logits, values[:, None]), -1)
+
+
+def collect(
+    args: Args, agent: Agent, envs: Environments, look: Callable[[Tensor], Tensor], step: int, watch: "Stopwatch"
+) -> Rollout:
+    """A rollout from `step` on; `look` gives logits and values of the network as it is."""
     T, N, A, device = args.num_steps, args.num_envs, agent.actor.out_features, agent.actor.bias.device
-    network = partial(functional_call, agent, lower_precision(dict(agent.named_parameters()), args.precision))
-    noise = -torch.empty((T, N, A)).exponential_().log().to(device)  # with it, the largest logit is a draw
+    noise = -torch.empty((T, N, A)).exponential_().log()  # with it, the largest logit is a draw
     observations = torch.empty((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device).movedim(-1, 2)
-    actions = torch.empty((T, N), dtype=torch.long, device=device)
-    logits, values = torch.empty((T, N, A), device=device), torch.empty((T + 1, N), device=device)
+    actions, outputs = torch.empty((T, N), dtype=torch.long), torch.empty((T + 1, N, A + 1))
     rewards, terminated, truncated = np.empty((T, N), np.float32), np.empty((T, N), bool), np.empty((T, N), bool)
-    last_values, episodes = [torch.empty(0, device=device)], []
+    last_values, episodes = [torch.empty(0)], []
     for t in range(T):
         observations[t] = torch.from_numpy(envs.observations)
-        logits[t], values[t] = network(observations[t])
-        actions[t] = (logits[t] + noise[t]).argmax(-1)
-        environment_actions = actions[t].cpu().numpy()
+        outputs[t] = look(observations[t])
+        actions[t] = (outputs[t, :, :A] + noise[t]).argmax(-1)
+        environment_actions = actions[t].numpy()
         watch.lap("acting")
         true_next, rewards[t], terminated[t], truncated[t], finished = envs.step(environment_actions)
         watch.lap("stepping")
         if truncated[t].any():
-            last_values.append(network(torch.tensor(true_next[truncated[t]], device=device))[1])
+            last_values.append(look(torch.tensor(true_next, device=device)).cpu()[truncated[t], A])
         if finished:
             when = {"step": step + (t + 1) * N, "wall_time": round(watch.elapsed(), 3)}
             episodes += [when | {"return": total, "length": length} for total, length in finished]
     observations[T] = torch.from_numpy(envs.observations)
-    values[T] = network(observations[T])[1]
-    tensors = observations, episodes, actions, log_prob(logits, actions), values, torch.cat(last_values)
-    return Rollout(*tensors, *(torch.tensor(array, device=device) for array in (rewards, terminated, truncated)))
+    outputs[T] = look(observations[T])
+    tensors = actions, log_prob(outputs[:T, :, :A], actions), outputs[..., A], torch.cat(last_values)
+    tensors += tuple(map(torch.from_numpy, (rewards, terminated, truncated)))
+    return Rollout(observations, episodes, *(tensor.to(device) for tensor in tensors))
 
 
 def estimate(args: Args, rollout: Rollout) -> Tensor:
     """Advantages, (T, N), of clipped rewards."""
-    next_values = rollout.values[1:].clone()
-    next_values[rollout.truncated] = rollout.last_values  # instead of what the next game showed first
+    # What a game that was cut showed last, instead of what the next one showed first.
+    next_values = rollout.values[1:].masked_scatter(rollout.truncated, rollout.last_values)
     ends = rollout.terminated, rollout.terminated | rollout.truncated
     rewards, values = rollout.rewards.clamp(-1, 1), rollout.values[:-1]
     return generalised_advantages(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
@@ -511,20 +518,27 @@ def batch_of(rollout: Rollout, advantages: Tensor) -> Batch:
     return Batch(rollout.observations[:-1].flatten(0, 1), *(column.flatten() for column in columns))
 
 
-def improve(args: Args, agent: Agent, learner: Learner, rollout: Rollout, update: Callable) -> dict[str, float]:
+def run_epoch(args: Args, agent: Agent, learner: Learner, update: Callable, batch: Batch, rows: Tensor) -> Tensor:
+    """An update for each row of indices, ended early where the policy has moved too far; their measures, a row each."""
+    measured = []
+    for indices in rows:
+        measured.append(update(agent, args, learner, batch, indices))
+        if args.target_kl and measured[-1][MEASURES.index("approx_kl")] > args.target_kl:
+            break
+    return torch.stack(measured)
+
+
+def improve(args: Args, learner: Learner, rollout: Rollout, optimise: Callable) -> dict[str, float]:
     """Epochs of minibatches, ended early where the policy has moved too far; their mean measures."""
     batch, measured = batch_of(rollout, estimate(args, rollout)), []
     explained_variance = 1 - (batch.returns - batch.values).var() / batch.returns.var()
     for _ in range(args.update_epochs):
-        shuffled = torch.randperm(len(batch.returns)).to(batch.returns.device)
-        for indices in shuffled.split(len(shuffled) // args.num_minibatches):
-            measured.append(update(agent, args, learner, batch, indices))
-            too_far = args.target_kl and measured[-1][MEASURES.index("approx_kl")] > args.target_kl
-            if too_far:
-                break
-        if too_far:
+        shuffled = torch.randperm(len(batch.returns)).to(batch.returns.device, non_blocking=True)
+        measured.append(optimise(batch, shuffled.view(args.num_minibatches, -1)))
+        if args.target_kl and measured[-1][-1, MEASURES.index("approx_kl")] > args.target_kl:
             break
-    measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist(), strict=True))
+    measured = torch.cat(measured)
+    measures = dict(zip(MEASURES, measured.mean(0).tolist(), strict=True))
     measures |= {"explained_variance": explained_variance.item(), "learning_rate": learner.learning_rate.item()}
     return measures | {"updates": len(measured)}
 
@@ -560,6 +574,11 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     with closing(envs), Run(args, agent, learner, envs, progress) as run:
         run.begin()
         fast_update = compile_update(args, agent, learner, run, interrupts) if args.compile else update
+        parts = args, agent, learner, fast_update
+        optimise = capture_epoch(*parts) if device.type == "cuda" else partial(run_epoch, *parts)
+        lowered = lower_precision(dict(agent.named_parameters()), args.precision)
+        look = partial(see, agent, lowered)
+        look = Captured(look, ()) if device.type == "cuda" else look
         watch, booked = Stopwatch(progress["seconds"]), dict(progress["seconds"])
 
         for iteration in range(run.saved // B + 1, iterations + 1):
@@ -567,8 +586,10 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             if interrupts:
                 run.stop(interrupts[0], step - B)
             learner.learning_rate.fill_(args.learning_rate * lr_factor(args, iteration, iterations))
-            rollout = collect(args, agent, envs, step - B, watch)
-            measures = improve(args, agent, learner, rollout, fast_update)
+            for name, learnt in lower_precision(dict(agent.named_parameters()), args.precision).items():
+                lowered[name].copy_(learnt)
+            rollout = collect(args, agent, envs, look, step - B, watch)
+            measures = improve(args, learner, rollout, optimise)
             watch.lap("updating")
             if not np.isfinite([measures[name] for name in MEASURES]).all():
                 raise FloatingPointError(f"not finite in the rollout that ended at step {step:,}: {measures}")
@@ -682,9 +703,11 @@ def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run", inter
     frames = torch.zeros((B, 84, 84, 4), dtype=torch.uint8, device=device).movedim(-1, 1)
     actions = torch.zeros(B, dtype=torch.long, device=device)
     batch = Batch(frames, actions, *(torch.zeros(B, device=device) for _ in range(4)))
-    # Compiling is quicker without a test of the vector instructions, a header for later and the debugger's lines.
-    config = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False, "aot_inductor.enable_line_tables": False}
-    config |= {"cpp_wrapper": device.type == "cpu"}  # there, calling many small kernels from Python costs
+    config = {}
+    if device.type == "cpu":
+        # Compiling is quicker without a test of the vector instructions, a header for later, the debugger's lines.
+        config = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
+        config |= {"aot_inductor.enable_line_tables": False, "cpp_wrapper": True}  # no kernel is called from Python
     run.say("compiling the update …")
     gc.disable()  # the compiler makes many objects, and keeps them
     try:
@@ -699,6 +722,52 @@ def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run", inter
         gc.enable()
     run.say(f"compiled in {time.perf_counter() - started:.1f} s")
     return fast
+
+
+class Captured:
+    """A function as one CUDA graph: the same kernels in the same order, for a call instead of thousands.
+
+    It changes `state` in place and nothing else; its inputs are copied to where the graph reads them.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], state: Sequence[Tensor]):
+        self.function, self.state, self.graph = function, state, None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self.graph is None:
+            self.capture([tensor.clone() for tensor in inputs])
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given, non_blocking=True)
+        self.graph.replay()
+        return self.output.clone()
+
+    def capture(self, inputs: list[Tensor]) -> None:
+        self.inputs, before, stream = inputs, [tensor.clone() for tensor in self.state], torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # the first call takes memory and chooses kernels, which a graph cannot
+            self.function(*inputs)
+            for tensor, value in zip(self.state, before, strict=True):
+                tensor.copy_(value)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.output = self.function(*inputs)
+
+
+def capture_epoch(args: Args, agent: Agent, learner: Learner, update: Callable) -> Callable[[Batch, Tensor], Tensor]:
+    """`run_epoch` as a graph. Where the policy moves too far, which is rare, the epoch is run again without it."""
+    free = replace(args, target_kl=None)
+    whole = Captured(lambda rows, *batch: run_epoch(free, agent, learner, update, Batch(*batch), rows), learner)
+
+    def optimise(batch: Batch, rows: Tensor) -> Tensor:
+        before = [tensor.clone() for tensor in learner]
+        measures = whole(rows, *batch)
+        if args.target_kl and (measures[:, MEASURES.index("approx_kl")] > args.target_kl).any():
+            for tensor, value in zip(learner, before, strict=True):
+                tensor.copy_(value)
+            return run_epoch(args, agent, learner, update, batch, rows)
+        return measures
+
+    return optimise
 
 
 def write_atomically(path: Path, content: dict | str) -> None:
