@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch==2.13.0", "gymnasium[box2d,classic-control,mujoco]==1.4.0", "mujoco==3.3.7", "numpy", "tyro", "pyyaml",
-#     "tensorboard", "moviepy"
+#     "torch==2.13.0", "gymnasium[box2d,classic-control,mujoco]==1.4.0", "mujoco==3.3.7", "numpy", "threadpoolctl",
+#     "tyro", "pyyaml", "tensorboard", "moviepy"
 # ]
 # ///
 """Group-relative policy optimisation (GRPO): no critic; whole episodes are judged by those beside them.
@@ -22,262 +22,236 @@ What may surprise:
 - The members of a group get one seed (`--identical-start`): they begin alike and meet the same chance, but act each
   with noise of its own.
 - Nothing bootstraps: what would have come after a time limit counts as nothing.
-- The statistics that normalise observations change once per iteration, after its update; nothing shifts within it.
+- Finite bounds are -1 and 1 to the normal policy; actions are clipped to them, and the loss is of those drawn.
+- What normalises observations changes once per iteration, after its update; the first sees them raw, clipped at ±10.
 - All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
 """
 
 import copy
 import csv
-import difflib
+import fcntl
+import gc
 import importlib
-import io
 import json
 import math
 import os
-import platform
-import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 import zipfile
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stderr
-from ctypes.util import find_library
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from multiprocessing import parent_process
 from pathlib import Path
-from typing import IO, Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
 import yaml
+from gymnasium.wrappers import FlattenObservation, RecordVideo, TimeLimit
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.tensorboard import SummaryWriter
+
+SCRIPT = Path(__file__).stem
+warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is asked for: its results are published
 
 
 @dataclass
 class Args:
-    env_id: str = "CartPole-v1"
-    """Gymnasium id of the environment; `module:Id-v0` imports the module first"""
-    env_kwargs: str = "{}"
-    """arguments of the environment, as JSON: '{"reset_noise_scale": 0.15}'"""
-    eval_env_kwargs: str = "{}"
-    """arguments of the evaluation environment that differ, as JSON"""
-    num_envs: int | None = None
-    """environments stepped together; by default one for each episode of an iteration, at most 64"""
-    vec: Literal["sync", "async", "envpool"] = "sync"
-    """how they are stepped: in turn, in a process each, or by EnvPool"""
-    total_timesteps: int = 1_000_000
-    """environment steps, over all environments; the iteration that reaches them is the last"""
-    seed: int = 1
-    """seed of everything random"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks are"""
-    threads: int = 1
-    """torch threads; small networks are fastest with one"""
-    compile: bool = True
-    """compile the update (needs a C++ compiler; 3 to 20 s at the start)"""
+    env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
+    env_kwargs: str = "{}"  # arguments of the environment, as JSON: '{"reset_noise_scale": 0.15}'
+    eval_env_kwargs: str = "{}"  # arguments of the evaluation environment that differ, as JSON
+    num_envs: int | None = None  # environments stepped together; default: one for each of an iteration's, at most 64
+    vec: Literal["sync", "async", "envpool"] = "sync"  # how: in turn, in a process each, or by EnvPool
+    total_timesteps: int | float = 1_000_000  # steps over all environments; the iteration that reaches them is the last
+    seed: int = 1  # seed of everything random
+    device: Literal["cpu", "cuda", "auto"] = "cpu"  # where the networks are
+    threads: int = 1  # torch threads; small networks are fastest with one
+    compile: bool = True  # compile the update (needs a C++ compiler)
 
-    num_groups: int = 2
-    """groups of episodes per iteration"""
-    group_size: int = 8
-    """episodes in a group, which are compared with each other"""
-    identical_start: bool = True
-    """the episodes of a group begin with the same seed; what they do is their own"""
-    max_episode_steps: int | None = None
-    """where training cuts episodes; by default where the environment does, as evaluation does"""
-    learning_rate: float = 1e-3
-    """Adam's step size at the start"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """how the learning rate falls; linear and cosine end at 0"""
-    lr_warmup: float = 0.0
-    """share of the run over which the learning rate first rises from 0"""
-    minibatch_size: int = 512
-    """most steps in a minibatch; an iteration's are shared out evenly"""
-    update_epochs: int = 4
-    """passes over each iteration's steps"""
-
+    num_groups: int = 2  # groups of episodes per iteration
+    group_size: int = 8  # episodes in a group, which are compared with each other
+    identical_start: bool = True  # the episodes of a group begin with the same seed; what they do is their own
+    max_episode_steps: int | None = None  # where training cuts episodes; default: where the environment does
+    learning_rate: float = 1e-3  # Adam's step size at the start
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how the rate falls; the last two end at 0
+    lr_warmup: float = 0.0  # share of the run over which the learning rate first rises from 0
+    minibatch_size: int = 512  # most steps in a minibatch; an iteration's are shared out evenly
+    update_epochs: int = 4  # passes over each iteration's steps
+    # what a step is judged by: the return, normalised rewards to go, both, or rewards to go
     advantage: Literal["outcome", "process", "hybrid", "rtg"] = "rtg"
-    """by the episode's return, normalised rewards to come, both, or the return to come"""
-    gamma: float = 0.99
-    """discount of rewards to come; an outcome is not discounted"""
-    process_norm: Literal["timestep", "group"] = "group"
-    """rewards are normalised among the group's at that time, or among all of the group's"""
-    baseline: Literal["mean", "loo"] = "mean"
-    """what the group's mean is taken over: all of it, or all others (leave one out); under `advantage_norm` the
-    advantages of rtg and outcome come out the same"""
-    advantage_norm: Literal["none", "group", "batch"] = "batch"
-    """what advantages are brought to mean 0 and deviation 1 over"""
-    hybrid_alpha: float = 0.5
-    """exponent of the outcome's part in a hybrid advantage"""
-    hybrid_beta: float = 0.5
-    """exponent of the step's part"""
-    hybrid_clip: float = 5.0
-    """bound of a hybrid advantage before it is normalised"""
+    gamma: float = 0.99  # discount of rewards to go; an outcome is not discounted
+    process_norm: Literal["timestep", "group"] = "group"  # over the group's rewards at that time, or over all of them
+    baseline: Literal["mean", "loo"] = "mean"  # the mean of the group, or of all others (leave one out)
+    advantage_norm: Literal["none", "group", "batch"] = "batch"  # what advantages get mean 0 and deviation 1 over
+    hybrid_alpha: float = 0.5  # exponent of the outcome's part in a hybrid advantage
+    hybrid_beta: float = 0.5  # exponent of the step's part
+    hybrid_clip: float = 5.0  # bound of a hybrid advantage before it is normalised
+    # every step weighs the same, every episode does, or a step counts as one of the longest possible episode's
     loss_weight: Literal["step", "episode", "constant"] = "step"
-    """every step weighs the same, every episode does, or a step counts as one of the longest possible episode's"""
+    clip_coef: float = 0.2  # epsilon of the clipped objective
+    clip_coef_high: float | None = None  # epsilon above 1, where it is another
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    kl_coef: float = 0.0  # weight of the KL divergence from the reference policy; at the start, with a `target_kl`
+    kl_estimator: Literal["closed", "k3"] = "closed"  # its closed form, or the estimate from the actions taken
+    ref_update_every: int = 1  # iterations between two reference policies, each the policy of its time
+    target_kl: float | None = None  # divergence from the reference after an iteration that `kl_coef` is adapted to
+    stop_kl: float | None = None  # end an iteration's update once a minibatch's KL from its policy exceeds it
+    max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
+    norm_obs: bool = True  # normalise observations by their running mean and deviation
+    actor_sizes: tuple[int, ...] = (64, 64)  # hidden layers of the policy
+    distribution: Literal["normal", "beta"] = "normal"  # of Box actions; Beta needs finite bounds
+    log_std_init: float = -0.5  # log of the normal policy's first standard deviation
+    log_std_min: float = -2.0  # it stays above this: a policy that no longer varies no longer learns to recover
 
-    clip_coef: float = 0.2
-    """epsilon of the clipped objective"""
-    clip_coef_high: float | None = None
-    """epsilon above 1, where it is another"""
-    ent_coef: float = 0.0
-    """weight of the entropy bonus"""
-    kl_coef: float = 0.0
-    """weight of the KL divergence from the reference policy; at the start, with a `target_kl`"""
-    kl_estimator: Literal["closed", "k3"] = "closed"
-    """its closed form, or the estimate from the actions taken"""
-    ref_update_every: int = 1
-    """iterations between two reference policies, each the policy of its time"""
-    target_kl: float | None = None
-    """divergence from the reference at the end of an iteration that `kl_coef` is adapted to"""
-    stop_kl: float | None = None
-    """end an iteration's update once a minibatch's divergence from the policy that played exceeds this"""
-    max_grad_norm: float = 0.5
-    """the gradient is scaled down to this norm"""
-    norm_obs: bool = True
-    """normalise observations by their running mean and deviation"""
-    actor_sizes: tuple[int, ...] = (64, 64)
-    """hidden layers of the policy"""
-    distribution: Literal["normal", "beta"] = "normal"
-    """of Box actions; Beta needs finite bounds"""
-    log_std_init: float = -0.5
-    """logarithm of the normal policy's first standard deviation"""
-    log_std_min: float = -2.0
-    """the logarithm never falls below this: a policy that no longer varies no longer learns to recover"""
+    num_evals: int = 10  # evaluations during the run, evenly spaced, the last at its end; 0 for none
+    eval_episodes: int = 10  # episodes per evaluation: deterministic, with the same seeds each time
+    checkpoint_every: int | float = 100_000  # steps between checkpoints
+    runs_dir: str = "runs"  # where run directories are made
+    resume: str | None = None  # continue the run in this directory; imports the module of its `env_id`
+    config: str | None = None  # YAML or JSON file of arguments; the command line wins
+    capture_video: bool = False  # film the best episode of every evaluation
+    track: bool = False  # send everything to Weights & Biases
+    wandb_project_name: str = "solorl"  # its project
+    wandb_entity: str | None = None  # its team
 
-    num_evals: int = 10
-    """evaluations during the run, evenly spaced, the last at its end; 0 for none"""
-    eval_episodes: int = 10
-    """episodes per evaluation: deterministic, with the same seeds each time"""
-    checkpoint_every: int = 100_000
-    """environment steps between checkpoints"""
-    runs_dir: str = "runs"
-    """where run directories are made"""
-    resume: str | None = None
-    """continue the run in this directory"""
-    config: str | None = None
-    """YAML or JSON file of arguments; the command line wins"""
-    capture_video: bool = False
-    """film the best episode of every evaluation"""
-    track: bool = False
-    """send everything to Weights & Biases"""
-    wandb_project_name: str = "solorl"
-    """its project"""
+    def __post_init__(self):
+        check(self)
 
 
 # ---------------------------------------------------------------------------------------------------- environments
 
 
 def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> gym.Env:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is asked for: its results are published
-        return gym.make(env_id, render_mode=render_mode, disable_env_checker=True, **env_kwargs)
+    if env_id.startswith("ALE/"):
+        raise ValueError("this is an Atari game; ppo_atari_cnn.py plays it")
+    drawn = {"render_mode": render_mode} if render_mode else {}  # not every environment of one's own can be drawn
+    env = gym.make(env_id, disable_env_checker=True, **drawn, **env_kwargs)
+    with suppress(AttributeError, KeyError):  # films follow the agent where MuJoCo's model has a camera that does
+        env.unwrapped.mujoco_renderer.camera_id = env.unwrapped.model.camera("track").id
+    return env if isinstance(env.observation_space, gym.spaces.Box) else FlattenObservation(env)
 
 
 def make_eval_env(args: Args, render_mode: str | None = None) -> gym.Env:
     env = make_env(args.env_id, json.loads(args.env_kwargs) | json.loads(args.eval_env_kwargs), render_mode)
-    endless = args.max_episode_steps and not env.spec.max_episode_steps
-    return gym.wrappers.TimeLimit(env, args.max_episode_steps) if endless else env
+    return env if env.spec.max_episode_steps else TimeLimit(env, args.max_episode_steps)
 
 
-class WithoutInfo(gym.Wrapper):
-    """Drops what training does not read, and what a vector environment spends a tenth of its time on collecting."""
+class TrainEnv(gym.Wrapper):
+    def __init__(self, args: Args):
+        if args.vec == "async" and parent_process():  # a worker, which ends when the trainer says so
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.make, self.worn = partial(make_env, args.env_id, json.loads(args.env_kwargs)), False
+        super().__init__(self.make())
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        if self.worn:
+            self.env.close()
+            self.env = self.make()
+        world = getattr(self.unwrapped, "world", None)
+        observation, _ = self.env.reset(seed=seed)
+        self.worn = world is not None and self.unwrapped.world is world  # a Box2D world keeps traces of its past
+        return observation, {}
 
     def step(self, action: np.ndarray) -> tuple:
-        return *self.env.step(action)[:4], {}
+        return *self.env.step(action)[:4], {}  # infos are not read, and collecting them takes a tenth of the time
 
 
-def make_train_env(args: Args) -> gym.Env:
-    return WithoutInfo(make_env(args.env_id, json.loads(args.env_kwargs)))
+class Environments:
+    """N environments, any of which begin an episode or step while the others rest."""
 
+    def __init__(self, args: Args):
+        self.args, self.envs, self.random = args, self._make(args), np.random.default_rng(args.seed)
 
-class Slots:
-    """Environments side by side, any of which begin an episode or step while the others rest."""
+    def _make(self, args: Args) -> gym.vector.VectorEnv:
+        vector = gym.vector.AsyncVectorEnv if args.vec == "async" else gym.vector.SyncVectorEnv
+        mode = gym.vector.AutoresetMode.NEXT_STEP
+        return vector([partial(TrainEnv, args)] * args.num_envs, copy=False, autoreset_mode=mode)
 
-    def __init__(self, args: Args, num_envs: int):
-        one = partial(make_train_env, args)
-        if args.vec == "sync":
-            self.envs = [one() for _ in range(num_envs)]
-        elif args.vec == "async":  # those that rest play on, unseen, and so they do in EnvPool
-            mode = gym.vector.AutoresetMode.NEXT_STEP
-            self.envs = gym.vector.AsyncVectorEnv([one] * num_envs, copy=False, autoreset_mode=mode)
-        else:
-            import envpool
+    def begin(self, which: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        """An episode from each seed; their first observations."""
+        if self.args.vec == "sync":
+            return np.array(
+                [self.envs.envs[n].reset(seed=seed)[0] for n, seed in zip(which, seeds.tolist(), strict=True)]
+            )
+        mask, every = np.zeros(self.args.num_envs, bool), np.zeros(self.args.num_envs, int)
+        mask[which], every[which] = True, seeds
+        return self.envs.reset(seed=every.tolist(), options={"reset_mask": mask})[0][which]
 
-            kwargs = json.loads(args.env_kwargs)
-            self.envs = envpool.make(args.env_id, "gymnasium", num_envs=num_envs, seed=args.seed, **kwargs)
-        self.num_envs, self.kind = num_envs, args.vec
-        self.last: np.ndarray | None = None  # each environment's last action
+    def step(self, which: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The true next observations, rewards, terminated, truncated."""
+        if self.args.vec == "sync":
+            results = [self.envs.envs[n].step(action)[:4] for n, action in zip(which, actions, strict=True)]
+            return tuple(map(np.array, zip(*results, strict=True)))
+        every = np.repeat(actions[:1], self.args.num_envs, 0)  # those that should rest play on, unseen
+        every[which] = actions
+        return tuple(result[which] for result in self.envs.step(every)[:4])
 
-    def begin(self, slots: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        """An episode from each seed; their first observations, (n, D)."""
-        if self.kind == "sync":
-            observations = [self.envs[n].reset(seed=seed)[0] for n, seed in zip(slots, seeds.tolist(), strict=True)]
-            return np.array(observations).reshape(len(slots), -1)
-        if self.kind == "envpool":
-            return self.envs.reset(slots)[0].reshape(len(slots), -1)
-        every, which = np.zeros(self.num_envs, int), np.zeros(self.num_envs, bool)
-        every[slots], which[slots] = seeds, True
-        observations, _ = self.envs.reset(seed=every.tolist(), options={"reset_mask": which})
-        return observations.reshape(self.num_envs, -1)[slots]
+    def state(self) -> dict:
+        """No episode is running when a checkpoint is written."""
+        return {"random": self.random.bit_generator.state}
 
-    def step(self, slots: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The true next observations (n, D), rewards, terminated, truncated."""
-        if self.kind == "sync":
-            results = [self.envs[n].step(action) for n, action in zip(slots, actions, strict=True)]
-            observations, rewards, terminated, truncated, _ = map(np.array, zip(*results, strict=True))
-            return observations.reshape(len(slots), -1), rewards, terminated, truncated
-        if self.last is None:
-            self.last = np.repeat(actions[:1], self.num_envs, 0)
-        self.last[slots] = actions
-        observations, *results, _ = self.envs.step(self.last)
-        return observations.reshape(self.num_envs, -1)[slots], *(result[slots] for result in results)
+    def restore(self, state: dict) -> bool:
+        """Whether the episodes that follow are those that would have followed."""
+        self.random.bit_generator.state = state["random"]
+        return True
 
     def close(self) -> None:
-        for env in self.envs if self.kind == "sync" else [self.envs]:
-            env.close()
+        workers = getattr(self.envs, "processes", [])  # of --vec async; one that hangs would never answer
+        time.sleep(0.3 if workers else 0)  # a process that died is not gone at once
+        for n, worker in enumerate(workers):
+            if worker.exitcode is not None:
+                print(f"{SCRIPT}.py: the process of environment {n} ended by itself", file=sys.stderr)
+            worker.kill()
+            self.envs.closed = True
+        self.envs.close()
 
 
-class RunningMoments:
+class RunningMoments(nn.Module):
     """Mean and variance of all that was seen, in float64 (Chan et al.). When not enabled, it changes nothing."""
 
     def __init__(self, shape: tuple[int, ...], enabled: bool):
-        self.mean, self.var, self.count, self.enabled = np.zeros(shape), np.ones(shape), 0, enabled
+        super().__init__()
+        self.enabled = enabled
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(0))
 
     def update(self, batch: np.ndarray) -> None:
-        mean, var, count = batch.mean(0), batch.var(0), len(batch)
-        total, delta = self.count + count, mean - self.mean
-        self.var = (self.var * self.count + var * count + delta**2 * self.count * count / total) / total
-        self.mean = self.mean + delta * count / total
-        self.count = total
+        seen, count = self.count.item(), len(batch)
+        total, delta = seen + count, torch.as_tensor(batch.mean(0)) - self.mean
+        squares = self.var * seen + torch.as_tensor(batch.var(0)) * count + delta**2 * seen * count / total
+        self.var.copy_(squares / total)
+        self.mean.add_(delta * count / total)
+        self.count.fill_(total)
 
     def deviation(self) -> np.ndarray:
-        return np.sqrt(self.var + 1e-8) if self.enabled else np.ones_like(self.var)
+        mean, var = self.mean.numpy(), self.var.numpy()
+        var = np.where(var > 1e-12 * mean**2, var, mean**2)  # what never varies must not be divided by nothing
+        return np.sqrt(var + 1e-8) if self.enabled else np.ones(var.shape)
 
     def scale(self, batch: np.ndarray) -> np.ndarray:
-        return (batch / self.deviation()).clip(-10, 10) if self.enabled else batch
+        return np.minimum(np.maximum(batch / self.deviation(), -10), 10) if self.enabled else batch
 
-    def normalise(self, batch: np.ndarray) -> np.ndarray:
-        return self.scale(batch - self.mean if self.enabled else batch).astype(np.float32)
-
-    def state(self) -> dict:
-        return {"mean": torch.tensor(self.mean), "var": torch.tensor(self.var), "count": self.count}
-
-    def restore(self, state: dict) -> None:
-        self.mean, self.var, self.count = state["mean"].numpy(), state["var"].numpy(), state["count"]
+    def normaliser(self) -> Callable[[np.ndarray], np.ndarray]:
+        """Of batches, with the moments as they are now."""
+        mean, deviation, limit = self.mean.numpy() * self.enabled, self.deviation(), 10 if self.enabled else np.inf
+        return lambda batch: np.minimum(np.maximum((batch - mean) / deviation, -limit), limit).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------- algorithm
@@ -293,6 +267,35 @@ def mlp(sizes: tuple[int, ...], last_scale: float) -> nn.Sequential:
         nn.init.zeros_(layer.bias)
         layers += [layer] if last else [layer, nn.Tanh()]
     return nn.Sequential(*layers)
+
+
+IN_NUMPY = {
+    nn.Linear: lambda layer, weight, bias=0: lambda x: x @ weight.T + bias,
+    nn.LayerNorm: lambda layer, weight=1, bias=0: (
+        lambda x: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + layer.eps) * weight + bias
+    ),
+    nn.Tanh: lambda layer: np.tanh,
+    nn.ReLU: lambda layer: lambda x: np.maximum(x, 0),
+    nn.SiLU: lambda layer: lambda x: x * (0.5 + 0.5 * np.tanh(0.5 * x)),
+}
+
+
+def in_numpy(network: nn.Sequential) -> Callable[[np.ndarray], np.ndarray]:
+    """A network as it is now: several times as fast in numpy for the few observations of one step.
+
+    Layers that are not `IN_NUMPY` are computed by torch.
+    """
+    functions = []
+    for layer in copy.deepcopy(network).cpu():
+        make = IN_NUMPY.get(type(layer), lambda layer, *_: lambda x: layer(torch.tensor(x)).numpy())
+        functions.append(make(layer, *(parameter.numpy() for parameter in layer.parameters())))
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        for function in functions:
+            x = function(x)
+        return x
+
+    return forward
 
 
 class Categorical:
@@ -315,10 +318,6 @@ class Categorical:
 
     def kl(self, other: "Categorical") -> Tensor:
         return (self.logprobs.exp() * (self.logprobs - other.logprobs)).sum(-1)
-
-    @staticmethod
-    def within(space: gym.spaces.Discrete, actions: np.ndarray) -> np.ndarray:
-        return actions + space.start
 
 
 class Normal:
@@ -344,9 +343,23 @@ class Normal:
         square = (2 * self.log_std).exp() + (self.mean - other.mean) ** 2
         return (other.log_std - self.log_std + 0.5 * square * (-2 * other.log_std).exp() - 0.5).sum(-1)
 
-    @staticmethod
-    def within(space: gym.spaces.Box, actions: np.ndarray) -> np.ndarray:
-        return actions.reshape(-1, *space.shape).clip(space.low, space.high)
+
+def stirling(z: Tensor) -> Tensor:
+    """The series of ln Γ(z) after its leading terms; exact in float32 from z = 4 on."""
+    return (1 / 12 - (1 / 360 - 1 / (1260 * z**2)) / z**2) / z
+
+
+def log_beta(alpha: Tensor, beta: Tensor) -> Tensor:
+    """ln B(alpha, beta), what normalises x^(alpha-1) (1-x)^(beta-1), for arguments ≥ 1.
+
+    B(alpha + 3, beta + 3) by Stirling's formula, and back by B(a, b) = B(a + 1, b + 1) (a + b) (a + b + 1) / (a b).
+    More exact than three torch.lgamma for large arguments, and faster, as it can be vectorised.
+    """
+    a, b, total = alpha + 3, beta + 3, alpha + beta
+    s = total + 6
+    back = [(alpha + i) * (beta + i) / ((total + 2 * i) * (total + 2 * i + 1)) for i in range(3)]
+    leading = (0.5 - a) * (b / a).log1p() + (0.5 - b) * (a / b).log1p() + 0.5 * (2 * math.pi / s).log()
+    return leading + stirling(a) + stirling(b) - stirling(s) - (back[0] * back[1] * back[2]).log()
 
 
 class Beta:
@@ -362,19 +375,15 @@ class Beta:
     def best(self) -> Tensor:
         return self.alpha / (self.alpha + self.beta)
 
-    def log_norm(self) -> Tensor:
-        """ln B(alpha, beta), what normalises the density x^(alpha-1) (1-x)^(beta-1)."""
-        return torch.lgamma(self.alpha) + torch.lgamma(self.beta) - torch.lgamma(self.alpha + self.beta)
-
     def log_prob(self, actions: Tensor) -> Tensor:
         logs = (self.alpha - 1) * actions.log() + (self.beta - 1) * torch.log1p(-actions)
-        return (logs - self.log_norm()).sum(-1)
+        return (logs - log_beta(self.alpha, self.beta)).sum(-1)
 
     def cross_entropy(self, other: "Beta") -> Tensor:
         """-E[ln p_other(x)], of which the parts are E[ln x] and E[ln(1 - x)]."""
         total = torch.digamma(self.alpha + self.beta)
         log_x, log_rest = torch.digamma(self.alpha) - total, torch.digamma(self.beta) - total
-        return (other.log_norm() - (other.alpha - 1) * log_x - (other.beta - 1) * log_rest).sum(-1)
+        return (log_beta(other.alpha, other.beta) - (other.alpha - 1) * log_x - (other.beta - 1) * log_rest).sum(-1)
 
     def entropy(self) -> Tensor:
         return self.cross_entropy(self)
@@ -382,92 +391,44 @@ class Beta:
     def kl(self, other: "Beta") -> Tensor:
         return self.cross_entropy(other) - self.entropy()
 
-    @staticmethod
-    def within(space: gym.spaces.Box, actions: np.ndarray) -> np.ndarray:
-        unit = actions.astype(np.float64).reshape(-1, *space.shape)
-        return (space.low * (1 - unit) + space.high * unit).astype(space.dtype)
-
 
 class Agent(nn.Module):
-    """A policy: from observations to the outputs that `kind` makes a distribution of."""
+    """From observations to the outputs that `kind` makes a distribution of, and the scales of both ends.
 
-    def __init__(self, args: Args, observation_size: int, space: gym.Space):
+    Bounds of integers are the first and the last of Discrete actions.
+    """
+
+    def __init__(self, args: Args, observation_shape: tuple[int, ...], low: np.ndarray, high: np.ndarray):
         super().__init__()
-        discrete = isinstance(space, gym.spaces.Discrete)
+        discrete = np.issubdtype(low.dtype, np.integer)
         self.kind = Categorical if discrete else {"normal": Normal, "beta": Beta}[args.distribution]
-        size = int(space.n) if discrete else math.prod(space.shape)
-        outputs = 2 * size if self.kind is Beta else size
-        self.actor = mlp((observation_size, *args.actor_sizes, outputs), last_scale=0.01)
+        D, A = math.prod(observation_shape), int(high - low) + 1 if discrete else low.size
+        self.actor = mlp((D, *args.actor_sizes, 2 * A if self.kind is Beta else A), last_scale=0.01)
         if self.kind is Normal:
-            self.log_std = nn.Parameter(torch.full((size,), args.log_std_init))
+            self.log_std = nn.Parameter(torch.full((A,), args.log_std_init))
+        self.moments = RunningMoments(observation_shape, args.norm_obs)
+        self.register_buffer("low", torch.as_tensor(low))
+        self.register_buffer("high", torch.as_tensor(high))
+        bounded = np.isfinite(low) & np.isfinite(high)  # to the policy, such bounds are -1 and 1
+        self.centre = np.where(bounded, low / 2 + high / 2, 0).astype(low.dtype)
+        self.half_range = np.where(bounded, high / 2 - low / 2, 1).astype(low.dtype)
+        self.bounds = low, high
 
     def forward(self, observations: Tensor) -> Tensor:
         outputs = self.actor(observations)
         return torch.cat((outputs, self.log_std.expand_as(outputs)), -1) if self.kind is Normal else outputs
 
-
-class Rollout(NamedTuple):
-    """The steps of M episodes, in the order in which they were made, and what became of the episodes."""
-
-    raw: np.ndarray  # (B, D), observations as the environment shows them
-    observations: Tensor  # (B, D), as the policy sees them
-    actions: Tensor  # (B,) or (B, A)
-    rewards: np.ndarray  # (B,)
-    episodes: np.ndarray  # (B,), whose step it is
-    times: np.ndarray  # (B,), which of its steps
-    lengths: np.ndarray  # (M,)
-    ended_at: np.ndarray  # (M,), steps of all episodes by then
+    def for_environment(self, actions: np.ndarray) -> np.ndarray:
+        """(N,) or (N, A) of the policy's to the environment's shape and bounds."""
+        low, high = self.bounds
+        if self.kind is Categorical:
+            return low + actions
+        actions = 2 * actions - 1 if self.kind is Beta else actions
+        actions = self.centre + self.half_range * actions.reshape(-1, *low.shape)
+        return np.minimum(np.maximum(actions, low), high)
 
 
-def play(
-    agent: Agent,
-    moments: RunningMoments,
-    slots: Slots,
-    space: gym.Space,
-    seeds: np.ndarray,
-    limit: int,
-    seconds: np.ndarray,
-) -> Rollout:
-    """An episode from each seed, cut at `limit` steps. A slot whose episode is over takes the next that waits."""
-    M, N, device = len(seeds), slots.num_envs, next(agent.parameters()).device
-    lengths, ended_at = np.zeros(M, int), np.zeros(M, int)
-    played = np.full(N, -1)  # the episode in each slot, or -1
-    current: np.ndarray | None = None  # (N, D)
-    begun, steps, parts = 0, 0, []
-    while begun < M or (played >= 0).any():
-        clock = time.perf_counter()
-        if begun < M and (played < 0).any():
-            free = np.flatnonzero(played < 0)[: M - begun]
-            played[free] = np.arange(begun, begun + len(free))
-            begun += len(free)
-            first = slots.begin(free, seeds[played[free]])
-            current = np.zeros((N, first.shape[1]), first.dtype) if current is None else current
-            current[free] = first
-        seconds[0] += time.perf_counter() - clock
-
-        clock = time.perf_counter()
-        busy = np.flatnonzero(played >= 0)
-        episodes, observations = played[busy], current[busy]
-        normalised = torch.tensor(moments.normalise(observations), device=device)
-        actions = agent.kind(agent(normalised)).sample()
-        chosen = agent.kind.within(space, actions.cpu().numpy())
-        seconds[1] += time.perf_counter() - clock
-
-        clock = time.perf_counter()
-        current[busy], rewards, terminated, truncated = slots.step(busy, chosen)
-        parts.append((observations, normalised, actions, rewards, episodes, lengths[episodes]))
-        lengths[episodes] += 1
-        steps += len(busy)
-        over = terminated | truncated | (lengths[episodes] == limit)
-        ended_at[episodes[over]] = steps
-        played[busy[over]] = -1
-        seconds[0] += time.perf_counter() - clock
-    raw, observations, actions, rewards, episodes, times = zip(*parts, strict=True)
-    flat = map(np.concatenate, (rewards, episodes, times))
-    return Rollout(np.concatenate(raw), torch.cat(observations), torch.cat(actions), *flat, lengths, ended_at)
-
-
-def to_come(rewards: np.ndarray, gamma: float) -> np.ndarray:
+def rewards_to_go(rewards: np.ndarray, gamma: float) -> np.ndarray:
     """G_t = r_t + γ G_{t+1} along the last axis."""
     sums, following = np.empty_like(rewards), np.zeros(rewards.shape[:-1])
     for t in reversed(range(rewards.shape[-1])):
@@ -475,7 +436,7 @@ def to_come(rewards: np.ndarray, gamma: float) -> np.ndarray:
     return sums
 
 
-def centred(values: np.ndarray, counted: np.ndarray, axes: tuple[int, ...], loo: bool) -> np.ndarray:
+def centre(values: np.ndarray, counted: np.ndarray, axes: tuple[int, ...], loo: bool) -> np.ndarray:
     """Values (P, G, T) minus the mean of those `counted` over `axes`; of those of the group's others if `loo`.
 
     What is left by rounding is 0: normalised, it would be as large as any advantage.
@@ -489,13 +450,20 @@ def centred(values: np.ndarray, counted: np.ndarray, axes: tuple[int, ...], loo:
     return np.where(counted & ~rounding, distances, 0.0)
 
 
-def standardised(values: np.ndarray, counted: np.ndarray, axes: tuple[int, ...], loo: bool = False) -> np.ndarray:
+def standardise(values: np.ndarray, counted: np.ndarray, axes: tuple[int, ...], loo: bool = False) -> np.ndarray:
     """The same, divided by their deviation over all of the group; 0 where they do not differ."""
-    distances = centred(values, counted, axes, loo=False)
+    distances = centre(values, counted, axes, loo=False)
     count = np.maximum(counted.sum(axes, keepdims=True), 1)
     deviation = np.sqrt((distances**2).sum(axes, keepdims=True) / count)
-    distances = centred(values, counted, axes, loo)
+    distances = centre(values, counted, axes, loo)
     return np.divide(distances, deviation, out=np.zeros_like(distances), where=deviation != 0)
+
+
+def combine(args: Args, outcome: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """A hybrid advantage: positive if and only if both are."""
+    sign = np.where((outcome > 0) & (step > 0), 1.0, -1.0)
+    magnitude = np.abs(outcome) ** args.hybrid_alpha * np.abs(step) ** args.hybrid_beta
+    return sign * magnitude.clip(max=args.hybrid_clip)
 
 
 def group_advantages(args: Args, rewards: np.ndarray, alive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -507,32 +475,26 @@ def group_advantages(args: Args, rewards: np.ndarray, alive: np.ndarray) -> tupl
     returns, each = rewards.sum(-1, keepdims=True), np.ones_like(alive[..., :1])  # (P, G, 1)
     counted = each if args.advantage == "outcome" else alive
     if args.advantage == "outcome":
-        advantages = centred(returns, each, (1,), loo)
+        advantages = centre(returns, each, (1,), loo)
     elif args.advantage == "rtg":  # ended episodes have nothing to come, and are compared with all the same
-        advantages = centred(to_come(rewards, args.gamma), np.ones_like(alive), (1,), loo)
+        advantages = centre(rewards_to_go(rewards, args.gamma), np.ones_like(alive), (1,), loo)
     else:
         over = (1,) if args.process_norm == "timestep" else (1, 2)
-        advantages = to_come(standardised(rewards, alive, over, loo), args.gamma)
+        advantages = rewards_to_go(standardise(rewards, alive, over, loo), args.gamma)
         if args.advantage == "hybrid":
-            advantages = hybrid(args, standardised(returns, each, (1,), loo), advantages)
+            advantages = combine(args, standardise(returns, each, (1,), loo), advantages)
     normalised = advantages
     if args.advantage_norm != "none":
-        normalised = standardised(advantages, counted, (1, 2) if args.advantage_norm == "group" else (0, 1, 2))
+        normalised = standardise(advantages, counted, (1, 2) if args.advantage_norm == "group" else (0, 1, 2))
     return np.where(alive, advantages, 0.0), np.where(alive, normalised, 0.0)
 
 
-def hybrid(args: Args, outcome: np.ndarray, step: np.ndarray) -> np.ndarray:
-    """Positive if and only if both are."""
-    sign = np.where((outcome > 0) & (step > 0), 1.0, -1.0)
-    magnitude = np.abs(outcome) ** args.hybrid_alpha * np.abs(step) ** args.hybrid_beta
-    return sign * magnitude.clip(max=args.hybrid_clip)
-
-
-def step_weights(args: Args, lengths: np.ndarray, limit: int) -> np.ndarray:
+def step_weights(args: Args, lengths: np.ndarray) -> np.ndarray:
     """What a step of each episode weighs: on average 1, or less if the steps count that were not made (`constant`)."""
     if args.loss_weight == "episode":
         return lengths.mean() / lengths
-    return np.full(len(lengths), lengths.mean() / limit if args.loss_weight == "constant" else 1.0)
+    share = lengths.mean() / args.max_episode_steps if args.loss_weight == "constant" else 1.0
+    return np.full(len(lengths), share)
 
 
 class Batch(NamedTuple):
@@ -574,6 +536,17 @@ def grpo_loss(
     return loss, (policy_loss, (used * entropy).sum(), kl, clip_fraction)
 
 
+MEASURES = ["policy_loss", "entropy", "approx_kl", "clipfrac", "grad_norm"]
+SECONDS = ["stepping", "acting", "updating", "evaluating", "saving"]
+
+
+def parameters_of(module: nn.Module, theta: Tensor) -> dict[str, Tensor]:
+    """The module's parameters, by name, as views of one vector."""
+    pieces = theta.split([parameter.numel() for parameter in module.parameters()])
+    named = zip(module.named_parameters(), pieces, strict=True)
+    return {name: piece.view(parameter.shape) for (name, parameter), piece in named}
+
+
 class Learner(NamedTuple):
     """The parameters as one vector, of which the agent's are views, and the state of Adam."""
 
@@ -585,16 +558,15 @@ class Learner(NamedTuple):
     learning_rate: Tensor
 
     @staticmethod
-    def of(agent: nn.Module) -> "Learner":
-        theta = nn.utils.parameters_to_vector(agent.parameters()).detach()
-        sizes = [parameter.numel() for parameter in agent.parameters()]
-        for parameter, piece in zip(agent.parameters(), theta.split(sizes), strict=True):
-            parameter.data = piece.view_as(parameter)
-        scalars = torch.tensor((1.0, 1.0, 0.0), device=theta.device)
+    def of(agent: nn.Module, device: torch.device | str) -> "Learner":
+        theta = nn.utils.parameters_to_vector(agent.parameters()).detach().to(device)
+        for name, view in parameters_of(agent, theta).items():
+            agent.get_parameter(name).data = view
+        scalars = torch.tensor((1.0, 1.0, 0.0), device=device)
         return Learner(theta, torch.zeros_like(theta), torch.zeros_like(theta), *scalars)
 
     @torch.no_grad()
-    def adam_step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
+    def adam_step(self, gradient: Tensor, eps: float, beta1: float = 0.9, beta2: float = 0.999) -> None:
         self.first_decay.mul_(beta1)  # a power would be taken anew for every 16 parameters in compiled code
         self.second_decay.mul_(beta2)
         self.first_moment.lerp_(gradient, 1 - beta1)
@@ -604,15 +576,8 @@ class Learner(NamedTuple):
         self.theta.sub_(self.learning_rate * mean / (deviation + eps))
 
 
-def parameters_of(agent: Agent, theta: Tensor) -> dict[str, Tensor]:
-    """The vector `theta` as the agent's parameters."""
-    names, shapes = zip(*((name, parameter.shape) for name, parameter in agent.named_parameters()), strict=True)
-    pieces = theta.split([shape.numel() for shape in shapes])
-    return {name: piece.view(shape) for name, piece, shape in zip(names, pieces, shapes, strict=True)}
-
-
 def update(agent: Agent, args: Args, learner: Learner, minibatch: Batch, kl_coef: Tensor) -> Tensor:
-    """One step of Adam; returns what was measured before it."""
+    """One step of Adam on the minibatch; returns what was measured before it."""
     theta = learner.theta.detach().requires_grad_()
     loss, measures = grpo_loss(parameters_of(agent, theta), agent, args, minibatch, kl_coef)
     (gradient,) = torch.autograd.grad(loss, theta)
@@ -621,7 +586,7 @@ def update(agent: Agent, args: Args, learner: Learner, minibatch: Batch, kl_coef
     return torch.stack((*measures, norm)).detach()
 
 
-def filled(batch: Batch, rows: Tensor, size: int) -> Batch:
+def fill(batch: Batch, rows: Tensor, size: int) -> Batch:
     """These rows of the batch, and others without weight that make them `size`."""
     indices = torch.cat((rows, rows[:1].expand(size - len(rows))))
     minibatch = Batch(*(column.index_select(0, indices) for column in batch))
@@ -631,27 +596,12 @@ def filled(batch: Batch, rows: Tensor, size: int) -> Batch:
 
 def minibatches(batch: Batch, size: int) -> Iterator[Batch]:
     """All rows once, in random order, shared out evenly over as few minibatches as it takes."""
-    B, device = len(batch.weights), batch.weights.device
-    for rows in torch.randperm(B, device=device).tensor_split(math.ceil(B / size)):
-        yield filled(batch, rows, size)
+    shuffled = torch.randperm(len(batch.weights)).to(batch.weights.device)
+    for rows in shuffled.tensor_split(math.ceil(len(shuffled) / size)):
+        yield fill(batch, rows, size)
 
 
-def compile_update(args: Args, agent: Agent, batch: Batch, say: Callable[[str], None]) -> Callable:
-    """Compiles by a call on copies of everything. Where that is impossible, says so and returns what there is."""
-    started = time.perf_counter()
-    try:
-        torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
-        on_cpu = next(agent.parameters()).device.type == "cpu"  # there, calling many small kernels from Python costs
-        fast = torch.compile(update, fullgraph=True, dynamic=False, options={"cpp_wrapper": on_cpu})
-        fast(agent, args, Learner.of(copy.deepcopy(agent)), batch, torch.zeros((), device=batch.weights.device))
-    except Exception as error:
-        say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
-        return update
-    say(f"the update compiled in {time.perf_counter() - started:.1f} s")
-    return fast
-
-
-def adapted(kl_coef: float, kl: float, target: float) -> float:
+def next_kl_coef(kl_coef: float, kl: float, target: float) -> float:
     """The penalty's weight for the next iteration: larger after too much divergence, smaller after too little."""
     factor = 1.5 if kl > 1.5 * target else 1 / 1.5 if kl < target / 1.5 else 1.0
     return min(max(kl_coef * factor, 1e-4), 100.0)
@@ -664,378 +614,303 @@ def lr_factor(args: Args, iteration: int, iterations: int) -> float:
     return decay[args.lr_schedule] * min(1.0, rise)
 
 
-class Policy:
-    """What is deployed: a batch of observations to actions, with the normaliser frozen inside.
+class Rollout(NamedTuple):
+    """The B steps of M = P x G whole episodes, in the order in which they were made."""
 
+    observations: np.ndarray  # (B, ...), as the environments show them
+    rewards: np.ndarray  # (M, T), 0 after an episode's end
+    episodes: list[dict]  # the M rows of episodes.csv
+    lengths: np.ndarray  # (M,)
+    places: tuple[np.ndarray, np.ndarray]  # (B,) each: the episode of a step, and which of its steps it is
+    inputs: Tensor  # (B, D), what the policy sees of the observations
+    actions: Tensor  # (B,) or (B, A)
+
+
+def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Stopwatch") -> Rollout:
+    """The groups' episodes from `step` on. An environment whose episode is over takes the next that waits."""
+    P, G, N = args.num_groups, args.group_size, args.num_envs
+    seeds = envs.random.integers(2**31, size=(P, 1 if args.identical_start else G))
+    seeds = np.broadcast_to(seeds, (P, G)).ravel()
+    normalise, device = agent.moments.normaliser(), next(agent.parameters()).device
+    observations, lengths = np.empty((N, *agent.moments.mean.shape)), np.zeros(P * G, int)
+    playing = np.full(N, -1)  # the episode in each environment, or -1
+    begun, steps, parts, ended = 0, 0, [], []
+    while begun < P * G or (playing >= 0).any():
+        free = np.flatnonzero(playing < 0)[: P * G - begun]
+        if len(free):
+            playing[free] = np.arange(begun, begun + len(free))
+            begun += len(free)
+            observations[free] = envs.begin(free, seeds[playing[free]])
+            watch.lap("stepping")
+        busy = np.flatnonzero(playing >= 0)
+        episodes, seen = playing[busy], observations[busy]
+        inputs = normalise(seen).reshape(len(busy), -1)
+        actions = agent.kind(agent(torch.tensor(inputs, device=device))).sample().cpu().numpy()
+        environment_actions = agent.for_environment(actions)
+        watch.lap("acting")
+        observations[busy], rewards, terminated, truncated = envs.step(busy, environment_actions)
+        parts.append((seen, inputs, actions, rewards, episodes, lengths[episodes]))
+        lengths[episodes] += 1
+        steps += len(busy)
+        over = terminated | truncated | (lengths[episodes] == args.max_episode_steps)
+        playing[busy[over]] = -1
+        watch.lap("stepping")
+        when = {"step": step + steps, "wall_time": round(watch.elapsed(), 3)}
+        ended += [(m, when) for m in np.sort(episodes[over])]
+    seen, inputs, actions, rewards, *places = (np.concatenate(part) for part in zip(*parts, strict=True))
+    table = np.zeros((P * G, lengths.max()))
+    table[tuple(places)] = rewards
+    returns = table.sum(1)
+    rows = [when | {"return": returns[m].item(), "length": lengths[m].item()} for m, when in ended]
+    tensors = (torch.tensor(array, device=device) for array in (inputs, actions))
+    return Rollout(seen, table, rows, lengths, tuple(places), *tensors)
+
+
+def estimate(args: Args, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+    """The advantage of each step before `advantage_norm`, and after it. (B,)"""
+    alive = np.arange(rollout.rewards.shape[1]) < rollout.lengths[:, None]
+    groups = (each.reshape(args.num_groups, args.group_size, -1) for each in (rollout.rewards, alive))
+    bare, advantages = (each.reshape(alive.shape)[rollout.places] for each in group_advantages(args, *groups))
+    return bare, advantages
+
+
+def batch_of(args: Args, agent: Agent, reference: Agent, rollout: Rollout, advantages: np.ndarray) -> Batch:
+    """The steps with what the policy makes of them now, and what the reference does, which sees them as it did then."""
+    logprobs = agent.kind(agent(rollout.inputs)).log_prob(rollout.actions)
+    weights = step_weights(args, rollout.lengths)[rollout.places[0]]
+    seen = reference.moments.normaliser()(rollout.observations).reshape(rollout.inputs.shape)
+    columns = (
+        torch.tensor(array, dtype=torch.float32, device=logprobs.device) for array in (advantages, weights, seen)
+    )
+    advantages, weights, seen = columns
+    return Batch(rollout.inputs, rollout.actions, logprobs, advantages, weights, reference(seen))
+
+
+def improve(
+    args: Args, agent: Agent, learner: Learner, batch: Batch, kl_coef: float, update: Callable
+) -> dict[str, float]:
+    """Epochs of minibatches, ended early where the policy has moved too far; their mean measures."""
+    measured, weight = [], torch.tensor(kl_coef, device=learner.theta.device)
+    for _ in range(args.update_epochs):
+        for minibatch in minibatches(batch, args.minibatch_size):
+            measured.append(update(agent, args, learner, minibatch, weight))
+            too_far = args.stop_kl and measured[-1][MEASURES.index("approx_kl")] > args.stop_kl
+            if too_far:
+                break
+        if too_far:
+            break
+    if agent.kind is Normal:
+        agent.log_std.clamp_(min=args.log_std_min)
+    measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist(), strict=True))
+    away = agent.kind(agent(batch.observations)).kl(agent.kind(batch.reference)).mean().item()
+    measures |= {"reference_kl": away, "kl_coef": kl_coef, "learning_rate": learner.learning_rate.item()}
+    return measures | {"updates": len(measured)}
+
+
+def compare(args: Args, rollout: Rollout, advantages: np.ndarray) -> dict[str, float]:
+    """How much there was to learn from: of groups whose returns do not differ, nothing."""
+    returns = rollout.rewards.sum(1).reshape(args.num_groups, args.group_size)
+    degenerate = np.ptp(returns, axis=1) <= 1e-9 * np.abs(returns).max(1)
+    measures = {"advantage_mean": advantages.mean(), "advantage_positive": (advantages > 0).mean()}
+    measures |= {"degenerate_groups": degenerate.mean(), "episode_length": rollout.lengths.mean()}
+    for name, share in (("quarter", 0.25), ("half", 0.5), ("three_quarters", 0.75)):
+        measures[f"alive_at_{name}"] = (rollout.lengths > share * args.max_episode_steps).mean()
+    return {name: value.item() for name, value in measures.items()}
+
+
+class Stopwatch:
+    """Books the time since the last lap."""
+
+    def __init__(self, seconds: dict[str, float]):
+        self.seconds, self.last = seconds, time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] += now - self.last
+        self.last = now
+
+    def elapsed(self) -> float:
+        return sum(self.seconds.values())
+
+
+def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
+    """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
+    args, envs, shape, actions = prepare(args)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(args.threads)
+    threadpool_limits(1, "blas")  # numpy's products are too small to share, and its threads wait without sleeping
+    torch.set_flush_denormal(True)  # Adam's moments of silent units fade to denormals, which stall Intel's processors
+    torch.manual_seed(args.seed)
+
+    agent = Agent(args, shape, actions.low, actions.high).requires_grad_(False)
+    learner = Learner.of(agent, device)
+    reference, total = copy.deepcopy(agent), args.total_timesteps
+    progress = {"iteration": 0, "updates": 0, "kl_coef": args.kl_coef, "reference": {}}
+    progress |= {"recent": [], "evaluation": {}, "best": {}, "seconds": dict.fromkeys(SECONDS, 0.0)}
+    with closing(envs), Run(args, agent, learner, envs, progress) as run:
+        run.begin()
+        fast_update = compile_update(args, agent, learner, run, interrupts) if args.compile else update
+        watch, booked, step = Stopwatch(progress["seconds"]), dict(progress["seconds"]), run.saved
+
+        while step < total:
+            if interrupts:
+                run.stop(interrupts[0], step)
+            if progress["iteration"] % args.ref_update_every == 0:
+                progress["reference"] = copy.deepcopy(agent.state_dict())
+            reference.load_state_dict(progress["reference"])
+            progress["iteration"] += 1
+            rollout = collect(args, agent, envs, step, watch)
+            B = len(rollout.inputs)
+            step += B
+            rate = args.learning_rate * lr_factor(args, step / B, total / B)  # as if every iteration had B steps
+            learner.learning_rate.fill_(rate)
+            bare, advantages = estimate(args, rollout)
+            batch = batch_of(args, agent, reference, rollout, advantages)
+            measures = improve(args, agent, learner, batch, progress["kl_coef"], fast_update)
+            measures |= compare(args, rollout, bare)
+            agent.moments.update(rollout.observations)
+            watch.lap("updating")
+            measured = [measures[name] for name in (*MEASURES, "reference_kl")]
+            if not np.isfinite([*measured, advantages.sum(), *agent.moments.var.flatten()]).all():
+                raise FloatingPointError(f"not finite in the iteration that ended at step {step:,}: {measures}")
+
+            if progress["iteration"] == 1 and measures["degenerate_groups"] < 1 and not advantages.any():
+                run.say(f"every {args.advantage} advantage is 0, though returns differ: try --advantage rtg or outcome")
+            progress["updates"] += measures["updates"]
+            progress["recent"] = [*progress["recent"], *(e["return"] for e in rollout.episodes)][-100:]
+            row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(step / watch.elapsed())}
+            row |= measures | {"updates": progress["updates"]}
+            row |= {f"seconds_{name}": round(watch.seconds[name] - booked[name], 4) for name in SECONDS}
+            booked = dict(watch.seconds)
+            run.write("episodes", rollout.episodes)
+            run.write("progress", [row])
+            watch.lap("saving")
+
+            if args.target_kl:
+                progress["kl_coef"] = next_kl_coef(progress["kl_coef"], row["reference_kl"], args.target_kl)
+            if min(step, total) * args.num_evals // total > (step - B) * args.num_evals // total:
+                evaluate(args, run, agent, step, progress)
+                watch.lap("evaluating")
+            if step // args.checkpoint_every > (step - B) // args.checkpoint_every or step >= total:
+                run.save(step)
+                watch.lap("saving")
+            run.show(row, max(step, total), f"KL {row['approx_kl']:.4f}  length {row['episode_length']:.0f}")
+        run.finish(step, watch.elapsed())
+    return run.directory
+
+
+# ------------------------------------------------------------------------------------------ evaluation, run directory
+
+
+class Policy:
+    """What is deployed, as it is now: one observation to an action, a batch of them to a batch of actions.
+
+    Every row is computed alone, so that an action does not depend on what else is in the batch, to the last bit.
     Deterministic, unless asked for a `sample` of the actions as in training.
     """
 
-    def __init__(self, agent: Agent, moments: RunningMoments, space: gym.Space):
-        self.agent, self.moments, self.space = agent, moments, space
+    def __init__(self, args: Args, agent: Agent):
+        self.agent, self.discount, self.bootstraps = agent, args.gamma, ()
+        self.shape = tuple(agent.moments.mean.shape)
+        self._normalise = agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
-        # Torch's own memory: a matrix product's last bits depend on the alignment, which numpy's memory lacks.
-        flat = self.moments.normalise(observations.reshape(len(observations), -1))
-        with torch.no_grad():
-            outputs = self.agent(torch.tensor(flat, device=next(self.agent.parameters()).device))
-            policy = self.agent.kind(outputs)
-            actions = policy.sample() if sample else policy.best()
-        return self.agent.kind.within(self.space, actions.cpu().numpy())
+        if np.shape(observations) == self.shape:
+            return self._choose(observations, sample)
+        if np.shape(observations)[1:] != self.shape:
+            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
+        actions = [self._choose(observation, sample) for observation in observations]
+        return np.array(actions).reshape(-1, *self.agent.low.shape)
+
+    def _choose(self, observation: np.ndarray, sample: bool) -> np.ndarray:
+        inputs = torch.tensor(self._normalise(observation).reshape(1, -1), device=next(self.agent.parameters()).device)
+        policy = self.agent.kind(self.agent(inputs))
+        return self.agent.for_environment((policy.sample() if sample else policy.best()).cpu().numpy())[0]
 
 
 def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:
     """The policy of a checkpoint, of `best.pt`, or of one in `policies/`."""
     checkpoint = load_checkpoint(Path(checkpoint_path))
-    args = Args(**checkpoint["args"])
-    if "choices" in checkpoint:
-        space = gym.spaces.Discrete(checkpoint["choices"], start=checkpoint["first_choice"])
-    else:
-        space = gym.spaces.Box(*checkpoint["action_bounds"].numpy())
-    moments = RunningMoments(checkpoint["moments"]["mean"].shape, args.norm_obs)
-    moments.restore(checkpoint["moments"])
-    agent = Agent(args, moments.mean.size, space)
-    agent.load_state_dict(checkpoint["agent"])
-    return Policy(agent.to(device), moments, space)
+    args, state = Args(**checkpoint["args"]), checkpoint["agent"]
+    agent = Agent(args, state["moments.mean"].shape, state["low"].numpy(), state["high"].numpy())
+    agent.load_state_dict(state)
+    Learner.of(agent.requires_grad_(False), device)  # the weights lie in memory as in the run, which products depend on
+    return Policy(args, agent)
 
 
-# -------------------------------------------------------------------------------------------------------- training
-
-MEASURES = ["policy_loss", "entropy", "kl", "clip_fraction", "grad_norm"]
-STATE = ["reference_kl", "kl_coef", "advantage_mean", "advantage_positive", "degenerate_groups"]
-STATE += ["episode_length", "alive_at_quarter", "alive_at_half", "alive_at_three_quarters", "learning_rate", "updates"]
-SECONDS = ["seconds_stepping", "seconds_acting", "seconds_updating"]
-TABLES = {
-    "episodes": ["step", "wall_time", "return", "length"],
-    "progress": ["step", "wall_time", "sps", *MEASURES, *STATE, *SECONDS],
-    "evaluations": ["step", "episode", "seed", "return", "length"],
-}
+def play(policy: Policy, env: gym.Env, seed: int) -> tuple[float, int]:
+    """Return and length of an episode."""
+    (observation, _), total, length, over = env.reset(seed=seed), 0.0, 0, False
+    while not over:
+        observation, reward, terminated, truncated, _ = env.step(policy(observation))
+        total, length, over = total + float(reward), length + 1, terminated or truncated
+    return total, length
 
 
-def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
-    """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
-    check(args)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # Adam's moments of silent units fade to denormals, which stall Intel's processors
-    torch.manual_seed(args.seed)
-
-    eval_envs = [make_eval_env(args) for _ in range(args.eval_episodes)]
-    probe = make_train_env(args)
-    space, D = probe.action_space, math.prod(probe.observation_space.shape)
-    limit = min(filter(None, (args.max_episode_steps, probe.spec.max_episode_steps)))
-    probe.close()
-    P, G = args.num_groups, args.group_size
-    N = args.num_envs or min(P * G, 64)
-
-    agent = Agent(args, D, space).requires_grad_(False).to(device)
-    learner = Learner.of(agent)
-    reference, reference_moments = learner.theta.clone(), RunningMoments((D,), args.norm_obs)
-    kl_coef = torch.tensor(args.kl_coef, device=device)
-    moments = RunningMoments((D,), args.norm_obs)
-    policy = Policy(agent, moments, space)
-    slots = Slots(replace(args, seed=(args.seed + saved.get("step", 0)) % 2**31), N)  # else EnvPool repeats itself
-    starts = np.random.default_rng(args.seed)
-    recent: deque[float] = deque(maxlen=100)  # returns of the last finished episodes
-    seconds = np.zeros(3)  # stepping, acting, updating
-    done = {"iteration": 0, "step": 0, "elapsed": 0.0, "updates": 0, "evaluation": {}, "best": {}}
-    done |= {"saved": False, "warned": False}
-    run = Run(args, directory, saved.get("sizes", {}), saved.get("step", 0))
-    if saved:
-        (directory / "result.json").unlink(missing_ok=True)
-        agent.load_state_dict(saved["agent"])
-        for tensor, value in zip((*learner[1:], reference, kl_coef), saved["learner"], strict=True):
-            tensor.copy_(value)
-        moments.restore(saved["moments"])
-        reference_moments.restore(saved["reference_moments"])
-        starts.bit_generator.state = saved["starts"]
-        recent.extend(saved["recent"])
-        seconds, done = saved["seconds"].numpy(), saved["done"]
-        torch.set_rng_state(saved["random"])
-        if device.type == "cuda" and "cuda_random" in saved:
-            torch.cuda.set_rng_state(saved["cuda_random"], device)
-        if args.vec == "envpool":
-            run.say("--vec envpool cannot repeat its episodes; other ones follow, all else continues")
-
-    run.say(
-        f"{Path(__file__).stem}  {args.env_id}  {D} observations, actions in {space}\n"
-        f"{P} groups of {G} episodes of at most {limit} steps, in {N} environments ({args.vec}),"
-        f" {args.update_epochs} epochs of minibatches of {args.minibatch_size},"
-        f" {learner.theta.numel():,} parameters, {device}\n{directory}"
-    )
-
-    fast_update = update
-    if args.compile:
-        observations, *columns = (torch.zeros(args.minibatch_size, *size, device=device) for size in ((D,), (), (), ()))
-        outputs = agent(observations)
-        example = Batch(observations, agent.kind(outputs).best().contiguous(), *columns, outputs)
-        fast_update = compile_update(args, agent, example, run.say)
-    started = time.perf_counter() - done["elapsed"]
-
-    while done["step"] < args.total_timesteps:
-        before, seconds_before = time.perf_counter(), seconds.copy()
-        iteration, step_before = done["iteration"] + 1, done["step"]
-        learner.learning_rate.fill_(args.learning_rate * lr_factor(args, step_before + 1, args.total_timesteps))
-        if (iteration - 1) % args.ref_update_every == 0:
-            reference.copy_(learner.theta)
-            reference_moments.restore(moments.state())
-
-        # Play the groups' episodes.
-        seeds = np.broadcast_to(starts.integers(2**31, size=(P, 1 if args.identical_start else G)), (P, G)).ravel()
-        rollout = play(agent, moments, slots, space, seeds, limit, seconds)
-        B = len(rollout.rewards)
-        step = step_before + B
-
-        # Compare the members of each group at each time.
-        clock = time.perf_counter()
-        rewards = np.zeros((P * G, rollout.lengths.max()))
-        rewards[rollout.episodes, rollout.times] = rollout.rewards
-        returns, alive = rewards.sum(1), np.arange(rewards.shape[1]) < rollout.lengths[:, None]
-        of_all = group_advantages(args, rewards.reshape(P, G, -1), alive.reshape(P, G, -1))
-        bare, advantages = (a.reshape(P * G, -1)[rollout.episodes, rollout.times] for a in of_all)
-        degenerate = np.ptp(returns.reshape(P, G), axis=1) <= 1e-9 * np.abs(returns).reshape(P, G).max(1)
-        if not (advantages.any() or degenerate.all() or done["warned"]):
-            done["warned"] = True
-            run.say(
-                f"warning: every {args.advantage} advantage is 0, though returns differ, so nothing is learnt;"
-                " rewards that never vary have no process: use --advantage rtg or outcome"
-            )
-
-        # Improve the policy.
-        weights = step_weights(args, rollout.lengths, limit)[rollout.episodes]
-        seen = torch.tensor(reference_moments.normalise(rollout.raw), device=device)  # as the reference sees it
-        batch = Batch(
-            rollout.observations,
-            rollout.actions,
-            agent.kind(agent(rollout.observations)).log_prob(rollout.actions),
-            *torch.tensor(np.stack((advantages, weights)), dtype=torch.float32, device=device),
-            functional_call(agent, parameters_of(agent, reference), (seen,)),
-        )
-        measured, kl = [], 0.0
-        for _ in range(args.update_epochs):
-            for minibatch in minibatches(batch, args.minibatch_size):
-                measured.append(fast_update(agent, args, learner, minibatch, kl_coef))
-                if args.stop_kl and (kl := measured[-1][MEASURES.index("kl")]) > args.stop_kl:
-                    break
-            if args.stop_kl and kl > args.stop_kl:
-                break
-        if agent.kind is Normal:
-            agent.log_std.clamp_(min=args.log_std_min)
-        reference_kl = agent.kind(agent(batch.observations)).kl(agent.kind(batch.reference)).mean().item()
-        moments.update(rollout.raw.astype(np.float64))
-        measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist(), strict=True))
-        seconds[2] += time.perf_counter() - clock
-        if not all(map(math.isfinite, (*measures.values(), reference_kl, moments.var.sum(), advantages.sum()))):
-            run.say(f"stopped: not finite in the iteration that ended at step {step:,}: {measures}")
-            run.say("the last checkpoint is from before that" if done["saved"] else "there is no checkpoint yet")
-            run.close()
-            slots.close()
-            raise SystemExit(1)
-
-        # Log.
-        elapsed = time.perf_counter() - started
-        done |= {"iteration": iteration, "step": step, "elapsed": elapsed, "updates": done["updates"] + len(measured)}
-        now = round(elapsed, 3)
-        order = np.argsort(rollout.ended_at, kind="stable")
-        episodes = [
-            {"step": int(step_before + rollout.ended_at[m]), "wall_time": now, "return": returns[m].item()}
-            | {"length": int(rollout.lengths[m])}
-            for m in order
-        ]
-        recent.extend(episode["return"] for episode in episodes)
-        row = {"step": step, "wall_time": now, "sps": round(B / (time.perf_counter() - before))}
-        row |= measures | {"reference_kl": reference_kl, "kl_coef": kl_coef.item()}
-        row |= {"advantage_mean": bare.mean().item(), "advantage_positive": (bare > 0).mean().item()}
-        row |= {"degenerate_groups": degenerate.mean().item(), "episode_length": rollout.lengths.mean().item()}
-        for name, share in (("quarter", 0.25), ("half", 0.5), ("three_quarters", 0.75)):
-            row[f"alive_at_{name}"] = (rollout.lengths > share * limit).mean().item()
-        row |= {"learning_rate": learner.learning_rate.item(), "updates": done["updates"]}
-        row |= dict(zip(SECONDS, (seconds - seconds_before).round(4).tolist(), strict=True))
-        run.record(row, episodes)
-        if args.target_kl:
-            kl_coef.fill_(adapted(kl_coef.item(), reference_kl, args.target_kl))
-
-        # Evaluate.
-        policy_state = {"script": Path(__file__).stem, "args": asdict(args), "step": step, "agent": agent.state_dict()}
-        policy_state |= {"moments": moments.state()}
-        if isinstance(space, gym.spaces.Discrete):
-            policy_state |= {"choices": int(space.n), "first_choice": int(space.start)}
-        else:
-            policy_state |= {"action_bounds": torch.from_numpy(np.stack((space.low, space.high)))}
-        reached, total = min(step, args.total_timesteps), args.total_timesteps
-        if reached * args.num_evals // total > step_before * args.num_evals // total:
-            evaluate_and_keep(args, run, directory, policy, policy_state, eval_envs, done)
-
-        # Checkpoint. No episode is running.
-        due = step // args.checkpoint_every > step_before // args.checkpoint_every
-        stop = list(interrupts)  # looked at once: what stops the run has been saved
-        if due or stop or step >= total:
-            done["saved"] = True
-            checkpoint = policy_state | {"learner": [*learner[1:], reference, kl_coef], "done": done}
-            checkpoint |= {"reference_moments": reference_moments.state()}
-            checkpoint |= {"starts": starts.bit_generator.state, "recent": list(recent)}
-            checkpoint |= {"seconds": torch.from_numpy(seconds), "random": torch.get_rng_state(), "sizes": run.sizes()}
-            if device.type == "cuda":
-                checkpoint["cuda_random"] = torch.cuda.get_rng_state(device)
-            save_checkpoint(directory / "checkpoint.pt", checkpoint)
-
-        run.progress(row, max(step, total), done, recent, f"KL {row['kl']:.4f}  length {row['episode_length']:.0f}")
-        if stop:
-            command = shlex.join(["python", sys.argv[0], "--resume", str(directory)])
-            run.say(f"stopped at step {step:,}; continue with\n  {command}")
-            run.close()
-            slots.close()
-            raise SystemExit(128 + stop[0])
-
-    finish(args, run, directory, done["step"], done, recent, seconds)
-    run.close()
-    slots.close()
-    return directory
+def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) -> None:
+    """Plays the policy in fresh environments, and keeps it: among the others, and as the best if it is that."""
+    policy, rows = Policy(args, agent), []
+    for episode, seed in enumerate(range(10_000, 10_000 + args.eval_episodes)):
+        with closing(make_eval_env(args)) as env:
+            total, length = play(policy, env, seed)
+        rows.append({"step": step, "episode": episode, "seed": seed, "return": total, "length": length})
+    run.write("evaluations", rows)
+    returns = [row["return"] for row in rows]
+    progress["evaluation"] = evaluation = {"step": step, "mean": np.mean(returns).item(), "std": np.std(returns).item()}
+    run.tensorboard.add_scalar("charts/evaluation_return", evaluation["mean"], step)
+    state = {"script": SCRIPT, "args": asdict(args), "step": step, "agent": agent.state_dict()}
+    write_atomically(run.directory / "policies" / f"step-{step:09d}.pt", state)
+    if math.isnan(evaluation["mean"]):
+        run.say(f"the evaluation at step {step:,} has returns that are not numbers: {returns}")
+    elif evaluation["mean"] > progress["best"].get("mean", -math.inf):
+        progress["best"] = evaluation
+        write_atomically(run.directory / "best.pt", state)
+    run.say(f"{step:>11,}  evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}")
+    if args.capture_video:
+        path = run.directory / "videos" / f"step-{step:09d}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            with closing(RecordVideo(make_eval_env(args, "rgb_array"), f"{folder}/new")) as env:
+                play(policy, env, rows[np.argmax(returns)]["seed"])
+            next(Path(folder).glob("new/*.mp4")).replace(path)
+        if run.tracker:
+            run.tracker.log({"videos": importlib.import_module("wandb").Video(str(path))})
 
 
-# ------------------------------------------------------------------------------------------------- what is refused
-
-
-def check(args: Args) -> None:
-    """Refuses what cannot work, before anything is written."""
-    check_numbers(
-        args,
-        at_least_1="num_envs num_groups max_episode_steps minibatch_size update_epochs total_timesteps threads"
-        " eval_episodes checkpoint_every actor_sizes",
-        at_least_0="seed ent_coef kl_coef hybrid_alpha hybrid_beta num_evals",
-        above_0="learning_rate clip_coef clip_coef_high hybrid_clip ref_update_every target_kl stop_kl max_grad_norm",
-        shares="gamma lr_warmup",
-    )
-    if args.group_size < 2:
-        refuse(f"--group-size {args.group_size}: must be at least 2, as episodes are compared within their group")
-    if args.clip_coef >= 1:
-        refuse(f"--clip-coef {args.clip_coef}: must be below 1; above 1 there is --clip-coef-high")
-    if not args.log_std_min <= args.log_std_init < math.inf:
-        refuse(f"--log-std-init {args.log_std_init}: must be at least --log-std-min {args.log_std_min}, and finite")
-    if args.target_kl and not args.kl_coef:
-        refuse("--target-kl: there is no penalty to adapt; set --kl-coef to what it begins with")
-    episodes = args.num_groups * args.group_size
-    if args.num_envs and args.num_envs > episodes:
-        refuse(f"--num-envs {args.num_envs}: must be at most {episodes}, the episodes of an iteration")
-    check_setup(args)
-    check_environments(args)
-    if args.vec == "envpool" and args.identical_start:
-        refuse("--vec envpool: it cannot begin episodes alike; use sync, or --no-identical-start")
-    env = make_train_env(args)
-    if args.distribution == "beta":
-        if isinstance(env.action_space, gym.spaces.Discrete):
-            refuse(f"--distribution beta: {args.env_id} acts in {env.action_space}; beta is for a Box")
-        if not env.action_space.is_bounded():
-            refuse(f"--distribution beta: {args.env_id} acts in {env.action_space}; use normal, which needs no bounds")
-    if not (args.max_episode_steps or env.spec.max_episode_steps):
-        refuse(f"--max-episode-steps: {args.env_id} has no limit of its own; set one, as whole episodes are played")
-    env.close()
-
-
-def check_environments(args: Args) -> None:
-    """Makes one of each kind; refuses what cannot be made, drawn or acted in."""
-    problem = f"--env-id {args.env_id}"
+def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run", interrupts: Sequence[int]) -> Callable:
+    """Compiles by a call on copies of everything. Where that is impossible, says so and returns what there is."""
+    started, device = time.perf_counter(), learner.theta.device
+    size, D = args.minibatch_size, agent.moments.mean.numel()
+    observations, *columns = (torch.zeros(shape, device=device) for shape in ((size, D), size, size, size))
+    outputs = agent(observations)
+    batch = Batch(observations, agent.kind(outputs).best().contiguous(), *columns, outputs)
+    # Compiling is quicker without a test of the vector instructions, a header for later and the debugger's lines.
+    config = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False, "aot_inductor.enable_line_tables": False}
+    config |= {"cpp_wrapper": device.type == "cpu"}  # there, calling many small kernels from Python costs
+    run.say("compiling the update …")
+    gc.disable()  # the compiler makes many objects, and keeps them
     try:
-        env, eval_env = make_train_env(args), make_eval_env(args, "rgb_array" if args.capture_video else None)
-        check_spaces(problem, env.observation_space, env.action_space)
-        if env.observation_space.shape != eval_env.observation_space.shape or env.action_space != eval_env.action_space:
-            refuse("--eval-env-kwargs: the evaluation environment must have the training environment's spaces")
-        for name, each in (("env_kwargs", env), ("eval_env_kwargs", eval_env)):
-            if getattr(args, name) != "{}":  # some values are no problem before they are used
-                problem = f"{flag(name)} {getattr(args, name)}"
-                each.reset(seed=0)
-                each.step(each.action_space.sample())
-        if args.capture_video:
-            problem = f"--capture-video: {args.env_id} cannot be rendered here"
-            eval_env.reset(seed=0)
-            eval_env.render()
-        if args.vec == "envpool":
-            problem = f"--vec envpool: EnvPool cannot make {args.env_id}; use sync"
-            spec = importlib.import_module("envpool").make_spec(args.env_id, **json.loads(args.env_kwargs))
-            if spec.observation_space.shape != env.unwrapped.observation_space.shape:
-                refuse(f"--vec envpool: its {args.env_id} does not observe what Gymnasium's does; use sync")
-    except TypeError as error:  # an argument that the environment does not have
-        refuse(f"--env-kwargs {args.env_kwargs}, --eval-env-kwargs {args.eval_env_kwargs}: {error}")
+        torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
+        fast = torch.compile(update, fullgraph=True, dynamic=False, options=config)
+        fast(agent, args, copy.deepcopy(learner), batch, torch.zeros((), device=device))
     except Exception as error:
-        refuse(f"{problem}: {error}")
-    env.close()
-    eval_env.close()
+        if not interrupts:  # which the compiler hears too
+            run.say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
+        return update
+    finally:
+        gc.enable()
+    run.say(f"compiled in {time.perf_counter() - started:.1f} s")
+    return fast
 
 
-def check_spaces(problem: str, observations: gym.Space, actions: gym.Space) -> None:
-    if not isinstance(observations, gym.spaces.Box):
-        refuse(f"{problem}: observes a {type(observations).__name__}; this script needs a Box")
-    if not isinstance(actions, gym.spaces.Box | gym.spaces.Discrete):
-        refuse(f"{problem}: acts in {actions}; this script needs a Box or Discrete")
-    if not (isinstance(actions, gym.spaces.Discrete) or np.issubdtype(actions.dtype, np.floating)):
-        refuse(f"{problem}: acts in {actions}; this script needs real numbers or Discrete")
-
-
-# From here on every script is the same.
-# ------------------------------------------------------------------------------------------------------ evaluation
-
-
-def evaluate(policy: Policy, envs: list[gym.Env], seeds: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return and length of an episode in each of the environments, played side by side."""
-    observations = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
-    returns, lengths = np.zeros(len(envs)), np.zeros(len(envs), int)
-    running = list(range(len(envs)))
-    while running:
-        actions = policy(np.stack([observations[i] for i in running]))
-        for i, action in zip(tuple(running), actions, strict=True):
-            observations[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i] += reward
-            lengths[i] += 1
-            if terminated or truncated:
-                running.remove(i)
-    return returns, lengths
-
-
-def render(env: gym.Env) -> list[np.ndarray]:
-    """What there is to see since the last time: of most environments one image."""
-    images = env.render()
-    return images if isinstance(images, list) else [images]
-
-
-def film(policy: Policy, env: gym.Env, seed: int, path: Path) -> None:
-    """Plays one episode into an mp4."""
-    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
-
-    path.parent.mkdir(exist_ok=True)
-    (observation, _), ended = env.reset(seed=seed), False
-    height, width, _ = render(env)[0].shape
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    with FFMPEG_VideoWriter(str(unfinished), (width, height), env.metadata.get("render_fps", 30)) as video:
-        while not ended:
-            observation, _, terminated, truncated, _ = env.step(policy(observation[None])[0])
-            for image in render(env):
-                video.write_frame(image)
-            ended = terminated or truncated
-    unfinished.replace(path)
-
-
-# --------------------------------------------------------------------------------------------------- run directory
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_atomically(path: Path, content: dict | str) -> None:
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     with unfinished.open("wb") as file:
-        write(file)
+        torch.save(content, file) if isinstance(content, dict) else file.write(content.encode())
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
-
-
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """The one before stays as `checkpoint.previous.pt`."""
-    following = path.with_name(f"{path.stem}.next.pt")
-    write_atomically(following, lambda file: torch.save(checkpoint, file))
-    previous = path.with_name(f"{path.stem}.previous.pt")
-    if path.exists():
-        previous.unlink(missing_ok=True)
-        os.link(path, previous)
-    following.replace(path)
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -1046,194 +921,351 @@ def load_checkpoint(path: Path) -> dict:
                 raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["args"]["env_id"], checkpoint["script"], checkpoint["agent"]
-    except FileNotFoundError:
-        raise
     except Exception as error:
-        raise ValueError(f"{path} is torn or not a checkpoint ({type(error).__name__})") from None
+        raise ValueError(f"{path.name} is missing, torn or not a checkpoint ({type(error).__name__})") from None
     return checkpoint
 
 
-def git(*words: str) -> str | None:
-    try:
-        here = Path(__file__).resolve().parent
-        result = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return result.stdout.strip()
-
-
-def create_run(args: Args, device: torch.device) -> Path:
-    """Filled under another name and then renamed: a run directory is never half there."""
-    source, runs = Path(__file__).resolve(), Path(args.runs_dir)
+def create_run(args: Args, state: dict) -> Path:
+    """Filled under another name and then renamed: a run directory is never half there, nor without a checkpoint."""
+    runs, source = Path(args.runs_dir), Path(__file__).resolve()
+    command = "git rev-parse HEAD && git status --short"
+    git = subprocess.run(command, shell=True, cwd=source.parent, capture_output=True, text=True)
+    commit, *changes = git.stdout.splitlines() or [None]
+    packages = [name for name in ("torch", "gymnasium", "mujoco", "ale_py", "envpool", "numpy") if find_spec(name)]
+    meta = {"script": SCRIPT, "command": shlex.join([sys.executable, *sys.argv]), "python": sys.version.split()[0]}
+    meta |= {"git_commit": commit, "git_dirty": bool(changes), "packages": {name: version(name) for name in packages}}
+    meta |= {"host": os.uname().nodename, "device": str(state["learner"][0].device)}
+    meta |= {"started": datetime.now().astimezone().isoformat(timespec="seconds")}
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=".new-", dir=runs))
-    except OSError as error:
-        refuse(f"--runs-dir {runs}: {error.strerror}; name a folder that can be written to")
-    new.chmod(0o755)
-    packages = ["torch", "gymnasium", "mujoco", "ale_py", "numpy", *(["envpool"] if args.vec == "envpool" else [])]
-    shutil.copy(source, new)
-    (new / "config.yaml").write_text(yaml.safe_dump(asdict(args), sort_keys=False))
-    meta = {
-        "script": source.stem,
-        "command": shlex.join([sys.executable, *sys.argv]),
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": bool(git("status", "--porcelain")),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages if find_spec(name)},
-        "host": platform.node(),
-        "device": str(device),
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
-    (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-    name = f"{re.sub('[/:]', '-', args.env_id)}__{source.stem}__{args.seed}"
-    while (directory := runs / f"{name}__{datetime.now():%Y%m%d-%H%M%S}").exists():
-        time.sleep(0.1)
-    return new.rename(directory)
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=runs, ignore_cleanup_errors=True) as folder:
+            new = Path(folder)
+            shutil.copy(source, new)
+            (new / "config.yaml").write_text(yaml.safe_dump(asdict(args), sort_keys=False))
+            (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+            torch.save(state, new / "checkpoint.pt")
+            new.chmod(0o755)
+            name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}"
+            while (directory := runs / f"{name}__{datetime.now():%Y%m%d-%H%M%S}").exists():
+                time.sleep(0.1)
+            return new.rename(directory)
+    except (OSError, RuntimeError) as error:  # the latter of torch's writer
+        refuse(f"--runs-dir {runs}: {error}; name a folder that can be written to")
 
 
-def find_run(args: Args) -> tuple[Path, dict]:
-    """The run to resume and its last good checkpoint, which is empty if the run was killed before its first."""
-    directory, problems = Path(args.resume), []
-    checkpoint_path = directory / "checkpoint.pt"
-    for path in (checkpoint_path, directory / "checkpoint.previous.pt"):
+class Run(ExitStack):
+    """A run's directory, and all that goes there. One process at a time holds it."""
+
+    def __init__(self, args: Args, agent: Agent, learner: Learner, envs: Environments, progress: dict):
+        super().__init__()
+        self.args, self.agent, self.learner, self.envs, self.progress = args, agent, learner, envs, progress
+        self.directory = Path(args.resume) if args.resume else create_run(args, self.state(0) | {"sizes": {}})
+        self.resume_command = shlex.join(["python", sys.argv[0], "--resume", str(self.directory)])
+        self.live, self.said, self.tracker, self.saved = sys.stdout.isatty(), time.monotonic(), None, 0
+
+    def state(self, step: int) -> dict:
+        """All that training depends on from here."""
+        state = {"script": SCRIPT, "args": asdict(self.args), "step": step, "agent": self.agent.state_dict()}
+        state |= {"learner": list(self.learner[1:]), "environments": self.envs.state(), "progress": self.progress}
+        return state | {"random": torch.get_rng_state()}
+
+    def begin(self) -> None:
+        """Goes on from the last good checkpoint; nothing is touched before that is known to be of this run."""
         try:
-            checkpoint = load_checkpoint(path)
-        except FileNotFoundError:
-            continue
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        script, env_id = checkpoint["script"], checkpoint["args"]["env_id"]
-        if (script, env_id) != (Path(__file__).stem, args.env_id):
-            refuse(f"--resume {directory}: {path.name} is of {script} on {env_id}, not of this run")
-        if path != checkpoint_path:
-            print(f"--resume: {problems[0] if problems else 'no checkpoint.pt'}; using {path.name}", file=sys.stderr)
-            path.replace(checkpoint_path)
-        return directory, checkpoint
-    if problems:
-        refuse(f"--resume {directory}: {problems[0]}, and there is no good one before it; start a new run")
-    return directory, {}
+            self.log = self.enter_context((self.directory / "run.log").open("a"))
+            fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            saved = self.load()
+            self.agent.load_state_dict(saved["agent"])
+        except BlockingIOError:
+            refuse(f"--resume {self.directory}: another process trains this run")
+        except (OSError, ValueError, RuntimeError) as error:  # the last where the networks are others
+            refuse(f"--resume {self.directory}: {error}")
+        for tensor, value in zip(self.learner[1:], saved["learner"], strict=True):
+            tensor.copy_(value)
+        self.progress |= saved["progress"]
+        exact = not self.args.resume or self.envs.restore(saved["environments"])
+        torch.set_rng_state(saved["random"])
+        self.saved = saved["step"]
 
-
-class Run:
-    """What a run directory collects while the run goes on; after a resume, from where the checkpoint left it."""
-
-    def __init__(self, args: Args, directory: Path, sizes: dict[str, int], step: int):
-        self.tracker = None
+        (self.directory / "result.json").unlink(missing_ok=True)
+        for path in self.directory.glob("*.csv"):  # the rows after the checkpoint will be written again
+            os.truncate(path, saved["sizes"].get(path.name, 0))
+        if not saved["sizes"]:  # an episode may never end
+            (self.directory / "episodes.csv").write_text("step,wall_time,return,length\n")
+        args, name = self.args, self.directory.name
         if args.track:
             import wandb
 
-            settings = {"project": args.wandb_project_name, "name": directory.name, "id": directory.name}
-            self.tracker = wandb.init(**settings, resume="allow", config=asdict(args), sync_tensorboard=True)
-        from torch.utils.tensorboard import SummaryWriter
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": name}
+            self.tracker = wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True)
+            self.tracker.log_code(str(self.directory))
+            self.callback(self.tracker.finish)
+        self.tensorboard = SummaryWriter(str(self.directory), purge_step=self.saved + 1)
+        self.callback(self.tensorboard.close)
+        table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+        self.tensorboard.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+        self.announce(exact)
 
-        self.live, self.said = sys.stdout.isatty(), time.monotonic()
-        self.log = (directory / "run.log").open("a")
-        self.tensorboard = SummaryWriter(str(directory), purge_step=step + 1)
-        self.tables = {}
-        for name, columns in TABLES.items():
-            file = (directory / f"{name}.csv").open("a", newline="")
-            file.truncate(sizes.get(name, 0))  # rows after the checkpoint will be written again
-            file.seek(0, os.SEEK_END)
-            self.tables[name] = csv.DictWriter(file, columns), file
-            if not sizes.get(name):
-                self.tables[name][0].writeheader()
+    def load(self) -> dict:
+        for path in (self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"):
+            with suppress(ValueError):
+                saved = load_checkpoint(path)
+                break
+        else:
+            raise ValueError("its checkpoints are torn or missing; start a new run")
+        was = saved["args"] | {"script": saved["script"]}
+        for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
+            if name not in FREE and value != was.get(name):
+                raise ValueError(f"{flag(name)} is {was.get(name)} in {path.name} and cannot become {value}")
+        for name, size in saved["sizes"].items():
+            if not (self.directory / name).is_file() or (self.directory / name).stat().st_size < size:
+                raise ValueError(f"{name} is shorter than when {path.name} was written; start a new run")
+        if path.name != "checkpoint.pt":
+            print(f"{self.directory}: checkpoint.pt is torn or missing; going on from {path.name}", file=sys.stderr)
+            path.replace(self.directory / "checkpoint.pt")
+        return saved
 
-    def add(self, table: str, rows: list[dict]) -> None:
-        writer, file = self.tables[table]
-        writer.writerows(rows)
-        file.flush()
+    def announce(self, exact: bool) -> None:
+        """What is trained, and what one may not expect of it."""
+        args, agent, parameters = self.args, self.agent, self.learner.theta.numel()
+        space = (
+            f"Discrete({agent.high - agent.low + 1})" if agent.kind is Categorical else f"Box{tuple(agent.low.shape)}"
+        )
+        self.say(
+            f"{SCRIPT}  {args.env_id}  {agent.moments.mean.numel()} observations, actions in {space}\n"
+            f"{args.num_groups} groups of {args.group_size} episodes of at most {args.max_episode_steps} steps,"
+            f" in {args.num_envs} environments ({args.vec})\n"
+            f"{args.update_epochs} epochs of minibatches of at most {args.minibatch_size},"
+            f" {parameters:,} parameters, {self.learner.theta.device}\n{self.directory}"
+        )
+        if not exact:
+            self.say("--vec envpool cannot repeat its episodes; other ones follow, all else continues")
 
-    def record(self, row: dict, episodes: list[dict]) -> None:
-        """A row of progress and the episodes that ended meanwhile, in the tables and in TensorBoard."""
-        self.add("progress", [row])
-        self.add("episodes", episodes)
-        self.plot("charts/episodic_", episodes)
-        measured = {name: row[name] for name in MEASURES if not math.isnan(row[name])}
-        self.plot("losses/", [{"step": row["step"]} | measured])
-        self.plot("charts/", [{name: value for name, value in row.items() if name not in MEASURES}])
+    def write(self, table: str, rows: list[dict]) -> None:
+        """In CSV, and in TensorBoard by CleanRL's names."""
+        if rows:
+            with (self.directory / f"{table}.csv").open("a", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                if not file.tell():
+                    writer.writeheader()
+                writer.writerows(rows)
+        losses = {*MEASURES, "explained_variance"}
+        for row in rows if table != "evaluations" else ():
+            for name in row.keys() - {"step", "wall_time"}:
+                kind = "charts/episodic_" if table == "episodes" else "losses/" if name in losses else "charts/"
+                self.tensorboard.add_scalar(kind + name.replace("sps", "SPS"), row[name], row["step"])
 
-    def plot(self, prefix: str, rows: list[dict]) -> None:
-        for row in rows:
-            for name, value in row.items():
-                if name != "step":
-                    self.tensorboard.add_scalar(prefix + name, value, row["step"])
-
-    def sizes(self) -> dict[str, int]:
-        for _, file in self.tables.values():
-            os.fsync(file.fileno())
-        return {name: file.tell() for name, (_, file) in self.tables.items()}
+    def save(self, step: int) -> None:
+        """The checkpoint before this one stays as `checkpoint.previous.pt`."""
+        sizes = {}
+        for path in self.directory.glob("*.csv"):
+            with path.open("a") as file:
+                os.fsync(file.fileno())
+                sizes[path.name] = file.tell()
+        last, previous = self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"
+        previous.unlink(missing_ok=True)
+        os.link(last, previous)
+        write_atomically(last, self.state(step) | {"sizes": sizes})
+        self.saved = step
 
     def say(self, text: str) -> None:
         print(f"\r\033[K{text}" if self.live else text, flush=True)
         self.log.writelines(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n" for line in text.splitlines())
         self.log.flush()
 
-    def progress(self, row: dict, total: int, done: dict, recent: Sequence[float], learnt: str) -> None:
+    def show(self, row: dict, total: int, learnt: str) -> None:
         """A live line on a terminal; elsewhere, and in the log, a line every half minute."""
-        step = row["step"]
-        left = timedelta(seconds=round(done["elapsed"] / step * (total - step)))
+        step, recent = row["step"], self.progress["recent"]
+        left = timedelta(seconds=round(row["wall_time"] / step * (total - step)))
         text = f"{step:>11,} {step / total:4.0%}  {row['sps']:,} steps/s  ETA {left}"
-        text += f"  return {statistics.fmean(recent):.1f}" if recent else "  return -"
-        text += f"  evaluation {done['evaluation']['mean']:.1f}" if done["evaluation"] else ""
-        text += f"  {learnt}"
+        text += f"  return {np.mean(recent):.1f}  {learnt}" if recent else f"  {learnt}"
         if time.monotonic() - self.said > 30:
             self.said = time.monotonic()
             self.say(text)
         elif self.live:
             print(f"\r\033[K{text[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
 
-    def close(self) -> None:
-        self.tensorboard.close()
-        if self.tracker:
-            self.tracker.finish()
-        for file in (self.log, *(file for _, file in self.tables.values())):
-            file.close()
+    def finish(self, steps: int, elapsed: float) -> None:
+        progress, seconds, best = self.progress, self.progress["seconds"], self.progress["best"]
+        summary = {"script": SCRIPT, "env_id": self.args.env_id, "seed": self.args.seed, "steps": steps}
+        summary |= {"wall_time": elapsed, "sps": steps / elapsed, "evaluation": progress["evaluation"], "best": best}
+        summary |= {"training_return": np.mean(progress["recent"]).item() if progress["recent"] else None}
+        summary |= {f"seconds_{name}": spent for name, spent in seconds.items()}
+        write_atomically(self.directory / "result.json", json.dumps(summary, indent=2))
+        shares = ", ".join(f"{name} {spent / elapsed:.0%}" for name, spent in seconds.items())
+        self.say(f"{steps:,} steps in {timedelta(seconds=round(elapsed))}, {steps / elapsed:,.0f} steps/s: {shares}")
+        if best:
+            final = f"evaluation {progress['evaluation']['mean']:.1f} ± {progress['evaluation']['std']:.1f}"
+            self.say(f"{final}, best {best['mean']:.1f} at step {best['step']:,}")
+
+    def stop(self, number: int, step: int) -> NoReturn:
+        if step > self.saved:
+            self.save(step)
+        self.say(f"stopped at step {self.saved:,}; continue with\n  {self.resume_command}")
+        raise SystemExit(128 + number)
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        with suppress(OSError):  # a full disk has been noticed before
+            super().__exit__(None, None, None)
+        if isinstance(error, OSError | EOFError | FloatingPointError | KeyboardInterrupt):
+            problem = f"{type(error).__name__} {error}; the last checkpoint is of step {self.saved:,}"
+            print(f"{SCRIPT}.py: {problem}\n  {self.resume_command}", file=sys.stderr)
+            raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
-def evaluate_and_keep(
-    args: Args, run: Run, directory: Path, policy: Policy, state: dict, envs: list[gym.Env], done: dict
-) -> None:
-    """Evaluates the policy whose `state` this is, and keeps it: among the others, and as the best if it is that."""
-    seeds = range(10_000, 10_000 + len(envs))
-    returns, lengths = (result.tolist() for result in evaluate(policy, envs, seeds))
-    rows = zip([state["step"]] * len(envs), range(len(envs)), seeds, returns, lengths, strict=True)
-    run.add("evaluations", [dict(zip(TABLES["evaluations"], row, strict=True)) for row in rows])
-    done["evaluation"] = {"step": state["step"], "mean": statistics.fmean(returns), "std": statistics.pstdev(returns)}
-    run.plot("charts/evaluation_", [done["evaluation"]])
-    name = f"step-{state['step']:09d}"
-    write_atomically(directory / "policies" / f"{name}.pt", partial(torch.save, state))
-    if not done["best"] or done["evaluation"]["mean"] > done["best"]["mean"]:
-        done["best"] = done["evaluation"]
-        write_atomically(directory / "best.pt", partial(torch.save, state))
-    if args.capture_video:
+# ----------------------------------------------------------------------------------------- arguments and refusals
+
+# What may differ when a run is resumed.
+FREE = ["resume", "config", "device", "threads", "compile", "num_evals", "eval_episodes", "checkpoint_every"]
+FREE += ["runs_dir", "capture_video", "track", "wandb_project_name", "wandb_entity"]
+
+
+def flag(name: str) -> str:
+    return f"--{name}".replace("_", "-")
+
+
+def refuse(problem: str) -> NoReturn:
+    """A user's mistake: one line, whatever lines a library's error has, and exit status 2."""
+    print(f"{Path(__file__).name}: {' '.join(problem.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+RANGES = {
+    "at least 1": (1, 1e15, "num_groups max_episode_steps minibatch_size update_epochs ref_update_every actor_sizes"),
+    "at least 2, as episodes are compared within their group": (2, 1e15, "group_size"),
+    "between 1 and 1e15": (1, 1e15, "total_timesteps checkpoint_every num_envs eval_episodes"),
+    "at least 0": (0, 1e15, "ent_coef kl_coef hybrid_alpha hybrid_beta num_evals"),
+    "above 0": (1e-300, 1e300, "learning_rate clip_coef clip_coef_high hybrid_clip target_kl stop_kl max_grad_norm"),
+    "below 1; above 1 there is --clip-coef-high": (0, 1 - 1e-9, "clip_coef"),
+    "a number": (-1e300, 1e300, "log_std_init log_std_min"),
+    "between 0 and 1": (0, 1, "gamma lr_warmup"),
+    "between 1 and 1024": (1, 1024, "threads"),
+    "between 0 and 2147483647": (0, 2**31 - 1, "seed"),  # EnvPool's have 32 bits
+}
+
+
+def check(args: Args) -> None:
+    """Of a tuple every value counts, and None is a setting that is off."""
+    for rule, (low, high, names) in RANGES.items():
+        for name in names.split():
+            value = getattr(args, name)
+            values = value if isinstance(value, tuple | list) else () if value is None else (value,)
+            if not all(low <= each <= high for each in values):
+                raise ValueError(f"{flag(name)} {value}: must be {rule}")
+    args.total_timesteps, args.checkpoint_every = int(args.total_timesteps), int(args.checkpoint_every)  # of 1e6
+    for name in ("env_id", "runs_dir", "resume", "config"):
+        if getattr(args, name) == "":
+            raise ValueError(f"{flag(name)}: is empty")
+    for name in ("env_kwargs", "eval_env_kwargs"):
         try:
-            env = make_eval_env(args, "rgb_array")
-            film(policy, env, seeds[np.argmax(returns)], directory / "videos" / f"{name}.mp4")
-            env.close()
-        except OSError as error:
-            run.say(f"no video of step {state['step']:,}: {str(error).splitlines()[0]}")
+            dict(**json.loads(getattr(args, name)))
+        except (ValueError, TypeError):
+            raise ValueError(f"{flag(name)} {getattr(args, name)}: must be JSON such as '{{\"g\": 9.81}}'") from None
 
 
-def finish(
-    args: Args, run: Run, directory: Path, steps: int, done: dict, recent: Sequence[float], seconds: np.ndarray
-) -> None:
-    """Writes and says what the run came to."""
-    elapsed, evaluation, best = done["elapsed"], done["evaluation"], done["best"]
-    summary = {"script": Path(__file__).stem, "env_id": args.env_id, "seed": args.seed, "steps": steps}
-    summary |= {"wall_time": elapsed, "sps": steps / elapsed, "evaluation": evaluation, "best": best}
-    summary |= {"training_return": statistics.fmean(recent) if recent else None}
-    summary |= dict(zip(SECONDS, seconds.tolist(), strict=True))
-    write_atomically(directory / "result.json", lambda file: file.write(json.dumps(summary, indent=2).encode()))
-    stepping, acting, updating = seconds / elapsed
-    run.say(
-        f"{steps:,} steps in {timedelta(seconds=round(elapsed))}, {summary['sps']:,.0f} steps/s:"
-        f" stepping {stepping:.0%}, acting {acting:.0%}, updating {updating:.0%}"
-    )
-    if evaluation:
-        final = f"evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}"
-        run.say(f"{final}, best {best['mean']:.1f} at step {best['step']:,}")
+class EnvPool(Environments):
+    """EnvPool seeds its episodes itself, so that they cannot be played again."""
+
+    def _make(self, args: Args) -> gym.Env:
+        import envpool
+
+        kwargs = json.loads(args.env_kwargs)
+        return envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=args.seed, **kwargs)
+
+    def begin(self, which: np.ndarray, _: np.ndarray) -> np.ndarray:
+        return self.envs.reset(which)[0]
+
+    def state(self) -> dict:
+        return {"seed": self.args.seed}
+
+    def restore(self, state: dict) -> bool:
+        self.__init__(replace(self.args, seed=(state["seed"] + 1) % 2**31))  # with other episodes than the first time
+        return False
+
+
+def prepare(args: Args) -> tuple[Args, Environments, tuple[int, ...], gym.spaces.Box]:
+    """The environments, and the arguments with `num_envs` and `max_episode_steps`; the spaces, as a Box.
+
+    What cannot work is refused before anything is written.
+    """
+    for name, package in (("vec", "envpool"), ("track", "wandb")):
+        if getattr(args, name) in (package, True) and not find_spec(package):
+            refuse(f"{flag(name)}: {package} is not installed; pip install {package}")
+    online = args.track and os.environ.get("WANDB_MODE", "online") == "online"
+    if online and not importlib.import_module("wandb").login(prompt=False):
+        refuse("--track: W&B knows no key here; run `wandb login`, or set WANDB_MODE=offline")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        refuse("--device cuda: torch finds no CUDA device here; use cpu")
+    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
+    M, spaces, limits = args.num_groups * args.group_size, [], [args.max_episode_steps]
+    if args.num_envs and args.num_envs > M:
+        refuse(f"--num-envs {args.num_envs}: must be at most {M}, the episodes of an iteration")
+    if args.log_std_init < args.log_std_min:
+        refuse(f"--log-std-init {args.log_std_init}: must be at least --log-std-min {args.log_std_min}")
+    if args.target_kl and not args.kl_coef:
+        refuse("--target-kl: there is no penalty to adapt; set --kl-coef to what it begins with")
+    if args.vec == "envpool" and args.identical_start:
+        refuse("--vec envpool: it cannot begin episodes alike; use sync, or --no-identical-start")
+    try:
+        for make in (TrainEnv, partial(make_eval_env, render_mode="rgb_array" if args.capture_video else None)):
+            with closing(make(args)) as env:
+                actions = env.action_space
+                if isinstance(actions, gym.spaces.Discrete):
+                    actions = gym.spaces.Box(actions.start, actions.start + actions.n - 1, (), actions.dtype)
+                elif not isinstance(actions, gym.spaces.Box) or not np.issubdtype(actions.dtype, np.floating):
+                    raise TypeError(f"acts in {actions}, neither Discrete nor a Box of real numbers")
+                if args.distribution == "beta" and not (actions.dtype.kind == "f" and actions.is_bounded()):
+                    raise TypeError(f"acts in {env.action_space}; --distribution beta is for a bounded Box, use normal")
+                spaces.append((env.observation_space.shape, actions))
+                limits.append(env.spec.max_episode_steps)
+                if not any(limits):
+                    raise TypeError("has no limit of its own; set --max-episode-steps, as whole episodes are played")
+                env.reset(seed=0)
+                env.step(env.action_space.sample())  # some values are no problem before
+                if env.render_mode:
+                    env.render()
+        limit = min(steps for steps in limits[:2] if steps)
+        args = replace(args, num_envs=args.num_envs or min(M, 64), max_episode_steps=limit)
+        envs = (EnvPool if args.vec == "envpool" else Environments)(args)
+        observations = envs.begin(np.array([0]), np.array([args.seed]))
+        if spaces != [(observations.shape[1:], actions)] * 2:
+            envs.close()
+            raise TypeError("evaluation does not have the spaces of training")
+    except Exception as error:
+        names = ("env_kwargs", "eval_env_kwargs", "vec", "capture_video")
+        given = ["env_id", *(name for name in names if getattr(args, name) != getattr(Args, name))]
+        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {error}")
+    return args, envs, *spaces[0]
+
+
+def parse(argv: list[str] | None = None) -> Args:
+    """The defaults, then the file of `--config` or the run of `--resume`, then the command line: the last one wins."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    if args.resume and not (Path(args.resume) / f"{SCRIPT}.py").is_file():
+        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py")
+    if args.resume and args.config:
+        refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
+    path = f"{args.resume}/config.yaml" if args.resume else args.config
+    if not path:
+        return args
+    try:
+        settings = yaml.safe_load(Path(path).read_text()).items()
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        refuse(f"{path}: is no file of arguments: {error}")
+    words = []
+    for name, value in settings:
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        if any(str(each).startswith("--") for each in values):
+            refuse(f"{path}: {name} is {value}, which would be read as a flag")
+        if isinstance(value, bool):
+            words += [flag(name if value else f"no_{name}")]
+        else:
+            words += [flag(name), *map(str, values)]
+    return tyro.cli(Args, args=words + argv, description=__doc__)
 
 
 def catch_interrupts() -> list[int]:
@@ -1245,116 +1277,11 @@ def catch_interrupts() -> list[int]:
             raise KeyboardInterrupt
         caught.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
+    signal.signal(signal.SIGINT, catch)
+    signal.signal(signal.SIGTERM, catch)
     return caught
 
 
-# ------------------------------------------------------------------------------------------------------- arguments
-
-
-def refuse(problem: str) -> NoReturn:
-    """A user's mistake: one line, whatever lines a library's error has, and exit status 2."""
-    print(f"{Path(__file__).name}: {' '.join(problem.split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def read_flags(words: list[str] | None, origin: str = "", **default: Args) -> Args:
-    """By tyro; what it writes about a mistake into a box of several parts becomes one line."""
-    printed = io.StringIO()
-    try:
-        with redirect_stderr(printed):
-            return tyro.cli(Args, args=words, description=__doc__, **default)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        text = re.sub(r"\033\[[\d;]*m|[│╭╮╰╯]", " ", printed.getvalue())
-        _, *parts = (" ".join(part.split()) for part in re.split("─{5,}|-{5,}", text))
-        refuse(origin + "; ".join(part for part in parts if part and not part.startswith("For full helptext")))
-
-
-def read_config(path: Path) -> list[str]:
-    """A file of arguments as a command line."""
-    try:
-        settings = dict(yaml.safe_load(path.read_text()) or {})
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        refuse(f"--config {path}: {error}")
-    names = [field.name for field in fields(Args)]
-    command = []
-    for key, value in settings.items():
-        name = str(key).replace("-", "_")
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            refuse(f"--config {path}: unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
-        if isinstance(value, bool):
-            command.append(flag(name if value else f"no_{name}"))
-        else:
-            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            command += [flag(name), *map(str, values)]
-    return command
-
-
-def parse(argv: list[str] | None = None) -> Args:
-    """The defaults, or the file of `--config`, or the run of `--resume`; the command line wins."""
-    args = read_flags(argv)
-    if args.resume:
-        run = Path(args.resume)
-        if not (run / "meta.json").is_file():
-            refuse(f"--resume {run}: not a run directory (it has no meta.json)")
-        script = json.loads((run / "meta.json").read_text())["script"]
-        if script != Path(__file__).stem:
-            refuse(f"--resume {run}: this is a run of {script}; resume it with {script}.py")
-        started = read_flags(read_config(run / "config.yaml"), f"--resume {run}: ")
-        args = read_flags(argv, default=started)
-        free = "resume device threads compile num_evals eval_episodes checkpoint_every capture_video track runs_dir"
-        for name, value in asdict(started).items():
-            if getattr(args, name) != value and name not in free.split():
-                refuse(f"--resume {run}: {flag(name)} is {value} in that run and cannot become {getattr(args, name)}")
-    elif args.config:
-        args = read_flags(argv, default=read_flags(read_config(Path(args.config)), f"--config {args.config}: "))
-    return args
-
-
-def check_numbers(args: Args, at_least_1: str, at_least_0: str, above_0: str, shares: str) -> None:
-    """Refuses what is out of range. Of a tuple every value counts, and None is a setting that is off."""
-    rules = {"must be at least 1": (at_least_1, lambda value: 1 <= value < math.inf)}
-    rules["must be at least 0"] = at_least_0, lambda value: 0 <= value < math.inf
-    rules["must be above 0"] = above_0, lambda value: 0 < value < math.inf
-    rules["must be between 0 and 1"] = shares, lambda value: 0 <= value <= 1
-    for rule, (names, holds) in rules.items():
-        for name in names.split():
-            value = getattr(args, name)
-            if not all(map(holds, value if isinstance(value, tuple) else () if value is None else (value,))):
-                refuse(f"{flag(name)} {value}: {rule}")
-    if args.seed >= 2**31:  # EnvPool's have 32 bits
-        refuse(f"--seed {args.seed}: must be below {2**31}")
-
-
-def check_setup(args: Args) -> None:
-    """Refuses what this machine lacks, and what is not JSON."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        refuse("--device cuda: torch finds no CUDA device here; use auto or cpu")
-    needs = [("vec", "envpool", args.vec == "envpool"), ("track", "wandb", args.track)]
-    needs += [("capture_video", "moviepy", args.capture_video)]
-    for name, package, wanted in needs:
-        if wanted and not find_spec(package):
-            refuse(f"{flag(name)} {getattr(args, name)}: {package} is not installed; pip install {package}")
-    if args.vec == "envpool":
-        warnings.filterwarnings("ignore", message=".*precision lowered by casting")  # of CartPole's infinite bounds
-    for name in ("env_kwargs", "eval_env_kwargs"):
-        try:
-            dict(**json.loads(getattr(args, name)))
-        except (ValueError, TypeError):
-            refuse(f"{flag(name)} {getattr(args, name)}: must be a JSON object such as '{{\"frame_skip\": 4}}'")
-    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
-        if find_library("EGL"):
-            os.environ.setdefault("MUJOCO_GL", "egl")
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
-
-
 if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # where a `module:Id-v0` of the user's may lie
     train(interrupts=catch_interrupts(), args=parse())

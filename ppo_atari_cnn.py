@@ -23,134 +23,118 @@ What may surprise:
   for it, and a deterministic agent that never learnt to press it would wait for ever.
 - No environment resets by itself, so no step is spent on a reset, and none is learnt from.
 - Frames stay bytes until the network, which divides its first weights by 255 rather than millions of pixels.
+- All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
 """
 
 import copy
 import csv
-import difflib
-import io
+import fcntl
+import gc
+import importlib
 import json
 import math
 import os
-import platform
-import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 import zipfile
-from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
-from ctypes.util import find_library
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
 import yaml
+from gymnasium.wrappers import RecordVideo
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import conv2d
+from torch.utils.tensorboard import SummaryWriter
+
+SCRIPT = Path(__file__).stem
+warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is asked for: its results are published
 
 
 @dataclass
 class Args:
-    env_id: str = "ALE/Pong-v5"
-    """Gymnasium id of the game"""
-    env_kwargs: str = "{}"
-    """arguments of the environment, as JSON: '{"full_action_space": true}'"""
-    eval_env_kwargs: str = "{}"
-    """arguments of the evaluation environment that differ, as JSON"""
-    repeat_action_probability: float = 0.0
-    """chance that a frame repeats the action of the frame before; ale-py's own convention is 0.25"""
-    num_envs: int = 8
-    """games played together"""
-    vec: Literal["ale", "envpool"] = "ale"
-    """what plays them: ale-py's own vector environment, or EnvPool, whose games begin a little differently"""
-    total_timesteps: int = 10_000_000
-    """steps of the agent, 4 frames each, over all games; rounded down to whole rollouts"""
-    seed: int = 1
-    """seed of everything random"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the network is"""
-    threads: int = 2
-    """threads of torch, and of the emulators"""
-    compile: bool = True
-    """compile the update (needs a C++ compiler; 10 to 30 s at the start)"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of the convolutions and hidden layer in training; auto is bf16 where the processor multiplies in it, faster"""
+    env_id: str = "ALE/Pong-v5"  # Gymnasium id of the game
+    env_kwargs: str = "{}"  # arguments of the environment, as JSON: '{"full_action_space": true}'
+    eval_env_kwargs: str = "{}"  # arguments of the evaluation environment that differ, as JSON
+    repeat_action_probability: float = 0.0  # of a frame to repeat the action of the one before; ale-py's own is 0.25
+    num_envs: int = 8  # games played together
+    vec: Literal["ale", "envpool"] = (
+        "ale"  # by ale-py's own vector environment, or EnvPool, whose games begin otherwise
+    )
+    total_timesteps: int | float = 10_000_000  # steps over all games, 4 frames each; rounded down to whole rollouts
+    seed: int = 1  # seed of everything random
+    device: Literal["cpu", "cuda", "auto"] = "auto"  # where the network is
+    threads: int = 2  # threads of torch, and of the emulators
+    compile: bool = True  # compile the update (needs a C++ compiler)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of training, but for the heads; auto: bf16 where that is fast
 
-    num_steps: int = 128
-    """steps of each game per rollout"""
-    learning_rate: float = 2.5e-4
-    """Adam's step size at the start"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """how the learning rate falls; linear and cosine end at 0"""
-    lr_warmup: float = 0.0
-    """share of the run over which the learning rate first rises from 0"""
-    num_minibatches: int = 4
-    """minibatches per epoch"""
-    update_epochs: int = 4
-    """passes over each rollout"""
-    gamma: float = 0.99
-    """discount"""
-    gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation"""
-    norm_adv: bool = True
-    """normalise the advantages of each minibatch"""
-    clip_coef: float = 0.1
-    """epsilon of the clipped objective"""
-    clip_vloss: bool = False
-    """clip the value loss too"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """the gradient is scaled down to this norm"""
-    target_kl: float | None = None
-    """end the update of a rollout once a minibatch's KL divergence from the rollout's policy exceeds this"""
+    num_steps: int = 128  # of each game per rollout
+    learning_rate: float = 2.5e-4  # Adam's step size at the start
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how the rate falls; the last two end at 0
+    lr_warmup: float = 0.0  # share of the run over which the learning rate first rises from 0
+    num_minibatches: int = 4  # minibatches per epoch
+    update_epochs: int = 4  # passes over each rollout
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    norm_adv: bool = True  # normalise the advantages of each minibatch
+    clip_coef: float = 0.1  # epsilon of the clipped objective
+    clip_vloss: bool = False  # clip the value loss too
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
+    adam_eps: float = 1e-5  # Adam's epsilon
+    target_kl: float | None = None  # end a rollout's update once a minibatch's KL from the rollout's policy exceeds it
 
-    num_evals: int = 10
-    """evaluations during the run, evenly spaced, the last at its end; 0 for none"""
-    eval_episodes: int = 10
-    """whole games per evaluation: deterministic, with the same seeds each time"""
-    checkpoint_every: int = 100_000
-    """steps of the agent between checkpoints"""
-    runs_dir: str = "runs"
-    """where run directories are made"""
-    resume: str | None = None
-    """continue the run in this directory"""
-    config: str | None = None
-    """YAML or JSON file of arguments; the command line wins"""
-    capture_video: bool = False
-    """film the best game of every evaluation"""
-    track: bool = False
-    """send everything to Weights & Biases"""
-    wandb_project_name: str = "solorl"
-    """its project"""
+    num_evals: int = 10  # evaluations during the run, evenly spaced, the last at its end; 0 for none
+    eval_episodes: int = 10  # whole games per evaluation: deterministic, with the same seeds each time
+    checkpoint_every: int | float = 100_000  # steps between checkpoints
+    runs_dir: str = "runs"  # where run directories are made
+    resume: str | None = None  # continue the run in this directory
+    config: str | None = None  # YAML or JSON file of arguments; the command line wins
+    capture_video: bool = False  # film the best game of every evaluation
+    track: bool = False  # send everything to Weights & Biases
+    wandb_project_name: str = "solorl"  # its project
+    wandb_entity: str | None = None  # its team
+
+    def __post_init__(self):
+        check(self)
 
 
 # ---------------------------------------------------------------------------------------------------- environments
 
 
-def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> gym.Env:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is asked for: its results are published
-        return gym.make(env_id, render_mode=render_mode, disable_env_checker=True, **env_kwargs)
+def find_game(env_id: str) -> str:
+    """The emulator's name of it, such as beam_rider."""
+    try:
+        import ale_py  # which registers the games
+    except ImportError:
+        raise ValueError("ale-py is not installed; pip install ale-py") from None
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+    kwargs = gym.spec(env_id).kwargs
+    if "game" not in kwargs:
+        raise ValueError("not a game of ale-py's, such as ALE/Pong-v5")
+    return kwargs["game"]
+
+
+def has_fire(env: gym.Env) -> bool:
+    return env.unwrapped.get_action_meanings()[1] == "FIRE"
 
 
 def cover(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -161,7 +145,7 @@ def cover(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
     return which.clip(max=inputs - 1), (overlap.clip(min=0) * outputs / inputs).astype(np.float32)
 
 
-class Frames(gym.Wrapper):
+class Game(gym.Wrapper):
     """Shows a game as ale-py's vector environment does, to the bit: what the agent sees, and how a game begins.
 
     A step is four frames with the same action. Of the last two it shows the brighter pixels, shrunk to 84 x 84, and
@@ -211,119 +195,109 @@ class Frames(gym.Wrapper):
         return self.stack
 
 
-def find_game(env_id: str) -> str:
-    """The emulator's name of it, such as beam_rider."""
-    import ale_py  # which registers the games
-
-    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-    kwargs = gym.spec(env_id).kwargs
-    if "game" not in kwargs:
-        raise ValueError("not a game of ale-py's, such as ALE/Pong-v5")
-    return kwargs["game"]
-
-
-def has_fire(env: gym.Env) -> bool:
-    return env.unwrapped.get_action_meanings()[1] == "FIRE"
-
-
 def make_eval_env(args: Args, render_mode: str | None = None) -> gym.Env:
     find_game(args.env_id)
     kwargs = {"repeat_action_probability": args.repeat_action_probability} | json.loads(args.env_kwargs)
     kwargs |= json.loads(args.eval_env_kwargs) | {"frameskip": 1, "obs_type": "grayscale"}
-    return Frames(make_env(args.env_id, kwargs, render_mode))
+    return Game(gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True, **kwargs))
 
 
 class Environments:
-    """N games played together. None resets by itself, so `step` always returns the true next observation.
+    """N games played together.
 
     An emulator that is given a seed starts from nothing, which takes as long as hundreds of steps. So a seed lasts for
     some games: with all actions since, it is what restores the running one.
     """
 
+    running = ("observations", "returns", "lengths")  # of the running games
     seed_lasts = 10_000  # steps
 
     def __init__(self, args: Args):
-        game = find_game(args.env_id)
-        kwargs = {"repeat_action_probability": args.repeat_action_probability, "num_threads": args.threads}
-        kwargs |= json.loads(args.env_kwargs)
-        if args.vec == "envpool":
-            import envpool
-
-            name = game.title().replace("_", "") + "-v5"
-            self.envs = envpool.make(name, "gymnasium", num_envs=args.num_envs, seed=args.seed, **kwargs)
-        else:
-            from ale_py.vector_env import AtariVectorEnv
-
-            self.envs = AtariVectorEnv(game, args.num_envs, reward_clipping=False, **kwargs)
-        self.num_envs, self.kind = args.num_envs, args.vec
-        self.random = np.random.default_rng(args.seed)
-        self.seeds = np.zeros(self.num_envs, int)
-        self.began = np.full(self.num_envs, -self.seed_lasts)  # where in `actions` each seed was given
-        self.lives = np.zeros(self.num_envs, int)
-        with make_eval_env(args) as env:
+        self.args, self.envs, self.random = args, self._make(args), np.random.default_rng(args.seed)
+        with closing(make_eval_env(args)) as env:
             self.fire = has_fire(env)
-        self.waits = np.zeros(self.num_envs, bool)  # whose next action is FIRE, whatever the agent does
+        N = args.num_envs
+        self.returns, self.lengths, self.lives = np.zeros(N), np.zeros(N, int), np.zeros(N, int)
+        self.waits = np.zeros(N, bool)  # whose next action is FIRE, whatever the agent does
         self.actions: list[np.ndarray] = []
+        self.seeds, self.began = np.zeros(N, int), np.full(N, -self.seed_lasts)  # where in `actions` each was given
+        self.observations = self._reset(np.ones(N, bool))
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The true next observations (N, 4, 84, 84), rewards, terminated, truncated; and where a life was lost."""
-        pressed = np.where(self.waits, 1, actions)
-        if self.kind != "envpool":
-            self.actions.append(pressed)
-        return self._step(pressed)
+    def _make(self, args: Args) -> gym.vector.VectorEnv:
+        game = find_game(args.env_id)
+        from ale_py.vector_env import AtariVectorEnv
 
-    def _step(self, pressed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        observations, rewards, terminated, truncated, info = self.envs.step(pressed)
-        lost = (info["lives"] < self.lives) & (info["lives"] > 0) & ~terminated
-        self.lives, self.waits = info["lives"].copy(), lost & self.fire
-        return observations, rewards, terminated, truncated, lost
+        return AtariVectorEnv(game, args.num_envs, reward_clipping=False, **self._kwargs(args))
 
-    def reset(self, which: np.ndarray) -> np.ndarray:
-        """New games where `which` is true; their first observations."""
+    def _kwargs(self, args: Args) -> dict:
+        kwargs = {"repeat_action_probability": args.repeat_action_probability, "num_threads": args.threads}
+        return kwargs | json.loads(args.env_kwargs)
+
+    def _reset(self, which: np.ndarray) -> np.ndarray:
+        """Begins a game where `which` is true; the observations of all."""
         seeded = which & (len(self.actions) - self.began >= self.seed_lasts)
         self.seeds[seeded] = self.random.integers(2**31, size=seeded.sum())
         self.began[seeded] = len(self.actions)
-        return self._reset(which, seeded)
+        return self._begin(which, seeded)
 
-    def _reset(self, which: np.ndarray, seeded: np.ndarray) -> np.ndarray:
-        self.waits[which] = False
-        if self.kind == "envpool":
-            observations, info = self.envs.reset(np.flatnonzero(which))
-            self.lives[which] = info["lives"]
-            return observations
+    def _begin(self, which: np.ndarray, seeded: np.ndarray) -> np.ndarray:
         seeds = np.where(seeded, self.seeds, -1)[which]  # -1 is none
         observations, info = self.envs.reset(seed=seeds, options={"reset_mask": which})
-        self.lives[which] = info["lives"][which]
-        return observations[which]
+        self.lives, self.waits = info["lives"].copy(), self.waits & ~which
+        self.returns[which], self.lengths[which] = 0, 0
+        return observations
 
-    def close(self) -> None:
-        self.envs.close()
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[tuple]]:
+        """The true next observations, rewards, terminated, truncated; returns and lengths of the games that ended.
+
+        A lost life terminates what is learnt from, and not the game. Where a game ended, the next begins:
+        `observations` is what to act on.
+        """
+        actions = np.where(self.waits, 1, actions)
+        self.actions.append(actions)
+        observations, rewards, terminated, truncated, lost = self._step(actions)
+        self.observations, finished, ended = observations, [], terminated | truncated
+        if ended.any():
+            finished = list(zip(self.returns[ended].tolist(), self.lengths[ended].tolist(), strict=True))
+            self.observations = self._reset(ended)
+        return observations, rewards, terminated | lost, truncated, finished
+
+    def _step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        observations, rewards, terminated, truncated, info = self.envs.step(actions)
+        lost = (info["lives"] < self.lives) & (info["lives"] > 0) & ~terminated
+        self.lives, self.waits = info["lives"].copy(), lost & self.fire
+        self.returns += rewards
+        self.lengths += 1
+        return observations, rewards, terminated, truncated, lost
 
     def state(self) -> dict:
         oldest = self.began.min()
         self.actions, self.began = self.actions[oldest:], self.began - oldest
-        actions = torch.from_numpy(np.array(self.actions))
-        random = self.random.bit_generator.state
-        return {"seeds": self.seeds.tolist(), "began": self.began.tolist(), "actions": actions, "random": random}
+        names = (*self.running, "seeds", "began", "actions")
+        state = {name: torch.from_numpy(np.array(getattr(self, name))) for name in names}
+        return state | {"random": self.random.bit_generator.state}
 
-    def restore(self, state: dict, observations: np.ndarray) -> bool:
-        """Plays again all that followed the seeds; true if that led to the same observations."""
+    def restore(self, state: dict) -> bool:
+        """Plays again all that followed the seeds; whether that led to the same observations and returns."""
         self.random.bit_generator.state = state["random"]
-        if self.kind == "envpool":
-            return False
-        self.seeds, self.began = np.array(state["seeds"]), np.array(state["began"])
+        self.seeds, self.began = state["seeds"].numpy(), state["began"].numpy()
         self.actions = list(state["actions"].numpy())
-        everyone = np.ones(self.num_envs, bool)
-        restored = self._reset(everyone, everyone)
-        for t, pressed in enumerate(self.actions, start=1):
-            restored, _, terminated, truncated, _ = self._step(pressed)
+        everyone = np.ones(len(self.seeds), bool)
+        self.observations = self._begin(everyone, everyone)
+        for t, actions in enumerate(self.actions, start=1):
+            self.observations, _, terminated, truncated, _ = self._step(actions)
             seeded = self.began == t  # a seed is given here; what was played before only passed the time
             again = seeded | terminated | truncated
             if again.any():
-                restored[again] = self._reset(again, seeded)
-        if not (same := np.array_equal(restored, observations)):
-            self.began[:] = len(self.actions) - self.seed_lasts  # what follows has another history: all get new seeds
-        return same
+                self.observations = self._begin(again, seeded)
+        if all(np.array_equal(getattr(self, name), state[name]) for name in self.running):
+            return True
+        self.began[:] = len(self.actions) - self.seed_lasts  # what follows has another history: all get new seeds
+        self.observations = self._reset(everyone)
+        return False
+
+    def close(self) -> None:
+        self.envs.close()
 
 
 # ------------------------------------------------------------------------------------------------------- algorithm
@@ -352,13 +326,13 @@ class Agent(nn.Module):
         return self.actor(x), self.critic(x).squeeze(-1)
 
 
-def lowered(parameters: dict[str, Tensor], precision: str) -> dict[str, Tensor]:
+def lower_precision(parameters: dict[str, Tensor], precision: str) -> dict[str, Tensor]:
     """All but the heads' in the precision that training computes in."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     return {name: p if name.startswith(("actor", "critic")) else p.to(dtype) for name, p in parameters.items()}
 
 
-def log_probs(logits: Tensor, actions: Tensor) -> Tensor:
+def log_prob(logits: Tensor, actions: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, actions[..., None]).squeeze(-1)
 
 
@@ -389,11 +363,11 @@ class Batch(NamedTuple):
 
 
 def ppo_loss(parameters: dict[str, Tensor], agent: Agent, args: Args, batch: Batch) -> tuple[Tensor, tuple]:
-    logits, values = functional_call(agent, lowered(parameters, args.precision), (batch.observations,))
+    logits, values = functional_call(agent, lower_precision(parameters, args.precision), (batch.observations,))
     advantages = batch.advantages
     if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    logratio = log_probs(logits, batch.actions) - batch.logprobs
+    logratio = log_prob(logits, batch.actions) - batch.logprobs
     ratio = logratio.exp()
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.min(ratio * advantages, clipped * advantages).mean()
@@ -411,6 +385,17 @@ def ppo_loss(parameters: dict[str, Tensor], agent: Agent, args: Args, batch: Bat
     return loss, (policy_loss, value_loss, entropy, kl, clip_fraction)
 
 
+MEASURES = ["policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm"]
+SECONDS = ["stepping", "acting", "updating", "evaluating", "saving"]
+
+
+def parameters_of(module: nn.Module, theta: Tensor) -> dict[str, Tensor]:
+    """The module's parameters, by name, as views of one vector."""
+    pieces = theta.split([parameter.numel() for parameter in module.parameters()])
+    named = zip(module.named_parameters(), pieces, strict=True)
+    return {name: piece.view(parameter.shape) for (name, parameter), piece in named}
+
+
 class Learner(NamedTuple):
     """The parameters as one vector, of which the agent's are views, and the state of Adam."""
 
@@ -422,16 +407,15 @@ class Learner(NamedTuple):
     learning_rate: Tensor
 
     @staticmethod
-    def of(agent: nn.Module) -> "Learner":
-        theta = nn.utils.parameters_to_vector(agent.parameters()).detach()
-        sizes = [parameter.numel() for parameter in agent.parameters()]
-        for parameter, piece in zip(agent.parameters(), theta.split(sizes), strict=True):
-            parameter.data = piece.view_as(parameter)
-        scalars = torch.tensor((1.0, 1.0, 0.0), device=theta.device)
+    def of(agent: nn.Module, device: torch.device | str) -> "Learner":
+        theta = nn.utils.parameters_to_vector(agent.parameters()).detach().to(device)
+        for name, view in parameters_of(agent, theta).items():
+            agent.get_parameter(name).data = view
+        scalars = torch.tensor((1.0, 1.0, 0.0), device=device)
         return Learner(theta, torch.zeros_like(theta), torch.zeros_like(theta), *scalars)
 
     @torch.no_grad()
-    def adam_step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
+    def adam_step(self, gradient: Tensor, eps: float, beta1: float = 0.9, beta2: float = 0.999) -> None:
         self.first_decay.mul_(beta1)  # a power would be taken anew for every 16 parameters in compiled code
         self.second_decay.mul_(beta2)
         self.first_moment.lerp_(gradient, 1 - beta1)
@@ -445,39 +429,20 @@ def update(agent: Agent, args: Args, learner: Learner, batch: Batch, indices: Te
     """One step of Adam on the minibatch `indices`; returns what was measured before it."""
     minibatch = Batch(*(column[indices] for column in batch))
     theta = learner.theta.detach().requires_grad_()
-    names, shapes = zip(*((name, parameter.shape) for name, parameter in agent.named_parameters()), strict=True)
-    pieces = theta.split([shape.numel() for shape in shapes])
-    parameters = {name: piece.view(shape) for name, piece, shape in zip(names, pieces, shapes, strict=True)}
-    loss, measures = ppo_loss(parameters, agent, args, minibatch)
+    loss, measures = ppo_loss(parameters_of(agent, theta), agent, args, minibatch)
     (gradient,) = torch.autograd.grad(loss, theta)
     norm = gradient.norm()
-    learner.adam_step(gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), eps=1e-5)
+    learner.adam_step(gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), args.adam_eps)
     return torch.stack((*measures, norm)).detach()
 
 
-def decided(args: Args, device: torch.device) -> Args:
-    """With a precision instead of `auto`."""
-    if device.type == "cuda":
+def resolve_precision(args: Args) -> Args:
+    """With bf16 or fp32 instead of `auto`."""
+    if args.device != "cpu" and torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return replace(args, precision="bf16" if fast else "fp32") if args.precision == "auto" else args
-
-
-def compile_update(args: Args, agent: Agent, columns: Batch, say: Callable[[str], None]) -> Callable:
-    """Compiles by a call on copies of everything. Where that is impossible, says so and returns what there is."""
-    started = time.perf_counter()
-    indices = torch.arange(len(columns.returns) // args.num_minibatches, device=columns.returns.device)
-    try:
-        torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
-        on_cpu = next(agent.parameters()).device.type == "cpu"  # there, calling many small kernels from Python costs
-        fast = torch.compile(update, fullgraph=True, dynamic=False, options={"cpp_wrapper": on_cpu})
-        fast(agent, args, Learner.of(copy.deepcopy(agent)), columns, indices)
-    except Exception as error:
-        say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
-        return update
-    say(f"the update compiled in {time.perf_counter() - started:.1f} s")
-    return fast
 
 
 def lr_factor(args: Args, iteration: int, iterations: int) -> float:
@@ -487,335 +452,332 @@ def lr_factor(args: Args, iteration: int, iterations: int) -> float:
     return decay[args.lr_schedule] * min(1.0, rise)
 
 
-class Policy:
-    """What is deployed: a batch of observations to actions. It computes in float32, whatever the training did.
+class Rollout(NamedTuple):
+    """T steps of N games."""
 
-    Deterministic, unless asked for a `sample` of the actions as in training. It has no `value`: what the critic expects
-    are clipped rewards until the next lost life.
-    """
-
-    def __init__(self, agent: Agent):
-        self.agent = agent
-
-    def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
-        with torch.no_grad():
-            logits, _ = self.agent(torch.tensor(observations, device=self.agent.actor.bias.device))
-            if sample:
-                logits -= torch.empty_like(logits).exponential_().log()  # the largest is then a draw
-        return logits.argmax(-1).cpu().numpy()
+    observations: Tensor  # (T + 1, N, 4, 84, 84) bytes, the four pixels of a place side by side in memory
+    episodes: list[dict]  # rows of episodes.csv
+    actions: Tensor  # (T, N)
+    logprobs: Tensor  # (T, N)
+    values: Tensor  # (T + 1, N)
+    last_values: Tensor  # (K,), of what the K games that were cut showed last, in the order of `truncated`
+    rewards: Tensor  # (T, N), as the games pay them
+    terminated: Tensor  # (T, N), where a game or a life ended
+    truncated: Tensor  # (T, N), where a game was cut
 
 
-def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:
-    """The policy of a checkpoint, of `best.pt`, or of one in `policies/`."""
-    weights = load_checkpoint(Path(checkpoint_path))["agent"]
-    agent = Agent(len(weights["actor.bias"]))
-    agent.load_state_dict(weights)
-    return Policy(agent.to(device))
+def see(agent: Agent, parameters: dict[str, Tensor], frames: Tensor) -> Tensor:
+    """Logits and value of each, (N, A + 1)."""
+    logits, values = functional_call(agent, parameters, (frames,))
+    return torch.cat((logits, values[:, None]), -1)
 
 
-# -------------------------------------------------------------------------------------------------------- training
+def collect(
+    args: Args, agent: Agent, envs: Environments, look: Callable[[Tensor], Tensor], step: int, watch: "Stopwatch"
+) -> Rollout:
+    """A rollout from `step` on; `look` gives logits and values of the network as it is."""
+    T, N, A, device = args.num_steps, args.num_envs, agent.actor.out_features, agent.actor.bias.device
+    noise = -torch.empty((T, N, A)).exponential_().log()  # with it, the largest logit is a draw
+    observations = torch.empty((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device).movedim(-1, 2)
+    actions, outputs = torch.empty((T, N), dtype=torch.long), torch.empty((T + 1, N, A + 1))
+    rewards, terminated, truncated = np.empty((T, N), np.float32), np.empty((T, N), bool), np.empty((T, N), bool)
+    last_values, episodes = [torch.empty(0)], []
+    for t in range(T):
+        observations[t] = torch.from_numpy(envs.observations)
+        outputs[t] = look(observations[t])
+        actions[t] = (outputs[t, :, :A] + noise[t]).argmax(-1)
+        environment_actions = actions[t].numpy()
+        watch.lap("acting")
+        true_next, rewards[t], terminated[t], truncated[t], finished = envs.step(environment_actions)
+        watch.lap("stepping")
+        if truncated[t].any():
+            last_values.append(look(torch.tensor(true_next, device=device)).cpu()[truncated[t], A])
+        if finished:
+            when = {"step": step + (t + 1) * N, "wall_time": round(watch.elapsed(), 3)}
+            episodes += [when | {"return": total, "length": length} for total, length in finished]
+    observations[T] = torch.from_numpy(envs.observations)
+    outputs[T] = look(observations[T])
+    tensors = actions, log_prob(outputs[:T, :, :A], actions), outputs[..., A], torch.cat(last_values)
+    tensors += tuple(map(torch.from_numpy, (rewards, terminated, truncated)))
+    return Rollout(observations, episodes, *(tensor.to(device) for tensor in tensors))
 
-MEASURES = ["policy_loss", "value_loss", "entropy", "kl", "clip_fraction", "grad_norm"]
-STATE = ["explained_variance", "learning_rate", "updates"]
-SECONDS = ["seconds_stepping", "seconds_acting", "seconds_updating"]
-TABLES = {
-    "episodes": ["step", "wall_time", "return", "length"],
-    "progress": ["step", "wall_time", "sps", *MEASURES, *STATE, *SECONDS],
-    "evaluations": ["step", "episode", "seed", "return", "length"],
-}
+
+def estimate(args: Args, rollout: Rollout) -> Tensor:
+    """Advantages, (T, N), of clipped rewards."""
+    # What a game that was cut showed last, instead of what the next one showed first.
+    next_values = rollout.values[1:].masked_scatter(rollout.truncated, rollout.last_values)
+    ends = rollout.terminated, rollout.terminated | rollout.truncated
+    rewards, values = rollout.rewards.clamp(-1, 1), rollout.values[:-1]
+    return generalised_advantages(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
+
+
+def batch_of(rollout: Rollout, advantages: Tensor) -> Batch:
+    """The rollout's steps in one row."""
+    values = rollout.values[:-1]
+    columns = rollout.actions, rollout.logprobs, values, advantages, advantages + values
+    return Batch(rollout.observations[:-1].flatten(0, 1), *(column.flatten() for column in columns))
+
+
+def run_epoch(args: Args, agent: Agent, learner: Learner, update: Callable, batch: Batch, rows: Tensor) -> Tensor:
+    """An update for each row of indices, ended early where the policy has moved too far; their measures, a row each."""
+    measured = []
+    for indices in rows:
+        measured.append(update(agent, args, learner, batch, indices))
+        if args.target_kl and measured[-1][MEASURES.index("approx_kl")] > args.target_kl:
+            break
+    return torch.stack(measured)
+
+
+def improve(args: Args, learner: Learner, rollout: Rollout, optimise: Callable) -> dict[str, float]:
+    """Epochs of minibatches, ended early where the policy has moved too far; their mean measures."""
+    batch, measured = batch_of(rollout, estimate(args, rollout)), []
+    explained_variance = 1 - (batch.returns - batch.values).var() / batch.returns.var()
+    for _ in range(args.update_epochs):
+        shuffled = torch.randperm(len(batch.returns)).to(batch.returns.device, non_blocking=True)
+        measured.append(optimise(batch, shuffled.view(args.num_minibatches, -1)))
+        if args.target_kl and measured[-1][-1, MEASURES.index("approx_kl")] > args.target_kl:
+            break
+    measured = torch.cat(measured)
+    measures = dict(zip(MEASURES, measured.mean(0).tolist(), strict=True))
+    measures |= {"explained_variance": explained_variance.item(), "learning_rate": learner.learning_rate.item()}
+    return measures | {"updates": len(measured)}
+
+
+class Stopwatch:
+    """Books the time since the last lap."""
+
+    def __init__(self, seconds: dict[str, float]):
+        self.seconds, self.last = seconds, time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] += now - self.last
+        self.last = now
+
+    def elapsed(self) -> float:
+        return sum(self.seconds.values())
 
 
 def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
-    check(args)
+    args, envs, actions = prepare(args)
+    B = args.num_envs * args.num_steps
+    iterations = args.total_timesteps // B
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    args = decided(args, device)
-    directory, saved = find_run(args) if args.resume else (create_run(args, device), {})
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # Adam's moments of silent units fade to denormals, which stall Intel's processors
     torch.manual_seed(args.seed)
 
-    eval_envs = [make_eval_env(args) for _ in range(args.eval_episodes)]
-    N, T, A = args.num_envs, args.num_steps, int(eval_envs[0].action_space.n)
-    B = N * T
-    iterations = args.total_timesteps // B
+    agent = Agent(int(actions.n)).requires_grad_(False)
+    learner = Learner.of(agent, device)
+    progress = {"updates": 0, "recent": [], "evaluation": {}, "best": {}, "seconds": dict.fromkeys(SECONDS, 0.0)}
+    with closing(envs), Run(args, agent, learner, envs, progress) as run:
+        run.begin()
+        fast_update = compile_update(args, agent, learner, run, interrupts) if args.compile else update
+        parts = args, agent, learner, fast_update
+        optimise = capture_epoch(*parts) if device.type == "cuda" else partial(run_epoch, *parts)
+        lowered = lower_precision(dict(agent.named_parameters()), args.precision)
+        look = partial(see, agent, lowered)
+        look = Captured(look, ()) if device.type == "cuda" else look
+        watch, booked = Stopwatch(progress["seconds"]), dict(progress["seconds"])
 
-    agent = Agent(A).requires_grad_(False).to(device)
-    learner = Learner.of(agent)
-    policy = Policy(agent)
-    envs = Environments(replace(args, seed=(args.seed + saved.get("step", 0)) % 2**31))  # else EnvPool repeats itself
-    observations = envs.reset(np.ones(N, bool))
-    returns, lengths = np.zeros(N), np.zeros(N, int)  # of the running games
-    recent: deque[float] = deque(maxlen=100)  # returns of the last finished games
-    seconds = np.zeros(3)  # stepping, acting, updating
-    done = {"iteration": 0, "elapsed": 0.0, "updates": 0, "evaluation": {}, "best": {}, "saved": False}
-    run = Run(args, directory, saved.get("sizes", {}), saved.get("step", 0))
-    if saved:
-        (directory / "result.json").unlink(missing_ok=True)
-        agent.load_state_dict(saved["agent"])
-        for tensor, value in zip(learner[1:], saved["learner"], strict=True):
-            tensor.copy_(value)
-        if envs.restore(saved["environments"], saved["observations"].numpy()):
-            observations = saved["observations"].numpy()
-            returns, lengths = (saved[name].numpy() for name in ("returns", "lengths"))
-        else:
-            run.say(f"--vec {args.vec} cannot restore the running games; they begin anew, all else continues")
-            observations = envs.reset(np.ones(N, bool))
-        recent.extend(saved["recent"])
-        seconds, done = saved["seconds"].numpy(), saved["done"]
-        torch.set_rng_state(saved["random"])
-        if device.type == "cuda" and "cuda_random" in saved:
-            torch.cuda.set_rng_state(saved["cuda_random"], device)
+        for iteration in range(run.saved // B + 1, iterations + 1):
+            step = iteration * B
+            if interrupts:
+                run.stop(interrupts[0], step - B)
+            learner.learning_rate.fill_(args.learning_rate * lr_factor(args, iteration, iterations))
+            for name, learnt in lower_precision(dict(agent.named_parameters()), args.precision).items():
+                lowered[name].copy_(learnt)
+            rollout = collect(args, agent, envs, look, step - B, watch)
+            measures = improve(args, learner, rollout, optimise)
+            watch.lap("updating")
+            if not np.isfinite([measures[name] for name in MEASURES]).all():
+                raise FloatingPointError(f"not finite in the rollout that ended at step {step:,}: {measures}")
 
-    run.say(
-        f"{Path(__file__).stem}  {args.env_id}  {A} actions, repeated with chance {args.repeat_action_probability:g}\n"
-        f"{N} games ({args.vec}) x {T} steps, {args.update_epochs} epochs of {args.num_minibatches} minibatches"
-        f" of {B // args.num_minibatches}, {learner.theta.numel():,} parameters, {args.precision}, {device}"
-        f"\n{directory}"
-    )
+            progress["updates"] += measures["updates"]
+            progress["recent"] = [*progress["recent"], *(e["return"] for e in rollout.episodes)][-100:]
+            row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(step / watch.elapsed())}
+            row |= measures | {"updates": progress["updates"]}
+            row |= {f"seconds_{name}": round(watch.seconds[name] - booked[name], 4) for name in SECONDS}
+            booked = dict(watch.seconds)
+            run.write("episodes", rollout.episodes)
+            run.write("progress", [row])
+            watch.lap("saving")
 
-    frames = torch.empty((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device).movedim(-1, 2)
-    actions = torch.zeros((T, N), dtype=torch.long, device=device)
-    logits, values = torch.empty((T, N, A), device=device), torch.empty((T + 1, N), device=device)
-    rewards, terminated, ended = np.empty((T, N), np.float32), np.empty((T, N), bool), np.empty((T, N), bool)
-    batch = Batch(frames[:T].view(B, 4, 84, 84), actions.view(B), *(torch.zeros(B, device=device) for _ in range(4)))
-    actor = copy.deepcopy(agent)  # plays with the weights in the precision that the update computes in
-    fast_update = compile_update(args, agent, batch, run.say) if args.compile else update
-    started = time.perf_counter() - done["elapsed"]
-
-    for iteration in range(done["iteration"] + 1, iterations + 1):
-        step, before, seconds_before = iteration * B, time.perf_counter(), seconds.copy()
-        learner.learning_rate.fill_(args.learning_rate * lr_factor(args, iteration, iterations))
-
-        # Collect T steps of every game.
-        weights = lowered(dict(agent.named_parameters()), args.precision)
-        for parameter, weight in zip(actor.parameters(), weights.values(), strict=True):
-            parameter.data = weight
-        noise = -torch.empty((T, N, A), device=device).exponential_().log()  # with it, the largest logit is a draw
-        cut_at, cut_observations, episodes = [], [], []
-        for t in range(T):
-            clock = time.perf_counter()
-            frames[t] = torch.from_numpy(observations)
-            logits[t], values[t] = actor(frames[t])
-            actions[t] = (logits[t] + noise[t]).argmax(-1)
-            seconds[1] += time.perf_counter() - clock
-
-            clock = time.perf_counter()
-            observations, scores, over, truncated, lost = envs.step(actions[t].cpu().numpy())
-            rewards[t] = scores.clip(-1, 1)
-            terminated[t] = over | lost  # a lost life ends the return, but not the game
-            ended[t] = terminated[t] | truncated
-            returns += scores
-            lengths += 1
-            for n in np.flatnonzero(truncated & ~terminated[t]):
-                cut_at.append((t, n))
-                cut_observations.append(observations[n].copy())
-            if (over := over | truncated).any():
-                for n in np.flatnonzero(over):
-                    now = {"step": step - B + (t + 1) * N, "wall_time": round(clock - started, 3)}
-                    episodes.append(now | {"return": returns[n].item(), "length": lengths[n].item()})
-                observations[over] = envs.reset(over)
-                returns[over], lengths[over] = 0, 0
-            seconds[0] += time.perf_counter() - clock
-
-        # Estimate the advantages.
-        clock = time.perf_counter()
-        frames[T] = torch.from_numpy(observations)
-        values[T] = actor(frames[T])[1]
-        next_values = values[1:].clone()
-        if cut_at:  # what a game that was cut showed last, instead of what the next one showed first
-            next_values[tuple(np.array(cut_at).T)] = actor(torch.tensor(np.stack(cut_observations), device=device))[1]
-        signals = (torch.from_numpy(signal).to(device) for signal in (terminated, ended))
-        advantages = generalised_advantages(
-            torch.from_numpy(rewards).to(device), values[:T], next_values, *signals, args.gamma, args.gae_lambda
-        )
-        batch.logprobs[:] = log_probs(logits, actions).flatten()
-        batch.values[:] = values[:T].flatten()
-        batch.advantages[:] = advantages.flatten()
-        batch.returns[:] = batch.advantages + batch.values
-        explained_variance = 1 - batch.advantages.var() / batch.returns.var()
-
-        # Improve the policy, and the critic with it.
-        measured, kl = [], 0.0
-        for _ in range(args.update_epochs):
-            for indices in torch.randperm(B, device=device).split(B // args.num_minibatches):
-                measured.append(fast_update(agent, args, learner, batch, indices))
-                if args.target_kl and (kl := measured[-1][MEASURES.index("kl")]) > args.target_kl:
-                    break
-            if args.target_kl and kl > args.target_kl:
-                break
-        measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist(), strict=True))
-        seconds[2] += time.perf_counter() - clock
-        if not all(map(math.isfinite, measures.values())):
-            run.say(f"stopped: not finite in the rollout that ended at step {step:,}: {measures}")
-            run.say("the last checkpoint is from before that" if done["saved"] else "there is no checkpoint yet")
-            run.close()
-            envs.close()
-            raise SystemExit(1)
-
-        # Log.
-        done |= {"iteration": iteration, "elapsed": time.perf_counter() - started}
-        done["updates"] += len(measured)
-        recent.extend(episode["return"] for episode in episodes)
-        row = {"step": step, "wall_time": round(done["elapsed"], 3), "sps": round(B / (time.perf_counter() - before))}
-        row |= measures | {"explained_variance": explained_variance.item(), "updates": done["updates"]}
-        row |= {"learning_rate": learner.learning_rate.item()}
-        row |= dict(zip(SECONDS, (seconds - seconds_before).round(4).tolist(), strict=True))
-        run.record(row, episodes)
-
-        # Evaluate.
-        policy_state = {"script": Path(__file__).stem, "args": asdict(args), "step": step, "agent": agent.state_dict()}
-        if iteration * args.num_evals // iterations > (iteration - 1) * args.num_evals // iterations:
-            evaluate_and_keep(args, run, directory, policy, policy_state, eval_envs, done)
-
-        # Checkpoint.
-        due = step // args.checkpoint_every > (step - B) // args.checkpoint_every
-        stop = list(interrupts)  # looked at once: what stops the run has been saved
-        if due or stop or iteration == iterations:
-            arrays = {"observations": observations, "returns": returns, "lengths": lengths}
-            done["saved"] = True
-            checkpoint = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()} | policy_state
-            checkpoint |= {"learner": list(learner[1:]), "done": done}
-            checkpoint |= {"environments": envs.state(), "recent": list(recent), "seconds": torch.from_numpy(seconds)}
-            checkpoint |= {"random": torch.get_rng_state(), "sizes": run.sizes()}
-            if device.type == "cuda":
-                checkpoint["cuda_random"] = torch.cuda.get_rng_state(device)
-            save_checkpoint(directory / "checkpoint.pt", checkpoint)
-
-        run.progress(row, iterations * B, done, recent, f"KL {row['kl']:.4f}  entropy {row['entropy']:.2f}")
-        if stop:
-            command = shlex.join(["python", sys.argv[0], "--resume", str(directory)])
-            run.say(f"stopped at step {step:,}; continue with\n  {command}")
-            run.close()
-            envs.close()
-            raise SystemExit(128 + stop[0])
-
-    finish(args, run, directory, iterations * B, done, recent, seconds)
-    run.close()
-    envs.close()
-    return directory
+            if iteration * args.num_evals // iterations > (iteration - 1) * args.num_evals // iterations:
+                evaluate(args, run, agent, step, progress)
+                watch.lap("evaluating")
+            if step // args.checkpoint_every > (step - B) // args.checkpoint_every or iteration == iterations:
+                run.save(step)
+                watch.lap("saving")
+            run.show(row, iterations * B, f"KL {row['approx_kl']:.4f}  entropy {row['entropy']:.2f}")
+        run.finish(iterations * B, watch.elapsed())
+    return run.directory
 
 
-# ------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------ evaluation, run directory
 
 
-def check(args: Args) -> None:
-    """Refuses what cannot work, before anything is written."""
-    check_numbers(
-        args,
-        at_least_1="num_envs num_steps num_minibatches update_epochs threads eval_episodes checkpoint_every",
-        at_least_0="seed ent_coef vf_coef num_evals",
-        above_0="learning_rate clip_coef max_grad_norm target_kl",
-        shares="gamma gae_lambda lr_warmup repeat_action_probability",
-    )
-    batch_size = args.num_envs * args.num_steps
-    if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
-        rollout = f"a rollout of {args.num_envs} x {args.num_steps} = {batch_size} steps"
-        refuse(f"--num-minibatches {args.num_minibatches}: must divide {rollout} into parts of two or more")
-    if args.total_timesteps < batch_size:
-        refuse(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {batch_size} steps")
-    check_setup(args)
-    check_environments(args)
+class Policy:
+    """What is deployed: one observation to an action, a batch of them to a batch of actions.
+
+    Every row is computed alone, so that an action does not depend on what else is in the batch, to the last bit, and in
+    float32, whatever the training did. Deterministic, unless asked for a `sample` of the actions as in training. It has
+    no `value`: what the critic expects are clipped rewards until the next lost life.
+    """
+
+    def __init__(self, args: Args, agent: Agent):
+        self.agent, self.discount, self.bootstraps = agent, args.gamma, ("truncated",)
+        self.shape = (4, 84, 84)
+
+    def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
+        if np.shape(observations) == self.shape:
+            return self._choose(observations, sample)
+        return np.array([self._choose(observation, sample) for observation in self._batch(observations)], int)
+
+    def _choose(self, observation: np.ndarray, sample: bool) -> np.ndarray:
+        logits, _ = self.agent(torch.tensor(observation[None], device=self.agent.actor.bias.device))
+        if sample:
+            logits -= torch.empty_like(logits).exponential_().log()  # the largest is then a draw
+        return logits.argmax(-1).cpu().numpy()[0]
+
+    def _batch(self, observations: np.ndarray) -> np.ndarray:
+        if np.shape(observations)[1:] != self.shape:
+            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
+        return np.asarray(observations)
 
 
-def check_environments(args: Args) -> None:
-    """Makes one of each kind; refuses what cannot be made, drawn or acted in."""
-    problem = f"--env-id {args.env_id}"
-    if not find_spec("ale_py"):
-        refuse(f"{problem}: ale-py is not installed; pip install ale-py")
-    for name in ("env_kwargs", "eval_env_kwargs"):
-        fixed = {"frameskip", "obs_type", "repeat_action_probability"} & json.loads(getattr(args, name)).keys()
-        if fixed:
-            refuse(f"{flag(name)}: leave out {min(fixed)}, which the script sets")
+def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:
+    """The policy of a checkpoint, of `best.pt`, or of one in `policies/`."""
+    checkpoint = load_checkpoint(Path(checkpoint_path))
+    args, state = Args(**checkpoint["args"]), checkpoint["agent"]
+    agent = Agent(len(state["actor.bias"]))
+    agent.load_state_dict(state)
+    Learner.of(agent.requires_grad_(False), device)  # the weights lie in memory as in the run, which products depend on
+    return Policy(args, agent)
+
+
+def play(policy: Policy, env: gym.Env, seed: int) -> tuple[float, int]:
+    """Return and length of an episode."""
+    (observation, _), total, length, over = env.reset(seed=seed), 0.0, 0, False
+    while not over:
+        observation, reward, terminated, truncated, _ = env.step(policy(observation))
+        total, length, over = total + float(reward), length + 1, terminated or truncated
+    return total, length
+
+
+def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) -> None:
+    """Plays the policy in fresh environments, and keeps it: among the others, and as the best if it is that."""
+    policy, rows = Policy(args, agent), []
+    for episode, seed in enumerate(range(10_000, 10_000 + args.eval_episodes)):
+        with closing(make_eval_env(args)) as env:
+            total, length = play(policy, env, seed)
+        rows.append({"step": step, "episode": episode, "seed": seed, "return": total, "length": length})
+    run.write("evaluations", rows)
+    returns = [row["return"] for row in rows]
+    progress["evaluation"] = evaluation = {"step": step, "mean": np.mean(returns).item(), "std": np.std(returns).item()}
+    run.tensorboard.add_scalar("charts/evaluation_return", evaluation["mean"], step)
+    state = {"script": SCRIPT, "args": asdict(args), "step": step, "agent": agent.state_dict()}
+    write_atomically(run.directory / "policies" / f"step-{step:09d}.pt", state)
+    if math.isnan(evaluation["mean"]):
+        run.say(f"the evaluation at step {step:,} has returns that are not numbers: {returns}")
+    elif evaluation["mean"] > progress["best"].get("mean", -math.inf):
+        progress["best"] = evaluation
+        write_atomically(run.directory / "best.pt", state)
+    run.say(f"{step:>11,}  evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}")
+    if args.capture_video:
+        path = run.directory / "videos" / f"step-{step:09d}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            with closing(RecordVideo(make_eval_env(args, "rgb_array"), f"{folder}/new")) as env:
+                play(policy, env, rows[np.argmax(returns)]["seed"])
+            next(Path(folder).glob("new/*.mp4")).replace(path)
+        if run.tracker:
+            run.tracker.log({"videos": importlib.import_module("wandb").Video(str(path))})
+
+
+def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run", interrupts: Sequence[int]) -> Callable:
+    """Compiles by a call on copies of everything. Where that is impossible, says so and returns what there is."""
+    started, device = time.perf_counter(), learner.theta.device
+    B = args.num_envs * args.num_steps
+    frames = torch.zeros((B, 84, 84, 4), dtype=torch.uint8, device=device).movedim(-1, 1)
+    actions = torch.zeros(B, dtype=torch.long, device=device)
+    batch = Batch(frames, actions, *(torch.zeros(B, device=device) for _ in range(4)))
+    config = {}
+    if device.type == "cpu":
+        # Compiling is quicker without a test of the vector instructions, a header for later, the debugger's lines.
+        config = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
+        config |= {"aot_inductor.enable_line_tables": False, "cpp_wrapper": True}  # no kernel is called from Python
+    run.say("compiling the update …")
+    gc.disable()  # the compiler makes many objects, and keeps them
     try:
-        eval_env = make_eval_env(args, "rgb_array" if args.capture_video else None)
-        check_spaces(problem, eval_env.observation_space, eval_env.action_space)
-        if args.capture_video:
-            problem = f"--capture-video: {args.env_id} cannot be rendered here"
-            eval_env.reset(seed=0)
-            eval_env.render()
-        problem = f"--vec {args.vec}: cannot make {args.env_id}"
-        envs = Environments(replace(args, num_envs=1))
-        if getattr(envs.envs, "single_action_space", envs.envs.action_space) != eval_env.action_space:
-            refuse("--eval-env-kwargs: the evaluation environment must have the training environment's actions")
-    except TypeError as error:  # an argument that the environment does not have
-        refuse(f"--env-kwargs {args.env_kwargs}, --eval-env-kwargs {args.eval_env_kwargs}: {error}")
+        torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
+        fast = torch.compile(update, fullgraph=True, dynamic=False, options=config)
+        fast(agent, args, copy.deepcopy(learner), batch, torch.arange(B // args.num_minibatches, device=device))
     except Exception as error:
-        refuse(f"{problem}: {error}")
-    envs.close()
-    eval_env.close()
+        if not interrupts:  # which the compiler hears too
+            run.say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
+        return update
+    finally:
+        gc.enable()
+    run.say(f"compiled in {time.perf_counter() - started:.1f} s")
+    return fast
 
 
-def check_spaces(problem: str, observations: gym.Space, actions: gym.Space) -> None:
-    if not isinstance(actions, gym.spaces.Discrete):
-        refuse(f"{problem}: acts in {actions}; this script needs Discrete actions")
+class Captured:
+    """A function as one CUDA graph: the same kernels in the same order, for a call instead of thousands.
+
+    It changes `state` in place and nothing else; its inputs are copied to where the graph reads them.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], state: Sequence[Tensor]):
+        self.function, self.state, self.graph = function, state, None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self.graph is None:
+            self.capture([tensor.clone() for tensor in inputs])
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given, non_blocking=True)
+        self.graph.replay()
+        return self.output.clone()
+
+    def capture(self, inputs: list[Tensor]) -> None:
+        self.inputs, before, stream = inputs, [tensor.clone() for tensor in self.state], torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # the first call takes memory and chooses kernels, which a graph cannot
+            self.function(*inputs)
+            for tensor, value in zip(self.state, before, strict=True):
+                tensor.copy_(value)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.output = self.function(*inputs)
 
 
-# From here on every script is the same.
-# ------------------------------------------------------------------------------------------------------ evaluation
+def capture_epoch(args: Args, agent: Agent, learner: Learner, update: Callable) -> Callable[[Batch, Tensor], Tensor]:
+    """`run_epoch` as a graph. Where the policy moves too far, which is rare, the epoch is run again without it."""
+    free = replace(args, target_kl=None)
+    whole = Captured(lambda rows, *batch: run_epoch(free, agent, learner, update, Batch(*batch), rows), learner)
+
+    def optimise(batch: Batch, rows: Tensor) -> Tensor:
+        before = [tensor.clone() for tensor in learner]
+        measures = whole(rows, *batch)
+        if args.target_kl and (measures[:, MEASURES.index("approx_kl")] > args.target_kl).any():
+            for tensor, value in zip(learner, before, strict=True):
+                tensor.copy_(value)
+            return run_epoch(args, agent, learner, update, batch, rows)
+        return measures
+
+    return optimise
 
 
-def evaluate(policy: Policy, envs: list[gym.Env], seeds: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return and length of an episode in each of the environments, played side by side."""
-    observations = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
-    returns, lengths = np.zeros(len(envs)), np.zeros(len(envs), int)
-    running = list(range(len(envs)))
-    while running:
-        actions = policy(np.stack([observations[i] for i in running]))
-        for i, action in zip(tuple(running), actions, strict=True):
-            observations[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i] += reward
-            lengths[i] += 1
-            if terminated or truncated:
-                running.remove(i)
-    return returns, lengths
-
-
-def render(env: gym.Env) -> list[np.ndarray]:
-    """What there is to see since the last time: of most environments one image."""
-    images = env.render()
-    return images if isinstance(images, list) else [images]
-
-
-def film(policy: Policy, env: gym.Env, seed: int, path: Path) -> None:
-    """Plays one episode into an mp4."""
-    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
-
-    path.parent.mkdir(exist_ok=True)
-    (observation, _), ended = env.reset(seed=seed), False
-    height, width, _ = render(env)[0].shape
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    with FFMPEG_VideoWriter(str(unfinished), (width, height), env.metadata.get("render_fps", 30)) as video:
-        while not ended:
-            observation, _, terminated, truncated, _ = env.step(policy(observation[None])[0])
-            for image in render(env):
-                video.write_frame(image)
-            ended = terminated or truncated
-    unfinished.replace(path)
-
-
-# --------------------------------------------------------------------------------------------------- run directory
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_atomically(path: Path, content: dict | str) -> None:
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     with unfinished.open("wb") as file:
-        write(file)
+        torch.save(content, file) if isinstance(content, dict) else file.write(content.encode())
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
-
-
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """The one before stays as `checkpoint.previous.pt`."""
-    following = path.with_name(f"{path.stem}.next.pt")
-    write_atomically(following, lambda file: torch.save(checkpoint, file))
-    previous = path.with_name(f"{path.stem}.previous.pt")
-    if path.exists():
-        previous.unlink(missing_ok=True)
-        os.link(path, previous)
-    following.replace(path)
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -826,194 +788,336 @@ def load_checkpoint(path: Path) -> dict:
                 raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["args"]["env_id"], checkpoint["script"], checkpoint["agent"]
-    except FileNotFoundError:
-        raise
     except Exception as error:
-        raise ValueError(f"{path} is torn or not a checkpoint ({type(error).__name__})") from None
+        raise ValueError(f"{path.name} is missing, torn or not a checkpoint ({type(error).__name__})") from None
     return checkpoint
 
 
-def git(*words: str) -> str | None:
-    try:
-        here = Path(__file__).resolve().parent
-        result = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return result.stdout.strip()
-
-
-def create_run(args: Args, device: torch.device) -> Path:
-    """Filled under another name and then renamed: a run directory is never half there."""
-    source, runs = Path(__file__).resolve(), Path(args.runs_dir)
+def create_run(args: Args, state: dict) -> Path:
+    """Filled under another name and then renamed: a run directory is never half there, nor without a checkpoint."""
+    runs, source = Path(args.runs_dir), Path(__file__).resolve()
+    command = "git rev-parse HEAD && git status --short"
+    git = subprocess.run(command, shell=True, cwd=source.parent, capture_output=True, text=True)
+    commit, *changes = git.stdout.splitlines() or [None]
+    packages = [name for name in ("torch", "gymnasium", "mujoco", "ale_py", "envpool", "numpy") if find_spec(name)]
+    meta = {"script": SCRIPT, "command": shlex.join([sys.executable, *sys.argv]), "python": sys.version.split()[0]}
+    meta |= {"git_commit": commit, "git_dirty": bool(changes), "packages": {name: version(name) for name in packages}}
+    meta |= {"host": os.uname().nodename, "device": str(state["learner"][0].device)}
+    meta |= {"started": datetime.now().astimezone().isoformat(timespec="seconds")}
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=".new-", dir=runs))
-    except OSError as error:
-        refuse(f"--runs-dir {runs}: {error.strerror}; name a folder that can be written to")
-    new.chmod(0o755)
-    packages = ["torch", "gymnasium", "mujoco", "ale_py", "numpy", *(["envpool"] if args.vec == "envpool" else [])]
-    shutil.copy(source, new)
-    (new / "config.yaml").write_text(yaml.safe_dump(asdict(args), sort_keys=False))
-    meta = {
-        "script": source.stem,
-        "command": shlex.join([sys.executable, *sys.argv]),
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": bool(git("status", "--porcelain")),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages if find_spec(name)},
-        "host": platform.node(),
-        "device": str(device),
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
-    (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-    name = f"{re.sub('[/:]', '-', args.env_id)}__{source.stem}__{args.seed}"
-    while (directory := runs / f"{name}__{datetime.now():%Y%m%d-%H%M%S}").exists():
-        time.sleep(0.1)
-    return new.rename(directory)
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=runs, ignore_cleanup_errors=True) as folder:
+            new = Path(folder)
+            shutil.copy(source, new)
+            (new / "config.yaml").write_text(yaml.safe_dump(asdict(args), sort_keys=False))
+            (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+            torch.save(state, new / "checkpoint.pt")
+            new.chmod(0o755)
+            name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}"
+            while (directory := runs / f"{name}__{datetime.now():%Y%m%d-%H%M%S}").exists():
+                time.sleep(0.1)
+            return new.rename(directory)
+    except (OSError, RuntimeError) as error:  # the latter of torch's writer
+        refuse(f"--runs-dir {runs}: {error}; name a folder that can be written to")
 
 
-def find_run(args: Args) -> tuple[Path, dict]:
-    """The run to resume and its last good checkpoint, which is empty if the run was killed before its first."""
-    directory, problems = Path(args.resume), []
-    checkpoint_path = directory / "checkpoint.pt"
-    for path in (checkpoint_path, directory / "checkpoint.previous.pt"):
+class Run(ExitStack):
+    """A run's directory, and all that goes there. One process at a time holds it."""
+
+    def __init__(self, args: Args, agent: Agent, learner: Learner, envs: Environments, progress: dict):
+        super().__init__()
+        self.args, self.agent, self.learner, self.envs, self.progress = args, agent, learner, envs, progress
+        self.directory = Path(args.resume) if args.resume else create_run(args, self.state(0) | {"sizes": {}})
+        self.resume_command = shlex.join(["python", sys.argv[0], "--resume", str(self.directory)])
+        self.live, self.said, self.tracker, self.saved = sys.stdout.isatty(), time.monotonic(), None, 0
+
+    def state(self, step: int) -> dict:
+        """All that training depends on from here."""
+        state = {"script": SCRIPT, "args": asdict(self.args), "step": step, "agent": self.agent.state_dict()}
+        state |= {"learner": list(self.learner[1:]), "environments": self.envs.state(), "progress": self.progress}
+        return state | {"random": torch.get_rng_state()}
+
+    def begin(self) -> None:
+        """Goes on from the last good checkpoint; nothing is touched before that is known to be of this run."""
         try:
-            checkpoint = load_checkpoint(path)
-        except FileNotFoundError:
-            continue
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        script, env_id = checkpoint["script"], checkpoint["args"]["env_id"]
-        if (script, env_id) != (Path(__file__).stem, args.env_id):
-            refuse(f"--resume {directory}: {path.name} is of {script} on {env_id}, not of this run")
-        if path != checkpoint_path:
-            print(f"--resume: {problems[0] if problems else 'no checkpoint.pt'}; using {path.name}", file=sys.stderr)
-            path.replace(checkpoint_path)
-        return directory, checkpoint
-    if problems:
-        refuse(f"--resume {directory}: {problems[0]}, and there is no good one before it; start a new run")
-    return directory, {}
+            self.log = self.enter_context((self.directory / "run.log").open("a"))
+            fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            saved = self.load()
+            self.agent.load_state_dict(saved["agent"])
+        except BlockingIOError:
+            refuse(f"--resume {self.directory}: another process trains this run")
+        except (OSError, ValueError, RuntimeError) as error:  # the last where the networks are others
+            refuse(f"--resume {self.directory}: {error}")
+        for tensor, value in zip(self.learner[1:], saved["learner"], strict=True):
+            tensor.copy_(value)
+        self.progress |= saved["progress"]
+        exact = not self.args.resume or self.envs.restore(saved["environments"])
+        torch.set_rng_state(saved["random"])
+        self.saved = saved["step"]
 
-
-class Run:
-    """What a run directory collects while the run goes on; after a resume, from where the checkpoint left it."""
-
-    def __init__(self, args: Args, directory: Path, sizes: dict[str, int], step: int):
-        self.tracker = None
+        (self.directory / "result.json").unlink(missing_ok=True)
+        for path in self.directory.glob("*.csv"):  # the rows after the checkpoint will be written again
+            os.truncate(path, saved["sizes"].get(path.name, 0))
+        if not saved["sizes"]:  # an episode may never end
+            (self.directory / "episodes.csv").write_text("step,wall_time,return,length\n")
+        args, name = self.args, self.directory.name
         if args.track:
             import wandb
 
-            settings = {"project": args.wandb_project_name, "name": directory.name, "id": directory.name}
-            self.tracker = wandb.init(**settings, resume="allow", config=asdict(args), sync_tensorboard=True)
-        from torch.utils.tensorboard import SummaryWriter
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": name}
+            self.tracker = wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True)
+            self.tracker.log_code(str(self.directory))
+            self.callback(self.tracker.finish)
+        self.tensorboard = SummaryWriter(str(self.directory), purge_step=self.saved + 1)
+        self.callback(self.tensorboard.close)
+        table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+        self.tensorboard.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+        self.announce(exact)
 
-        self.live, self.said = sys.stdout.isatty(), time.monotonic()
-        self.log = (directory / "run.log").open("a")
-        self.tensorboard = SummaryWriter(str(directory), purge_step=step + 1)
-        self.tables = {}
-        for name, columns in TABLES.items():
-            file = (directory / f"{name}.csv").open("a", newline="")
-            file.truncate(sizes.get(name, 0))  # rows after the checkpoint will be written again
-            file.seek(0, os.SEEK_END)
-            self.tables[name] = csv.DictWriter(file, columns), file
-            if not sizes.get(name):
-                self.tables[name][0].writeheader()
+    def load(self) -> dict:
+        for path in (self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"):
+            with suppress(ValueError):
+                saved = load_checkpoint(path)
+                break
+        else:
+            raise ValueError("its checkpoints are torn or missing; start a new run")
+        was = saved["args"] | {"script": saved["script"]}
+        for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
+            if name not in FREE and value != was.get(name):
+                raise ValueError(f"{flag(name)} is {was.get(name)} in {path.name} and cannot become {value}")
+        for name, size in saved["sizes"].items():
+            if not (self.directory / name).is_file() or (self.directory / name).stat().st_size < size:
+                raise ValueError(f"{name} is shorter than when {path.name} was written; start a new run")
+        if path.name != "checkpoint.pt":
+            print(f"{self.directory}: checkpoint.pt is torn or missing; going on from {path.name}", file=sys.stderr)
+            path.replace(self.directory / "checkpoint.pt")
+        return saved
 
-    def add(self, table: str, rows: list[dict]) -> None:
-        writer, file = self.tables[table]
-        writer.writerows(rows)
-        file.flush()
+    def announce(self, exact: bool) -> None:
+        """What is trained, and what one may not expect of it."""
+        args, agent, N, T = self.args, self.agent, self.args.num_envs, self.args.num_steps
+        B, A, size = N * T, agent.actor.out_features, sum(p.numel() for p in agent.parameters())
+        self.say(
+            f"{SCRIPT}  {args.env_id}  {A} actions, repeated with chance {args.repeat_action_probability:g}\n"
+            f"{args.total_timesteps // B * B:,} steps: rollouts of {N} games ({args.vec}) x {T} steps\n"
+            f"{args.update_epochs} epochs of {args.num_minibatches} minibatches of {B // args.num_minibatches},"
+            f" {size:,} parameters, {args.precision}, {agent.actor.bias.device}\n{self.directory}"
+        )
+        if not exact:
+            self.say("the running episodes could not be restored exactly; they begin anew, all else continues")
 
-    def record(self, row: dict, episodes: list[dict]) -> None:
-        """A row of progress and the episodes that ended meanwhile, in the tables and in TensorBoard."""
-        self.add("progress", [row])
-        self.add("episodes", episodes)
-        self.plot("charts/episodic_", episodes)
-        measured = {name: row[name] for name in MEASURES if not math.isnan(row[name])}
-        self.plot("losses/", [{"step": row["step"]} | measured])
-        self.plot("charts/", [{name: value for name, value in row.items() if name not in MEASURES}])
+    def write(self, table: str, rows: list[dict]) -> None:
+        """In CSV, and in TensorBoard by CleanRL's names."""
+        if rows:
+            with (self.directory / f"{table}.csv").open("a", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                if not file.tell():
+                    writer.writeheader()
+                writer.writerows(rows)
+        losses = {*MEASURES, "explained_variance"}
+        for row in rows if table != "evaluations" else ():
+            for name in row.keys() - {"step", "wall_time"}:
+                kind = "charts/episodic_" if table == "episodes" else "losses/" if name in losses else "charts/"
+                self.tensorboard.add_scalar(kind + name.replace("sps", "SPS"), row[name], row["step"])
 
-    def plot(self, prefix: str, rows: list[dict]) -> None:
-        for row in rows:
-            for name, value in row.items():
-                if name != "step":
-                    self.tensorboard.add_scalar(prefix + name, value, row["step"])
-
-    def sizes(self) -> dict[str, int]:
-        for _, file in self.tables.values():
-            os.fsync(file.fileno())
-        return {name: file.tell() for name, (_, file) in self.tables.items()}
+    def save(self, step: int) -> None:
+        """The checkpoint before this one stays as `checkpoint.previous.pt`."""
+        sizes = {}
+        for path in self.directory.glob("*.csv"):
+            with path.open("a") as file:
+                os.fsync(file.fileno())
+                sizes[path.name] = file.tell()
+        last, previous = self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"
+        previous.unlink(missing_ok=True)
+        os.link(last, previous)
+        write_atomically(last, self.state(step) | {"sizes": sizes})
+        self.saved = step
 
     def say(self, text: str) -> None:
         print(f"\r\033[K{text}" if self.live else text, flush=True)
         self.log.writelines(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n" for line in text.splitlines())
         self.log.flush()
 
-    def progress(self, row: dict, total: int, done: dict, recent: Sequence[float], learnt: str) -> None:
+    def show(self, row: dict, total: int, learnt: str) -> None:
         """A live line on a terminal; elsewhere, and in the log, a line every half minute."""
-        step = row["step"]
-        left = timedelta(seconds=round(done["elapsed"] / step * (total - step)))
+        step, recent = row["step"], self.progress["recent"]
+        left = timedelta(seconds=round(row["wall_time"] / step * (total - step)))
         text = f"{step:>11,} {step / total:4.0%}  {row['sps']:,} steps/s  ETA {left}"
-        text += f"  return {statistics.fmean(recent):.1f}" if recent else "  return -"
-        text += f"  evaluation {done['evaluation']['mean']:.1f}" if done["evaluation"] else ""
-        text += f"  {learnt}"
+        text += f"  return {np.mean(recent):.1f}  {learnt}" if recent else f"  {learnt}"
         if time.monotonic() - self.said > 30:
             self.said = time.monotonic()
             self.say(text)
         elif self.live:
             print(f"\r\033[K{text[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
 
-    def close(self) -> None:
-        self.tensorboard.close()
-        if self.tracker:
-            self.tracker.finish()
-        for file in (self.log, *(file for _, file in self.tables.values())):
-            file.close()
+    def finish(self, steps: int, elapsed: float) -> None:
+        progress, seconds, best = self.progress, self.progress["seconds"], self.progress["best"]
+        summary = {"script": SCRIPT, "env_id": self.args.env_id, "seed": self.args.seed, "steps": steps}
+        summary |= {"wall_time": elapsed, "sps": steps / elapsed, "evaluation": progress["evaluation"], "best": best}
+        summary |= {"training_return": np.mean(progress["recent"]).item() if progress["recent"] else None}
+        summary |= {f"seconds_{name}": spent for name, spent in seconds.items()}
+        write_atomically(self.directory / "result.json", json.dumps(summary, indent=2))
+        shares = ", ".join(f"{name} {spent / elapsed:.0%}" for name, spent in seconds.items())
+        self.say(f"{steps:,} steps in {timedelta(seconds=round(elapsed))}, {steps / elapsed:,.0f} steps/s: {shares}")
+        if best:
+            final = f"evaluation {progress['evaluation']['mean']:.1f} ± {progress['evaluation']['std']:.1f}"
+            self.say(f"{final}, best {best['mean']:.1f} at step {best['step']:,}")
+
+    def stop(self, number: int, step: int) -> NoReturn:
+        if step > self.saved:
+            self.save(step)
+        self.say(f"stopped at step {self.saved:,}; continue with\n  {self.resume_command}")
+        raise SystemExit(128 + number)
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        with suppress(OSError):  # a full disk has been noticed before
+            super().__exit__(None, None, None)
+        if isinstance(error, OSError | EOFError | FloatingPointError | KeyboardInterrupt):
+            problem = f"{type(error).__name__} {error}; the last checkpoint is of step {self.saved:,}"
+            print(f"{SCRIPT}.py: {problem}\n  {self.resume_command}", file=sys.stderr)
+            raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
-def evaluate_and_keep(
-    args: Args, run: Run, directory: Path, policy: Policy, state: dict, envs: list[gym.Env], done: dict
-) -> None:
-    """Evaluates the policy whose `state` this is, and keeps it: among the others, and as the best if it is that."""
-    seeds = range(10_000, 10_000 + len(envs))
-    returns, lengths = (result.tolist() for result in evaluate(policy, envs, seeds))
-    rows = zip([state["step"]] * len(envs), range(len(envs)), seeds, returns, lengths, strict=True)
-    run.add("evaluations", [dict(zip(TABLES["evaluations"], row, strict=True)) for row in rows])
-    done["evaluation"] = {"step": state["step"], "mean": statistics.fmean(returns), "std": statistics.pstdev(returns)}
-    run.plot("charts/evaluation_", [done["evaluation"]])
-    name = f"step-{state['step']:09d}"
-    write_atomically(directory / "policies" / f"{name}.pt", partial(torch.save, state))
-    if not done["best"] or done["evaluation"]["mean"] > done["best"]["mean"]:
-        done["best"] = done["evaluation"]
-        write_atomically(directory / "best.pt", partial(torch.save, state))
-    if args.capture_video:
+# ----------------------------------------------------------------------------------------- arguments and refusals
+
+# What may differ when a run is resumed.
+FREE = ["resume", "config", "device", "threads", "compile", "num_evals", "eval_episodes", "checkpoint_every"]
+FREE += ["runs_dir", "capture_video", "track", "wandb_project_name", "wandb_entity"]
+
+
+def flag(name: str) -> str:
+    return f"--{name}".replace("_", "-")
+
+
+def refuse(problem: str) -> NoReturn:
+    """A user's mistake: one line, whatever lines a library's error has, and exit status 2."""
+    print(f"{Path(__file__).name}: {' '.join(problem.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+RANGES = {
+    "at least 1": (1, 1e15, "num_steps num_minibatches update_epochs"),
+    "between 1 and 1e15": (1, 1e15, "total_timesteps checkpoint_every num_envs eval_episodes"),
+    "at least 0": (0, 1e15, "ent_coef vf_coef num_evals"),
+    "above 0": (1e-300, 1e300, "learning_rate clip_coef max_grad_norm target_kl adam_eps"),
+    "between 0 and 1": (0, 1, "gamma gae_lambda lr_warmup repeat_action_probability"),
+    "between 1 and 1024": (1, 1024, "threads"),
+    "between 0 and 2147483647": (0, 2**31 - 1, "seed"),  # EnvPool's have 32 bits
+}
+
+
+def check(args: Args) -> None:
+    """Of a tuple every value counts, and None is a setting that is off."""
+    for rule, (low, high, names) in RANGES.items():
+        for name in names.split():
+            value = getattr(args, name)
+            values = value if isinstance(value, tuple | list) else () if value is None else (value,)
+            if not all(low <= each <= high for each in values):
+                raise ValueError(f"{flag(name)} {value}: must be {rule}")
+    args.total_timesteps, args.checkpoint_every = int(args.total_timesteps), int(args.checkpoint_every)  # of 1e6
+    for name in ("env_id", "runs_dir", "resume", "config"):
+        if getattr(args, name) == "":
+            raise ValueError(f"{flag(name)}: is empty")
+    for name in ("env_kwargs", "eval_env_kwargs"):
         try:
-            env = make_eval_env(args, "rgb_array")
-            film(policy, env, seeds[np.argmax(returns)], directory / "videos" / f"{name}.mp4")
-            env.close()
-        except OSError as error:
-            run.say(f"no video of step {state['step']:,}: {str(error).splitlines()[0]}")
+            dict(**json.loads(getattr(args, name)))
+        except (ValueError, TypeError):
+            raise ValueError(f"{flag(name)} {getattr(args, name)}: must be JSON such as '{{\"g\": 9.81}}'") from None
 
 
-def finish(
-    args: Args, run: Run, directory: Path, steps: int, done: dict, recent: Sequence[float], seconds: np.ndarray
-) -> None:
-    """Writes and says what the run came to."""
-    elapsed, evaluation, best = done["elapsed"], done["evaluation"], done["best"]
-    summary = {"script": Path(__file__).stem, "env_id": args.env_id, "seed": args.seed, "steps": steps}
-    summary |= {"wall_time": elapsed, "sps": steps / elapsed, "evaluation": evaluation, "best": best}
-    summary |= {"training_return": statistics.fmean(recent) if recent else None}
-    summary |= dict(zip(SECONDS, seconds.tolist(), strict=True))
-    write_atomically(directory / "result.json", lambda file: file.write(json.dumps(summary, indent=2).encode()))
-    stepping, acting, updating = seconds / elapsed
-    run.say(
-        f"{steps:,} steps in {timedelta(seconds=round(elapsed))}, {summary['sps']:,.0f} steps/s:"
-        f" stepping {stepping:.0%}, acting {acting:.0%}, updating {updating:.0%}"
-    )
-    if evaluation:
-        final = f"evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}"
-        run.say(f"{final}, best {best['mean']:.1f} at step {best['step']:,}")
+class EnvPool(Environments):
+    """EnvPool seeds its games itself, so that they cannot be played again."""
+
+    def _make(self, args: Args) -> gym.Env:
+        import envpool
+
+        name = find_game(args.env_id).title().replace("_", "") + "-v5"
+        return envpool.make(name, "gymnasium", num_envs=args.num_envs, seed=args.seed, **self._kwargs(args))
+
+    def _begin(self, which: np.ndarray, seeded: np.ndarray) -> np.ndarray:
+        first, info = self.envs.reset(np.flatnonzero(which))
+        observations = first if which.all() else self.observations.copy()
+        observations[which] = first
+        self.lives[which], self.waits = info["lives"], self.waits & ~which
+        self.returns[which], self.lengths[which] = 0, 0
+        return observations
+
+    def state(self) -> dict:
+        self.actions.clear()
+        return {"seed": self.args.seed}
+
+    def restore(self, state: dict) -> bool:
+        self.__init__(replace(self.args, seed=(state["seed"] + 1) % 2**31))  # with other games than the first time
+        return False
+
+
+def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete]:
+    """The environments, and the arguments with a precision; what cannot work is refused before anything is written."""
+    for name, package in (("vec", "envpool"), ("track", "wandb")):
+        if getattr(args, name) in (package, True) and not find_spec(package):
+            refuse(f"{flag(name)}: {package} is not installed; pip install {package}")
+    online = args.track and os.environ.get("WANDB_MODE", "online") == "online"
+    if online and not importlib.import_module("wandb").login(prompt=False):
+        refuse("--track: W&B knows no key here; run `wandb login`, or set WANDB_MODE=offline")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        refuse("--device cuda: torch finds no CUDA device here; use cpu")
+    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
+    N, M = args.num_envs, args.num_minibatches
+    size = N * args.num_steps
+    if size % M or size == M:
+        refuse(f"--num-minibatches {M}: must divide a rollout's {N} x {args.num_steps} = {size} steps in parts > 1")
+    if args.total_timesteps < size:
+        refuse(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {size} steps")
+    try:
+        for name in ("env_kwargs", "eval_env_kwargs"):
+            if fixed := {"frameskip", "obs_type", "repeat_action_probability"} & json.loads(getattr(args, name)).keys():
+                raise ValueError(f"leave out {min(fixed)}, which the script sets")
+        with closing(make_eval_env(args, "rgb_array" if args.capture_video else None)) as env:
+            actions = env.action_space
+            if not isinstance(actions, gym.spaces.Discrete):
+                raise TypeError(f"acts in {actions}; this script needs Discrete actions")
+            env.reset(seed=0)
+            env.step(actions.sample())  # some values are no problem before
+            if env.render_mode:
+                env.render()
+        envs = (EnvPool if args.vec == "envpool" else Environments)(args)
+        if getattr(envs.envs, "single_action_space", envs.envs.action_space) != actions:
+            envs.close()
+            raise TypeError("evaluation does not have the actions of training")
+    except Exception as error:
+        names = ("env_kwargs", "eval_env_kwargs", "vec", "capture_video")
+        given = ["env_id", *(name for name in names if getattr(args, name) != getattr(Args, name))]
+        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {error}")
+    return resolve_precision(args), envs, actions
+
+
+def parse(argv: list[str] | None = None) -> Args:
+    """The defaults, then the file of `--config` or the run of `--resume`, then the command line: the last one wins."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    if args.resume and not (Path(args.resume) / f"{SCRIPT}.py").is_file():
+        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py")
+    if args.resume and args.config:
+        refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
+    path = f"{args.resume}/config.yaml" if args.resume else args.config
+    if not path:
+        return args
+    try:
+        settings = yaml.safe_load(Path(path).read_text()).items()
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        refuse(f"{path}: is no file of arguments: {error}")
+    words = []
+    for name, value in settings:
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        if any(str(each).startswith("--") for each in values):
+            refuse(f"{path}: {name} is {value}, which would be read as a flag")
+        if isinstance(value, bool):
+            words += [flag(name if value else f"no_{name}")]
+        else:
+            words += [flag(name), *map(str, values)]
+    return tyro.cli(Args, args=words + argv, description=__doc__)
 
 
 def catch_interrupts() -> list[int]:
@@ -1025,116 +1129,11 @@ def catch_interrupts() -> list[int]:
             raise KeyboardInterrupt
         caught.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
+    signal.signal(signal.SIGINT, catch)
+    signal.signal(signal.SIGTERM, catch)
     return caught
 
 
-# ------------------------------------------------------------------------------------------------------- arguments
-
-
-def refuse(problem: str) -> NoReturn:
-    """A user's mistake: one line, whatever lines a library's error has, and exit status 2."""
-    print(f"{Path(__file__).name}: {' '.join(problem.split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def read_flags(words: list[str] | None, origin: str = "", **default: Args) -> Args:
-    """By tyro; what it writes about a mistake into a box of several parts becomes one line."""
-    printed = io.StringIO()
-    try:
-        with redirect_stderr(printed):
-            return tyro.cli(Args, args=words, description=__doc__, **default)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        text = re.sub(r"\033\[[\d;]*m|[│╭╮╰╯]", " ", printed.getvalue())
-        _, *parts = (" ".join(part.split()) for part in re.split("─{5,}|-{5,}", text))
-        refuse(origin + "; ".join(part for part in parts if part and not part.startswith("For full helptext")))
-
-
-def read_config(path: Path) -> list[str]:
-    """A file of arguments as a command line."""
-    try:
-        settings = dict(yaml.safe_load(path.read_text()) or {})
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        refuse(f"--config {path}: {error}")
-    names = [field.name for field in fields(Args)]
-    command = []
-    for key, value in settings.items():
-        name = str(key).replace("-", "_")
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            refuse(f"--config {path}: unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
-        if isinstance(value, bool):
-            command.append(flag(name if value else f"no_{name}"))
-        else:
-            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            command += [flag(name), *map(str, values)]
-    return command
-
-
-def parse(argv: list[str] | None = None) -> Args:
-    """The defaults, or the file of `--config`, or the run of `--resume`; the command line wins."""
-    args = read_flags(argv)
-    if args.resume:
-        run = Path(args.resume)
-        if not (run / "meta.json").is_file():
-            refuse(f"--resume {run}: not a run directory (it has no meta.json)")
-        script = json.loads((run / "meta.json").read_text())["script"]
-        if script != Path(__file__).stem:
-            refuse(f"--resume {run}: this is a run of {script}; resume it with {script}.py")
-        started = read_flags(read_config(run / "config.yaml"), f"--resume {run}: ")
-        args = read_flags(argv, default=started)
-        free = "resume device threads compile num_evals eval_episodes checkpoint_every capture_video track runs_dir"
-        for name, value in asdict(started).items():
-            if getattr(args, name) != value and name not in free.split():
-                refuse(f"--resume {run}: {flag(name)} is {value} in that run and cannot become {getattr(args, name)}")
-    elif args.config:
-        args = read_flags(argv, default=read_flags(read_config(Path(args.config)), f"--config {args.config}: "))
-    return args
-
-
-def check_numbers(args: Args, at_least_1: str, at_least_0: str, above_0: str, shares: str) -> None:
-    """Refuses what is out of range. Of a tuple every value counts, and None is a setting that is off."""
-    rules = {"must be at least 1": (at_least_1, lambda value: 1 <= value < math.inf)}
-    rules["must be at least 0"] = at_least_0, lambda value: 0 <= value < math.inf
-    rules["must be above 0"] = above_0, lambda value: 0 < value < math.inf
-    rules["must be between 0 and 1"] = shares, lambda value: 0 <= value <= 1
-    for rule, (names, holds) in rules.items():
-        for name in names.split():
-            value = getattr(args, name)
-            if not all(map(holds, value if isinstance(value, tuple) else () if value is None else (value,))):
-                refuse(f"{flag(name)} {value}: {rule}")
-    if args.seed >= 2**31:  # EnvPool's have 32 bits
-        refuse(f"--seed {args.seed}: must be below {2**31}")
-
-
-def check_setup(args: Args) -> None:
-    """Refuses what this machine lacks, and what is not JSON."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        refuse("--device cuda: torch finds no CUDA device here; use auto or cpu")
-    needs = [("vec", "envpool", args.vec == "envpool"), ("track", "wandb", args.track)]
-    needs += [("capture_video", "moviepy", args.capture_video)]
-    for name, package, wanted in needs:
-        if wanted and not find_spec(package):
-            refuse(f"{flag(name)} {getattr(args, name)}: {package} is not installed; pip install {package}")
-    if args.vec == "envpool":
-        warnings.filterwarnings("ignore", message=".*precision lowered by casting")  # of CartPole's infinite bounds
-    for name in ("env_kwargs", "eval_env_kwargs"):
-        try:
-            dict(**json.loads(getattr(args, name)))
-        except (ValueError, TypeError):
-            refuse(f"{flag(name)} {getattr(args, name)}: must be a JSON object such as '{{\"frame_skip\": 4}}'")
-    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
-        if find_library("EGL"):
-            os.environ.setdefault("MUJOCO_GL", "egl")
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
-
-
 if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # where a `module:Id-v0` of the user's may lie
     train(interrupts=catch_interrupts(), args=parse())

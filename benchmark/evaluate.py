@@ -5,7 +5,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from ctypes.util import find_library
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,10 +40,8 @@ def share_at_bounds(action: np.ndarray, space: gym.Space) -> float:
     return float(((place < 0.01) | (place > 0.99)).mean())
 
 
-def play(
-    policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool, values: bool, bootstraps: Sequence[str]
-) -> list[Episode]:
-    """An episode in each environment. Values go on after the ends that `bootstraps` names."""
+def play(policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool, values: bool) -> list[Episode]:
+    """An episode in each environment. Values go on after the ends that the policy bootstraps from."""
     observations = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
     episodes = [Episode(seed) for seed in seeds]
     running = list(range(len(envs)))
@@ -57,7 +55,7 @@ def play(
             episodes[i].at_bounds.append(share_at_bounds(action, envs[i].action_space))
             if values:
                 episodes[i].values.append(float(value))
-                if ("terminated" if terminated else "truncated" if truncated else None) in bootstraps:
+                if ("terminated" if terminated else "truncated" if truncated else None) in policy.bootstraps:
                     episodes[i].values.append(float(policy.value(np.asarray(observations[i])[None])[0]))
             if terminated or truncated:
                 episodes[i].terminated = bool(terminated)
@@ -96,23 +94,6 @@ def to_gif(video: Path) -> Path:
             video.with_suffix(".gif"), logger=None
         )
     return video.with_suffix(".gif")
-
-
-def bootstraps(policy: Callable, config: dict) -> Sequence[str]:
-    """As the policy says; some scripts' policies do not say it yet."""
-    if hasattr(policy, "bootstraps"):
-        return policy.bootstraps
-    return ("terminated", "truncated") if config.get("bootstrap_terminated") else ("truncated",)
-
-
-def discount(policy: Callable, config: dict, path: Path) -> float:
-    """That of this policy's critic, to within a rollout; with `final_gamma` it changes over the run."""
-    if hasattr(policy, "discount"):
-        return policy.discount
-    if config.get("final_gamma") is None:
-        return config["gamma"]
-    done = torch.load(path, map_location="cpu", weights_only=True)["step"] / config["total_timesteps"]
-    return 1 - (1 - config["gamma"]) ** (1 - done) * (1 - config["final_gamma"]) ** done
 
 
 def realised_returns(episode: Episode, gamma: float) -> np.ndarray:
@@ -263,7 +244,7 @@ def evaluate(
         for first in range(0, len(seeds), side_by_side):
             some = seeds[first : first + side_by_side]
             envs = [module.make_eval_env(args, "human" if render else None) for _ in some]
-            played += play(chosen, envs, some, stochastic, analyze_value, bootstraps(chosen, run.config))
+            played += play(chosen, envs, some, stochastic, analyze_value)
             for env in envs:
                 env.close()
         returns = np.array([sum(episode.rewards) for episode in played])
@@ -284,8 +265,7 @@ def evaluate(
             print(f"  {path}" + (f"  {to_gif(path)}" if gif else ""))
         if analyze_value:
             path = output / f"{run.directory.name}-value.png"
-            gamma = discount(chosen, run.config, find_policy(run, policy))
-            print(f"  explained variance {plot_values(run, played, gamma, path):.3f}  {path}")
+            print(f"  explained variance {plot_values(run, played, chosen.discount, path):.3f}  {path}")
     with (output / "episodes.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["run", "policy", "seed", "return", "length", "terminated", "at_bounds"])

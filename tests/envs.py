@@ -76,6 +76,12 @@ class Fates(gym.Env):
         return np.float32([self.seed, self.t]), reward, over and terminated, over and truncated, {}
 
 
+class Turns(Fates):
+    """The same with an action of two parts."""
+
+    action_space = gym.spaces.MultiDiscrete([2, 4], start=[-1, 3])
+
+
 class Pair(Clock):
     observation_space = gym.spaces.Dict({"a": gym.spaces.Box(0, 1, (1,))})
 
@@ -95,13 +101,16 @@ class Ticks(Clock):
 
 
 class Echo(gym.Env):
-    """Pays the share of an action's parts that name what the observation shows; each part begins at another number."""
+    """Pays the share of an action's parts that name what the observation shows; each part begins at another number.
+
+    Pays NaN at step `breaks`.
+    """
 
     observation_space = gym.spaces.Box(-1, 5, (2, 2))
     action_space = gym.spaces.MultiDiscrete([[2, 3], [4, 2]], np.int8, start=[[0, -1], [1, 4]])
 
-    def __init__(self, render_mode: str | None = None):
-        pass
+    def __init__(self, breaks: int | None = None, render_mode: str | None = None):
+        self.breaks, self.steps = breaks, 0
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -111,7 +120,8 @@ class Echo(gym.Env):
     def step(self, action):
         assert self.action_space.contains(action)
         self.t += 1
-        reward = float((action == self.shown).mean())
+        self.steps += 1
+        reward = np.nan if self.steps == self.breaks else float((action == self.shown).mean())
         return self._show(), reward, False, self.t == 10, {}
 
     def _show(self):
@@ -232,6 +242,7 @@ gym.register("Echo-v0", Echo)
 gym.register("Signs-v0", Signs)
 gym.register("Mirror-v0", Mirror)
 gym.register("Fates-v0", Fates)
+gym.register("Turns-v0", Turns)
 gym.register("Pair-v0", Pair)
 gym.register("Bits-v0", Bits)
 gym.register("Endless-v0", Endless)

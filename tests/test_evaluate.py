@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 import ppo_atari_cnn
-import ppo_beta
 import ppo_continuous as ppo
 from benchmark.__main__ import main
-from benchmark.evaluate import Episode, discount, explained_variance, realised_returns, share_at_bounds
+from benchmark.evaluate import Episode, explained_variance, realised_returns, share_at_bounds
 from benchmark.random_policy import arguments_of, maker, random_baseline
 from benchmark.runs import Run
 from tests.envs import Clock
@@ -121,18 +120,6 @@ def test_values_are_compared_with_what_followed(run, tmp_path, capsys):
     assert predicted[0] == pytest.approx(policy.value(env.reset(seed=10_000)[0][None])[0], rel=1e-4)
 
 
-def test_a_risen_discount_is_what_values_are_compared_with(tmp_path):
-    """Here with one that falls to 0, with which each step's return is its reward."""
-    pytest.importorskip("matplotlib")
-    words = ["--env-id", "Pendulum-v1", "--no-compile", "--num-evals", "2", "--gamma", "0.9", "--final-gamma", "0"]
-    run = Run(ppo_beta.train(ppo_beta.parse([*words, *SETTINGS, "--runs-dir", str(tmp_path)])))
-    assert evaluate(run.directory, "--episodes", 1, "--analyze-value", "-o", tmp_path) == 0
-    realised = [float(row["realised"]) for row in rows(tmp_path / f"{run.directory.name}-value.csv")]
-    assert sum(realised) == pytest.approx(float(rows(tmp_path / "episodes.csv")[0]["return"]))
-    policy = run.module().load_policy(run.policies()[1024])
-    assert discount(policy, run.config, run.policies()[1024]) == pytest.approx(1 - 0.1**0.5)  # half-way
-
-
 def test_realised_returns():
     ended = Episode(0, rewards=[1.0, 2.0, 4.0], values=[0.0] * 3)
     cut = Episode(0, rewards=[1.0, 2.0, 4.0], values=[0.0, 0.0, 0.0, 8.0])
@@ -140,16 +127,25 @@ def test_realised_returns():
     np.testing.assert_allclose(realised_returns(cut, 0.5), [4.0, 6.0, 8.0])
 
 
-@pytest.mark.parametrize("flags", [[], ["--bootstrap-terminated"]])
-def test_a_terminated_episode_bootstraps_as_in_training(tmp_path, flags):
+@pytest.mark.parametrize("ends", [("truncated",), ("terminated", "truncated")])
+def test_values_go_on_at_the_policys_discount_after_the_ends_it_bootstraps_from(tmp_path, monkeypatch, ends):
     pytest.importorskip("matplotlib")
     words = ["--env-id", "tests.envs:Clock-v0", "--env-kwargs", '{"cut": false}', "--no-compile", "--num-evals", "0"]
-    run = Run(ppo_beta.train(ppo_beta.parse([*words, *flags, *SETTINGS, "--runs-dir", str(tmp_path)])))
+    run = Run(ppo.train(ppo.parse([*words, "--gamma", "0.9", *SETTINGS, "--runs-dir", str(tmp_path)])))
+    module = run.module()
+
+    class Policy(module.Policy):
+        def __init__(self, *arguments: object):
+            super().__init__(*arguments)
+            self.bootstraps = ends
+
+    module.Policy = Policy
+    monkeypatch.setattr(Run, "module", lambda self: module)
     assert evaluate(run.directory, "--episodes", 1, "--analyze-value", "-o", tmp_path) == 0
-    after = ppo_beta.load_policy(run.last_checkpoint).value(np.ones((1, 1), np.float32))[0]
+    after = ppo.load_policy(run.last_checkpoint).value(np.ones((1, 1), np.float32))[0]
     last = float(rows(tmp_path / f"{run.directory.name}-value.csv")[-1]["realised"])
     assert abs(after) > 1e-3
-    assert last == pytest.approx(1 + (0.992 * after if flags else 0), abs=1e-4)
+    assert last == pytest.approx(1 + (0.9 * after if "terminated" in ends else 0), abs=1e-4)
 
 
 def test_a_fork_is_evaluated_by_its_own_copy(run, tmp_path):
@@ -211,4 +207,4 @@ def test_a_baseline_belongs_to_all_that_the_evaluation_environment_is_made_from(
     assert arguments_of(run).keys() == {"env_id", "env_kwargs", "eval_env_kwargs"}
     assert "def make_env(" in maker(ppo) and "class Agent" not in maker(ppo)
     games = maker(ppo_atari_cnn)
-    assert "class Frames" in games and "args.repeat_action_probability" in games
+    assert "class Game(" in games and "args.repeat_action_probability" in games

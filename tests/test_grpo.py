@@ -1,39 +1,41 @@
-"""GRPO: advantages, distributions and scheduler against independent computations, and exact resume without a critic."""
+"""GRPO: distributions, advantages, loss and scheduler against independent computations, and how they are wired."""
 
-import csv
-import signal
-import subprocess
-import sys
-import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import grpo
-from grpo import Args, RunningMoments, load_policy, make_eval_env, parse, train
+from grpo import Args, train
 from tests.envs import Luck
 from tests.marks import needs_compiler
+from tests.test_promises import rows
+from tools import family
 
-SCRIPT = Path(grpo.__file__)
+ROOT = Path(grpo.__file__).parent
+CONFIGS = ROOT / "configs" / "grpo"
 SMALL = Args(
     env_id="tests.envs:Luck-v0",
     num_envs=4,
     num_groups=3,
     group_size=4,
+    max_episode_steps=40,
     total_timesteps=1000,
     minibatch_size=32,
     update_epochs=2,
-    num_evals=2,
+    num_evals=0,
     eval_episodes=2,
-    checkpoint_every=250,
     actor_sizes=(16,),
     compile=False,
 )
 PENDULUM = {"env_id": "Pendulum-v1", "max_episode_steps": 20}
+MIRROR = {"env_id": "tests.envs:Mirror-v0", "max_episode_steps": 10}
 
 
 @pytest.fixture
@@ -41,28 +43,13 @@ def small(tmp_path):
     return replace(SMALL, runs_dir=str(tmp_path / "runs"))
 
 
-def same(a: Path, b: Path) -> bool:
-    """Equal weights, state of the optimiser, normaliser and rows, bit for bit; only the wall time may differ."""
-    one, other = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (a, b))
-    tensors = [[*saved["agent"].values(), *saved["learner"], *saved["moments"].values()] for saved in (one, other)]
-    equal = all(torch.equal(torch.as_tensor(x), torch.as_tensor(y)) for x, y in zip(*tensors, strict=True))
-    return equal and rows(a, "episodes") == rows(b, "episodes")
+def agent_of(args: Args = SMALL, low: object = 0, high: object = 3, observation: int = 3) -> grpo.Agent:
+    """Of whole bounds, and so of Discrete actions, or others."""
+    return grpo.Agent(args, (observation,), np.array(low), np.array(high)).requires_grad_(False)
 
 
-def rows(run: Path, table: str) -> list[dict]:
-    with (run / f"{table}.csv").open() as file:
-        return [{key: value for key, value in row.items() if key != "wall_time"} for row in csv.DictReader(file)]
-
-
-def command(args: Args, *more: str) -> list[str]:
-    """The command line of `args`."""
-    words = [sys.executable, str(SCRIPT)]
-    for name, value in vars(args).items():
-        if value != getattr(Args, name):
-            flag = name.replace("_", "-")
-            values = value if isinstance(value, tuple) else () if value is True else (value,)
-            words += [f"--no-{flag}"] if value is False else [f"--{flag}", *map(str, values)]
-    return [*words, *more]
+def box(*bounds: float) -> list[np.ndarray]:
+    return [np.full(2, bound, np.float32) for bound in bounds]
 
 
 # --------------------------------------------------------------------------------------------------- distributions
@@ -91,6 +78,20 @@ def test_distributions_are_torchs(kind):
     torch.testing.assert_close(policy.kl(kind(others)), total(torch.distributions.kl_divergence(torchs, other)))
 
 
+def test_what_normalises_a_beta_is_exact_for_large_parameters_too():
+    alpha, beta = (torch.logspace(0, 4, 300, dtype=torch.float64)[torch.randperm(300)] for _ in range(2))
+    expected = alpha.lgamma() + beta.lgamma() - (alpha + beta).lgamma()
+    torch.testing.assert_close(grpo.log_beta(alpha, beta), expected, atol=1e-6, rtol=0)
+    found = grpo.log_beta(alpha.float(), beta.float()).double()
+    assert ((found - expected).abs() <= 1e-6 * expected.abs() + 1e-5).all()
+
+
+def test_log_beta_is_that_of_ppo_beta():
+    ours, theirs = ((ROOT / name).read_text() for name in ("grpo.py", "ppo_beta.py"))
+    for name in ("stirling", "log_beta"):
+        assert family.lines(ours, family.blocks(ours)[name]) == family.lines(theirs, family.blocks(theirs)[name])
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_samples_follow_the_distribution(kind):
     torch.manual_seed(0)
@@ -110,12 +111,9 @@ def test_the_mean_of_k3_is_the_closed_divergence(kind):
     outputs, others = 0.1 * torch.randn(2, 1, 4)  # far apart, the estimate's variance is infinite
     agent = torch.nn.Module()
     agent.kind, agent.forward = kind, lambda _: outputs.expand(100_000, 4)
-    actions = kind(agent.forward(None)).sample()
-    zeros = torch.zeros(100_000)
-    batch = grpo.Batch(
-        zeros, actions, kind(agent.forward(None)).log_prob(actions), zeros, zeros + 1, others.expand(100_000, 4)
-    )
-    losses = {}
+    policy, zeros, losses = kind(agent.forward(None)), torch.zeros(100_000), {}
+    actions = policy.sample()
+    batch = grpo.Batch(zeros, actions, policy.log_prob(actions), zeros, zeros + 1, others.expand(100_000, 4))
     for estimator in ("closed", "k3"):
         args = replace(SMALL, kl_estimator=estimator)
         losses[estimator] = grpo.grpo_loss({}, agent, args, batch, torch.tensor(1.0))[0].item()
@@ -124,10 +122,29 @@ def test_the_mean_of_k3_is_the_closed_divergence(kind):
 
 
 def test_actions_cover_uneven_bounds_and_choices_begin_where_the_space_does():
-    box = gym.spaces.Box(np.array([[-1, 0]], np.float32), np.array([[3, 0.5]], np.float32))
-    np.testing.assert_allclose(grpo.Beta.within(box, np.array([[0, 1], [0.5, 0.5]])), [[[-1, 0.5]], [[1, 0.25]]])
-    np.testing.assert_allclose(grpo.Normal.within(box, np.array([[-2, 0.2], [2, 9]])), [[[-1, 0.2]], [[2, 0.5]]])
-    assert grpo.Categorical.within(gym.spaces.Discrete(3, start=-1), np.array([0, 2])).tolist() == [-1, 1]
+    normal = agent_of(SMALL, [-1, 70, -np.inf], [3, 130, 1])
+    actions = normal.for_environment(np.float32([[0, 0, 0], [1, -1, 0.5], [2, -9, 9]]))
+    assert actions.tolist() == [[1, 100, 0], [3, 70, 0.5], [3, 70, 1]]
+    beta = agent_of(replace(SMALL, distribution="beta"), np.float32([[-1, 0]]), np.float32([[3, 0.5]]))
+    actions = beta.for_environment(np.float32([[0, 1], [0.5, 0.5]]))
+    assert actions.tolist() == [[[-1, 0.5]], [[1, 0.25]]] and actions.dtype == np.float32
+    assert agent_of(low=-1, high=1).for_environment(np.array([0, 2])).tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize("distribution", ["normal", "beta"])
+@pytest.mark.parametrize("shape", [(), (2,), (1, 2)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_loaded_policy_acts_in_the_environments_own_space(tmp_path, dtype, shape, distribution):
+    """0.3 of 32 bits is more than 0.3 of 64."""
+    space = gym.spaces.Box(0.1, 0.3, shape, dtype)
+    args = replace(SMALL, distribution=distribution)
+    agent = grpo.Agent(args, (3,), space.low, space.high).requires_grad_(False)
+    agent.actor[-1].bias[: space.low.size] += 30  # the highest mean, the largest alpha
+    torch.save({"script": "grpo", "args": vars(args), "agent": agent.state_dict()}, tmp_path / "policy.pt")
+    actions = grpo.load_policy(tmp_path / "policy.pt")(np.zeros((4, 3)))
+    assert actions.dtype == dtype and actions.shape == (4, *shape)
+    assert all(np.asarray(action) in space for action in actions)
+    np.testing.assert_allclose(actions, 0.3, atol=0.02)
 
 
 # ------------------------------------------------------------------------------------------------------- advantages
@@ -226,8 +243,8 @@ def test_an_outcome_does_not_care_when_it_is_paid():
 def test_the_hybrids_signs():
     outcome, step = np.array([2.0, 2.0, -2.0, -2.0, 0.0, 2.0]), np.array([3.0, -3.0, 3.0, -3.0, 3.0, 0.0])
     args = replace(SMALL, hybrid_alpha=1.0, hybrid_beta=2.0, hybrid_clip=10.0)
-    assert grpo.hybrid(args, outcome, step).tolist() == [10, -10, -10, -10, 0, 0]
-    assert grpo.hybrid(replace(args, hybrid_clip=100.0), outcome, step).tolist() == [18, -18, -18, -18, 0, 0]
+    assert grpo.combine(args, outcome, step).tolist() == [10, -10, -10, -10, 0, 0]
+    assert grpo.combine(replace(args, hybrid_clip=100.0), outcome, step).tolist() == [18, -18, -18, -18, 0, 0]
 
 
 @pytest.mark.parametrize("paid", [1.0, -0.3])
@@ -258,29 +275,31 @@ def test_what_rounding_makes_of_equal_episodes_is_no_advantage(members, paid):
 
 
 def test_a_mode_that_learns_nothing_is_named(small, capsys):
-    args = replace(small, env_id="CartPole-v1", num_evals=0)
+    args = replace(small, env_id="CartPole-v1")
     train(replace(args, advantage="process"))
     assert capsys.readouterr().out.count("every process advantage is 0") == 1
     train(args)
     assert "advantage is 0" not in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------------------- loss
+# ---------------------------------------------------------------------------------------------------- loss and update
+
+SPACES = {"discrete": (0, 3), "box": box(-1, 1)}
 
 
-def example(discrete: bool = True, size: int = 64) -> tuple[grpo.Agent, grpo.Batch]:
+def example(space: str = "discrete", size: int = 64) -> tuple[grpo.Agent, grpo.Batch]:
     torch.manual_seed(0)
-    space = gym.spaces.Discrete(4) if discrete else gym.spaces.Box(-1, 1, (2,))
-    agent = grpo.Agent(SMALL, 3, space).requires_grad_(False)
+    agent = agent_of(SMALL, *SPACES[space])
     observations, reference = torch.randn(size, 3), 0.5 * torch.randn(size, 4)
-    actions = agent.kind(agent(observations)).sample()
-    logprobs = agent.kind(agent(observations)).log_prob(actions) + 0.3 * torch.randn(size)
+    policy = agent.kind(agent(observations))
+    actions = policy.sample()
+    logprobs = policy.log_prob(actions) + 0.3 * torch.randn(size)
     return agent, grpo.Batch(observations, actions, logprobs, torch.randn(size), torch.rand(size) + 0.5, reference)
 
 
-@pytest.mark.parametrize("discrete", [True, False])
-def test_loss_equals_the_papers(discrete):
-    agent, batch = example(discrete)
+@pytest.mark.parametrize("space", SPACES)
+def test_loss_equals_the_papers(space):
+    agent, batch = example(space)
     args = replace(SMALL, clip_coef=0.1, clip_coef_high=0.3, ent_coef=0.01)
     loss, (policy_loss, entropy, kl, clipped) = grpo.grpo_loss(
         dict(agent.named_parameters()), agent, args, batch, torch.tensor(0.2)
@@ -307,7 +326,7 @@ def gradient(agent: grpo.Agent, batch: grpo.Batch) -> torch.Tensor:
 def test_what_fills_a_minibatch_cannot_change_a_gradient():
     agent, batch = example()
     bare = grpo.Batch(*(column[:40] for column in batch))
-    full = grpo.filled(batch, torch.arange(40), 64)
+    full = grpo.fill(batch, torch.arange(40), 64)
     assert len(full.weights) == 64 and not full.weights[40:].any()
     torch.testing.assert_close(gradient(agent, full), gradient(agent, bare))
     before = gradient(agent, full)
@@ -329,28 +348,36 @@ def test_minibatches_hold_every_row_once_and_are_alike_in_size():
 def test_weights():
     lengths = np.array([10, 30, 20])
     per_step = {
-        kind: grpo.step_weights(replace(SMALL, loss_weight=kind), lengths, 40)
-        for kind in ("step", "episode", "constant")
+        kind: grpo.step_weights(replace(SMALL, loss_weight=kind), lengths) for kind in ("step", "episode", "constant")
     }
     assert per_step["step"].tolist() == [1, 1, 1]
     assert (per_step["episode"] * lengths).tolist() == [20, 20, 20]  # 60 steps in all
     assert per_step["constant"].tolist() == [0.5, 0.5, 0.5]  # 60 of 120 possible steps were made
 
 
+def test_an_update_stops_at_the_gradient_norm():
+    agent, batch = example()
+    for limit in (1e-3, 1e3):
+        learner = grpo.Learner.of(agent, "cpu")
+        measures = grpo.update(agent, replace(SMALL, max_grad_norm=limit), learner, batch, torch.tensor(0.0))
+        norm = min(limit, measures[-1].item())
+        assert 10 * learner.first_moment.norm() == pytest.approx(norm, rel=1e-3)
+
+
 @needs_compiler
 def test_the_compiled_update_is_the_update():
     agent, batch = example()
-    learner, said, kl_coef = grpo.Learner.of(agent), [], torch.tensor(0.1)
+    learner, said, kl_coef = grpo.Learner.of(agent, "cpu"), [], torch.tensor(0.1)
     learner.learning_rate.fill_(1e-3)
-    fast = grpo.compile_update(SMALL, agent, grpo.filled(batch, torch.arange(1), 32), said.append)
-    assert "compiled in" in said[0]
+    fast = grpo.compile_update(SMALL, agent, learner, SimpleNamespace(say=said.append), ())
+    assert "compiled in" in said[-1] and not torch.count_nonzero(learner.first_moment)
     start, results = [tensor.clone() for tensor in learner], []
     with torch._dynamo.config.patch(error_on_recompile=True):
         for function in (fast, grpo.update):
             for tensor, value in zip(learner, start, strict=True):
                 tensor.copy_(value)
             measures = [
-                function(agent, SMALL, learner, grpo.filled(batch, torch.arange(size), 32), kl_coef * size)
+                function(agent, SMALL, learner, grpo.fill(batch, torch.arange(size), 32), kl_coef * size)
                 for size in (32, 20)
             ]
             results.append((learner.theta.clone(), torch.stack(measures)))
@@ -361,18 +388,245 @@ def test_the_compiled_update_is_the_update():
 def test_a_run_compiles_once(small):
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        run = train(replace(small, **PENDULUM, compile=True, num_evals=0))
+        run = train(replace(small, **PENDULUM, compile=True))
     assert "compiled in" in (run / "run.log").read_text()
 
 
 def test_the_penalty_adapts_outside_its_dead_band():
     for kl, factor in ((0.0301, 1.5), (0.0299, 1), (0.0134, 1), (0.0133, 1 / 1.5)):
-        assert grpo.adapted(0.3, kl, 0.02) == pytest.approx(0.3 * factor)
-    assert grpo.adapted(99.0, 1.0, 0.02) == 100 and grpo.adapted(1.1e-4, 0.0, 0.02) == 1e-4
+        assert grpo.next_kl_coef(0.3, kl, 0.02) == pytest.approx(0.3 * factor)
+    assert grpo.next_kl_coef(99.0, 1.0, 0.02) == 100 and grpo.next_kl_coef(1.1e-4, 0.0, 0.02) == 1e-4
+
+
+# ----------------------------------------------------------------------------------------- from episodes to batches
+
+
+class Played:
+    """The episodes of an iteration that begins at step 100, their seeds, and how many environments were busy when."""
+
+    def __init__(self, **settings: object):
+        self.args, envs, shape, actions = grpo.prepare(replace(SMALL, **settings))
+        torch.manual_seed(0)
+        self.agent = grpo.Agent(self.args, shape, actions.low, actions.high).requires_grad_(False)
+        self.agent.moments.update(np.random.default_rng(0).normal(3, 5, (50, *shape)))
+        small = np.random.default_rng(0).integers(1000, size=(3, 4))  # seeds that an observation can show
+        envs.random = SimpleNamespace(integers=lambda _, size: small[:, : size[1]])
+        self.seeds = np.broadcast_to(small[:, :1] if self.args.identical_start else small, (3, 4)).ravel()
+        self.busy, step = [], envs.step
+        envs.step = lambda which, actions: (self.busy.append(len(which)), step(which, actions))[1]
+        with closing(envs):
+            self.watch = grpo.Stopwatch(dict.fromkeys(grpo.SECONDS, 0.0))
+            self.rollout = grpo.collect(self.args, self.agent, envs, 100, self.watch)
+        self.episodes, self.times = self.rollout.places
+
+
+def test_every_episode_is_played_once_and_every_environment_kept_busy():
+    before = Luck.made
+    played = Played(identical_start=False)
+    rollout, busy = played.rollout, played.busy
+    lengths = [Luck.length_of(int(seed)) for seed in played.seeds]
+    assert rollout.lengths.tolist() == lengths and Luck.made - before == 2 + sum(lengths)  # two to see that it works
+    assert len(rollout.observations) == len(rollout.inputs) == len(rollout.actions) == sum(lengths)
+    for episode, (length, seed) in enumerate(zip(lengths, played.seeds, strict=True)):
+        own = played.episodes == episode
+        assert played.times[own].tolist() == list(range(length))
+        assert rollout.observations[own].tolist() == [[seed, t] for t in range(length)]  # its own, in order
+        assert rollout.rewards[episode, :length].tolist() == rollout.actions[own].tolist()  # what Luck pays
+        assert not rollout.rewards[episode, length:].any()
+
+    free, ends = [0] * 4, []  # when each environment is free, if each takes the next episode at once
+    for length in lengths:
+        ends.append(min(free) + length)
+        free[free.index(min(free))] = ends[-1]
+    assert len(busy) == max(free)
+    assert busy[: min(free)] == [4] * min(free)  # idle only when none waits
+    order = sorted(range(12), key=lambda episode: (ends[episode], episode))
+    rows = [(row["step"], row["return"], row["length"]) for row in rollout.episodes]
+    assert rows == [(100 + sum(busy[: ends[m]]), rollout.rewards[m].sum(), lengths[m]) for m in order]
+
+
+def test_episodes_are_cut_where_they_shall_be():
+    played = Played(max_episode_steps=7)
+    assert played.rollout.lengths.tolist() == [min(7, Luck.length_of(int(seed))) for seed in played.seeds]
+
+
+def test_the_policy_sees_what_the_normaliser_makes_of_observations_and_acts_with_its_own_noise():
+    for env_id in ("CartPole-v1", "Pendulum-v1"):
+        played = Played(env_id=env_id, max_episode_steps=20)
+        agent, rollout = played.agent, played.rollout
+        assert agent.moments.count == 50
+        assert np.array_equal(rollout.inputs, agent.moments.normaliser()(rollout.observations))
+        first = played.times == 0
+        starts = rollout.observations[first][np.argsort(played.episodes[first])].reshape(3, 4, -1)
+        assert (starts == starts[:, :1]).all() and (starts[0, 0] != starts[1, 0]).any()  # members begin alike
+        acts = [tuple(rollout.actions[played.episodes == m].flatten().tolist()) for m in range(12)]
+        assert len(set(acts)) == 12  # and go on differently
+    noise = (rollout.actions - agent.actor(rollout.inputs)) / agent.log_std.exp()
+    assert noise.mean().item() == pytest.approx(0, abs=0.2) and noise.std().item() == pytest.approx(1, abs=0.15)
+
+
+def test_starts_are_the_groups_own_or_everybodys(small, monkeypatch):
+    given, begin = [], grpo.Environments.begin
+
+    def spy(envs: grpo.Environments, which: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        given.extend(seeds.tolist())
+        return begin(envs, which, seeds)
+
+    monkeypatch.setattr(grpo.Environments, "begin", spy)
+    train(replace(small, total_timesteps=1))
+    _, *seeds = given  # of which the first was to see what an environment shows
+    assert len(seeds) == 12 and [len(set(seeds[n : n + 4])) for n in (0, 4, 8)] == [1, 1, 1] and len(set(seeds)) == 3
+    given.clear()
+    train(replace(small, total_timesteps=1, identical_start=False))
+    assert len(set(given[1:])) == 12
+
+
+@pytest.mark.parametrize("vec", ["sync", "async"])
+def test_environments_go_on_with_the_same_starts(vec):
+    args = grpo.prepare(replace(SMALL, vec=vec))
+    envs = args[1]
+    with closing(envs):
+        envs.random.integers(9, size=5)
+        state = envs.state()
+        expected = envs.random.integers(2**31, size=9)
+        assert envs.restore(state) and np.array_equal(envs.random.integers(2**31, size=9), expected)
+
+
+@pytest.fixture(scope="module")
+def played() -> Played:
+    return Played(identical_start=False)
+
+
+def test_each_step_gets_the_advantage_of_its_place(played):
+    rewards = played.rollout.rewards.reshape(3, 4, -1)
+    alive = (np.arange(rewards.shape[-1]) < played.rollout.lengths[:, None]).reshape(rewards.shape)
+    for ours, expected in zip(
+        grpo.estimate(played.args, played.rollout), grpo.group_advantages(played.args, rewards, alive), strict=True
+    ):
+        assert len(ours) == len(played.times) and ours.any()
+        for advantage, m, t in zip(ours, played.episodes, played.times, strict=True):
+            assert advantage == expected[m // 4, m % 4, t]
+
+
+def test_a_batch_has_each_steps_own(played):
+    torch.manual_seed(1)
+    rollout, advantages = played.rollout, np.random.default_rng(0).normal(size=len(played.times))
+    reference = grpo.copy.deepcopy(played.agent)
+    reference.actor[-1].weight += 1
+    reference.moments.update(np.full((50, 2), 7.0))  # it sees observations as it did when it played
+    args = replace(played.args, loss_weight="episode")
+    batch = grpo.batch_of(args, played.agent, reference, rollout, advantages)
+    assert batch.observations is rollout.inputs and batch.actions is rollout.actions
+    logprobs = FAMILIES[grpo.Categorical](played.agent(rollout.inputs)).log_prob(rollout.actions)
+    torch.testing.assert_close(batch.logprobs, logprobs)
+    np.testing.assert_allclose(batch.advantages, advantages, rtol=1e-6)
+    weights = (rollout.lengths.mean() / rollout.lengths)[played.episodes]
+    np.testing.assert_allclose(batch.weights, weights, rtol=1e-6)
+    seen = torch.tensor(reference.moments.normaliser()(rollout.observations))
+    torch.testing.assert_close(batch.reference, reference(seen))
+    assert (reference(seen) - reference(rollout.inputs)).abs().max() > 1e-3
+
+
+def improve(agent: grpo.Agent, args: Args, move=lambda agent: None, kl=lambda call: 0.0) -> tuple[dict, list]:
+    """With updates that `move` the agent; what each was called with."""
+    calls, batch = [], example("box", size=100)[1]
+
+    def update(agent: grpo.Agent, args: Args, learner: grpo.Learner, minibatch: grpo.Batch, kl_coef: torch.Tensor):
+        calls.append((minibatch, kl_coef))
+        move(agent)
+        measures = torch.arange(float(len(grpo.MEASURES))) + len(calls)
+        measures[grpo.MEASURES.index("approx_kl")] = kl(len(calls))
+        return measures
+
+    learner = grpo.Learner.of(agent, "cpu")
+    learner.learning_rate.fill_(0.25)
+    return grpo.improve(args, agent, learner, batch, 0.5, update), calls
+
+
+def test_epochs_of_minibatches():
+    agent, batch = example("box", size=100)
+    measures, calls = improve(agent, replace(SMALL, update_epochs=3))
+    for epoch in (calls[:4], calls[4:8], calls[8:]):
+        held = torch.cat([minibatch.advantages[minibatch.weights > 0] for minibatch, _ in epoch])
+        assert torch.equal(held.sort().values, batch.advantages.sort().values)
+    assert len(calls) == 12 and all(kl_coef == 0.5 for _, kl_coef in calls)
+    assert measures["policy_loss"] == 6.5 and measures["grad_norm"] == 10.5 and measures["updates"] == 12
+    assert (measures["kl_coef"], measures["learning_rate"]) == (0.5, 0.25)
+    policy, reference = FAMILIES[grpo.Normal](agent(batch.observations)), FAMILIES[grpo.Normal](batch.reference)
+    away = total(torch.distributions.kl_divergence(policy, reference)).mean()
+    assert measures["reference_kl"] == pytest.approx(away.item(), rel=1e-5)
+
+
+def test_an_update_ends_once_a_minibatch_has_moved_too_far():
+    args = replace(SMALL, update_epochs=3)
+    for limit, updates in ((0.45, 5), (0.1, 2), (9.0, 12), (None, 12)):
+        measures, calls = improve(
+            agent_of(SMALL, *box(-1, 1)), replace(args, stop_kl=limit), kl=lambda call: 0.1 * call
+        )
+        assert measures["updates"] == len(calls) == updates
+
+
+def test_the_policys_deviation_has_a_floor():
+    agent = agent_of(SMALL, *box(-1, 1))
+    improve(agent, replace(SMALL, log_std_min=-2.5), lambda agent: agent.log_std.sub_(1))
+    assert agent.log_std.tolist() == [-2.5, -2.5]
+
+
+def test_how_much_there_was_to_learn_from():
+    rewards = np.array([[1.0, 1, 0, 0], [2, 0, 0, 0], [0, 1, 1, 1], [1, 1, 1, 1]])
+    rollout = SimpleNamespace(rewards=rewards, lengths=np.array([2, 1, 4, 4]))
+    args = replace(SMALL, num_groups=2, group_size=2, max_episode_steps=4)
+    measures = grpo.compare(args, rollout, np.array([1.0, -2, 3, 4]))
+    assert measures == {
+        "advantage_mean": 1.5,
+        "advantage_positive": 0.75,
+        "degenerate_groups": 0.5,
+        "episode_length": 2.75,
+        "alive_at_quarter": 0.75,
+        "alive_at_half": 0.5,
+        "alive_at_three_quarters": 0.5,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- train
+
+
+def test_what_changes_when(small, monkeypatch):
+    """The normaliser after the update and only then, the learning rate before it, from the steps of the iteration."""
+    seen = []
+
+    def spy(name: str, look) -> None:
+        function = getattr(grpo, name)
+
+        def wrapped(*arguments):
+            result = function(*arguments)
+            seen.append((name, look(arguments, result)))
+            return result
+
+        monkeypatch.setattr(grpo, name, wrapped)
+
+    spy("collect", lambda arguments, rollout: (arguments[3], arguments[1].moments.count.item(), rollout))
+    spy("update", lambda arguments, _: (arguments[0].moments.count.item(), arguments[2].learning_rate.item()))
+    run = train(replace(small, learning_rate=0.01, lr_warmup=0.5))
+    table = rows(run, "progress")
+    steps = [0, *(int(row["step"]) for row in table)]
+    assert steps[-2] < 1000 <= steps[-1]  # the iteration that reaches the total is the last, and whole
+    assert sum(int(row["length"]) for row in rows(run, "episodes")) == steps[-1]
+    rollouts = [look for name, look in seen if name == "collect"]
+    assert [(step, count) for step, count, _ in rollouts] == [(step, step) for step in steps[:-1]]
+    assert [len(rollout.inputs) for *_, rollout in rollouts] == np.diff(steps).tolist()
+
+    updates = [look for name, look in seen if name == "update"]
+    assert {count for count, _ in updates} == set(steps[:-1]) and len(updates) == int(table[-1]["updates"])
+    # Falls from where an iteration begins and rises to where it ends: the first is 1 / (warm-up * iterations) of it.
+    rates = {a: 0.01 * (1 - a / 1000) * min(1, b / 500) for a, b in zip(steps[:-1], steps[1:], strict=True)}
+    assert rates[0] == pytest.approx(0.01 * steps[1] / 500) and rates[0] > 1e-3
+    assert [rate for _, rate in updates] == pytest.approx([rates[count] for count, _ in updates])
+    assert [float(row["learning_rate"]) for row in table] == pytest.approx(list(rates.values()))
 
 
 def test_the_reference_stays_for_some_iterations_and_holds_the_policy_back(small):
-    args = replace(small, **PENDULUM, num_evals=0, total_timesteps=1200, learning_rate=0.01, gamma=0.9)
+    args = replace(small, **PENDULUM, total_timesteps=1200, learning_rate=0.01, gamma=0.9)
     runs = {coef: train(replace(args, kl_coef=coef, ref_update_every=5)) for coef in (0.0, 10.0)}
     away = {coef: [float(row["reference_kl"]) for row in rows(run, "progress")] for coef, run in runs.items()}
     assert len(away[0.0]) == 5 and away[0.0][4] > 3 * away[0.0][0]
@@ -383,92 +637,22 @@ def test_the_reference_stays_for_some_iterations_and_holds_the_policy_back(small
 
 def test_the_reference_sees_observations_as_it_did_when_it_played(small):
     """Its parameters are those of the policy here; until the next reference, it is the normaliser that differs."""
-    args = replace(small, env_id="tests.envs:Mirror-v0", max_episode_steps=10, num_evals=0, total_timesteps=480)
+    args = replace(small, **MIRROR, total_timesteps=480)
     progress = rows(train(replace(args, learning_rate=1e-12, ref_update_every=3)), "progress")
     away = [float(row["reference_kl"]) for row in progress]
     assert len(away) == 4 and max(away[0], away[3]) < 1e-8 and min(away[1:3]) > 1e-6
 
 
-def test_the_policys_deviation_has_a_floor(small):
-    args = replace(small, env_id="tests.envs:Mirror-v0", max_episode_steps=10, num_evals=0, total_timesteps=480)
-    run = train(replace(args, learning_rate=0.02, log_std_init=-0.5, log_std_min=-0.51))
-    log_std = torch.load(run / "checkpoint.pt", weights_only=True)["agent"]["log_std"]
-    assert log_std.min() == np.float32(-0.51)
+def test_evaluation_of_an_environment_without_a_limit_ends(small):
+    """Mirror ends by itself after 10 steps, and has no limit otherwise."""
+    args = replace(small, **MIRROR | {"max_episode_steps": 7}, total_timesteps=100, num_evals=1)
+    assert {row["length"] for row in rows(train(args), "evaluations")} == {"7"}
 
 
-def test_an_update_ends_once_it_went_too_far(small):
-    args = replace(small, **PENDULUM, num_evals=0, total_timesteps=240, learning_rate=0.1)
-    assert rows(train(args), "progress")[0]["updates"] == "16"  # 2 epochs of 240 steps
-    assert rows(train(replace(args, stop_kl=0.01)), "progress")[0]["updates"] == "2"
-
-
-# -------------------------------------------------------------------------------------------------------- scheduler
-
-
-def played(args: Args, limit: int = 50, seeds: np.ndarray | None = None) -> tuple[grpo.Rollout, np.ndarray, list]:
-    """A rollout, the seeds of its episodes, and how many environments were busy at each time."""
-    torch.manual_seed(args.seed)
-    probe = grpo.make_train_env(args)
-    agent = grpo.Agent(args, probe.observation_space.shape[0], probe.action_space).requires_grad_(False)
-    slots, busy = grpo.Slots(args, args.num_envs), []
-    step = slots.step
-    slots.step = lambda which, actions: (busy.append(len(which)), step(which, actions))[1]
-    seeds = np.random.default_rng(0).integers(1000, size=12) if seeds is None else seeds
-    still = RunningMoments((agent.actor[0].in_features,), enabled=False)
-    rollout = grpo.play(agent, still, slots, probe.action_space, seeds, limit, np.zeros(3))
-    slots.close()
-    return rollout, seeds, busy
-
-
-def test_every_episode_is_played_once_and_every_environment_kept_busy():
-    before = Luck.made
-    rollout, seeds, busy = played(SMALL)
-    lengths = [Luck.length_of(int(seed)) for seed in seeds]
-    assert rollout.lengths.tolist() == lengths and Luck.made - before == sum(lengths) == len(rollout.rewards)
-    for episode, (length, seed) in enumerate(zip(lengths, seeds, strict=True)):
-        own = rollout.episodes == episode
-        assert rollout.times[own].tolist() == list(range(length))
-        assert rollout.raw[own].tolist() == [[seed, t] for t in range(length)]  # its own observations, in order
-
-    free, starts = [0] * 4, []  # when each slot is free, if each takes the next episode at once
-    for length in lengths:
-        starts.append(min(free))
-        free[free.index(min(free))] += length
-    assert len(busy) == max(free)
-    assert busy[: min(free)] == [4] * min(free)  # idle only when none waits
-    ends = [start + length for start, length in zip(starts, lengths, strict=True)]
-    assert rollout.ended_at.tolist() == [sum(busy[:end]) for end in ends]
-
-
-def test_episodes_are_cut_where_they_shall_be():
-    rollout, seeds, _ = played(SMALL, limit=7)
-    assert rollout.lengths.tolist() == [min(7, Luck.length_of(int(seed))) for seed in seeds]
-
-
-def test_members_begin_alike_and_act_differently(small):
-    seeds = np.repeat([5, 6, 7], 4)
-    for env_id in ("CartPole-v1", "Pendulum-v1"):
-        rollout, *_ = played(replace(SMALL, env_id=env_id), limit=20, seeds=seeds)
-        first = rollout.raw[rollout.times == 0][np.argsort(rollout.episodes[rollout.times == 0])].reshape(3, 4, -1)
-        assert (first == first[:, :1]).all() and (first[0, 0] != first[1, 0]).any()
-        acts = [tuple(rollout.actions[rollout.episodes == m].flatten().tolist()) for m in range(12)]
-        assert len(set(acts)) == 12
-
-
-def test_starts_are_the_groups_own_or_everybodys(small, monkeypatch):
-    given = []
-    begin = grpo.Slots.begin
-    monkeypatch.setattr(
-        grpo.Slots, "begin", lambda self, which, seeds: (given.extend(seeds), begin(self, which, seeds))[1]
-    )
-    train(replace(small, total_timesteps=1, num_evals=0))
-    assert len(given) == 12 and [len(set(given[n : n + 4])) for n in (0, 4, 8)] == [1, 1, 1] and len(set(given)) == 3
-    given.clear()
-    train(replace(small, total_timesteps=1, num_evals=0, identical_start=False))
-    assert len(set(given)) == 12
-
-
-# ------------------------------------------------------------------------------------------------------ whole runs
+def test_a_group_without_a_difference_is_counted(small):
+    run = train(replace(small, env_id="tests.envs:Ticks-v0", max_episode_steps=20, total_timesteps=240))
+    assert float(rows(run, "progress")[0]["degenerate_groups"]) == 1
+    assert float(rows(run, "progress")[0]["policy_loss"]) == 0
 
 
 def test_cartpole_is_learnt(small):
@@ -479,167 +663,45 @@ def test_cartpole_is_learnt(small):
 
 @pytest.mark.parametrize("distribution", ["normal", "beta"])
 def test_a_continuous_task_is_learnt(small, distribution):
-    args = replace(small, env_id="tests.envs:Mirror-v0", max_episode_steps=10, distribution=distribution, num_evals=1)
-    args = replace(
-        args, num_groups=4, group_size=8, gamma=0.0, learning_rate=0.01, total_timesteps=12_000, minibatch_size=80
-    )
-    returns = [float(row["return"]) for row in rows(train(replace(args, eval_episodes=10)), "evaluations")]
+    args = replace(small, **MIRROR, distribution=distribution, num_evals=1, num_groups=4, group_size=8, gamma=0.0)
+    args = replace(args, learning_rate=0.01, total_timesteps=12_000, minibatch_size=80, eval_episodes=10)
+    returns = [float(row["return"]) for row in rows(train(args), "evaluations")]
     assert np.mean(returns) > -1  # the best constant action earns -3.3
 
 
-def test_seed_decides_and_evaluation_does_not(small):
-    first = train(small)
-    assert same(first, train(replace(small, num_evals=0)))
-    assert same(first, train(replace(small, num_evals=8, eval_episodes=3, checkpoint_every=100)))
-    assert not same(first, train(replace(small, seed=2)))
+def test_the_config_holds_what_was_left_open(small):
+    run = train(replace(small, env_id="CartPole-v1", num_envs=None, max_episode_steps=None))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["num_envs"], config["max_episode_steps"]) == (12, 500)
 
 
-def test_async_plays_like_sync(small):
-    assert same(train(small), train(replace(small, vec="async")))
-
-
-def test_what_a_run_leaves(small):
-    run = train(small)
-    progress, episodes = rows(run, "progress"), rows(run, "episodes")
-    steps = [int(row["step"]) for row in progress]
-    assert steps[-2] < 1000 <= steps[-1]  # the iteration that reaches the total is the last, and ends
-    assert sum(int(row["length"]) for row in episodes) == steps[-1] and len(episodes) == 12 * len(steps)
-    assert [int(row["step"]) for row in episodes] == sorted(int(row["step"]) for row in episodes)
-    assert {row["step"] for row in episodes} >= {row["step"] for row in progress}
-    lengths = np.array([int(row["length"]) for row in episodes[:12]])
-    assert float(progress[0]["alive_at_half"]) == pytest.approx((lengths > 20).mean())
-    assert float(progress[0]["degenerate_groups"]) == 0 and 0 < float(progress[0]["advantage_positive"]) < 1
-    saved = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert saved["moments"]["count"] == steps[-1]
-
-    policy, env = load_policy(run / "checkpoint.pt"), make_eval_env(small)
-    for row in rows(run, "evaluations")[2:]:
-        (observation, _), paid, over = env.reset(seed=int(row["seed"])), 0.0, False
-        while not over:
-            observation, reward, terminated, truncated, _ = env.step(policy(observation[None])[0])
-            paid, over = paid + reward, terminated or truncated
-        assert paid == pytest.approx(float(row["return"]), abs=1e-5)
-
-
-def test_evaluation_of_an_environment_without_a_limit_ends(small):
-    """Mirror ends by itself after 10 steps, and has no limit otherwise."""
-    run = train(replace(small, env_id="tests.envs:Mirror-v0", max_episode_steps=7, total_timesteps=100, num_evals=1))
-    assert {row["length"] for row in rows(run, "evaluations")} == {"7"}
-
-
-def test_a_group_without_a_difference_is_counted(small):
-    run = train(replace(small, env_id="tests.envs:Ticks-v0", max_episode_steps=20, num_evals=0, total_timesteps=240))
-    assert float(rows(run, "progress")[0]["degenerate_groups"]) == 1
-    assert float(rows(run, "progress")[0]["policy_loss"]) == 0
-
-
-def test_observations_are_normalised_alike_within_an_iteration(small, monkeypatch):
-    def watched(agent, moments, *rest):
-        mean, count = moments.mean.copy(), moments.count
-        rollout = play(agent, moments, *rest)
-        expected = RunningMoments(mean.shape, enabled=True)
-        expected.mean, expected.var, expected.count = mean, moments.var, count
-        assert np.array_equal(rollout.observations.numpy(), expected.normalise(rollout.raw))
-        assert moments.count == count
-        counts.append(count)
-        return rollout
-
-    play, counts = grpo.play, []
-    monkeypatch.setattr(grpo, "play", watched)
-    run = train(replace(small, num_evals=0))
-    assert counts == [0, *(int(row["step"]) for row in rows(run, "progress")[:-1])]
-
-
-def test_a_reward_that_is_not_finite_stops_the_run(small, capsys):
-    args = replace(small, env_id="tests.envs:Mirror-v0", max_episode_steps=10)
-    with pytest.raises(SystemExit) as stop:
-        train(replace(args, env_kwargs='{"breaks": 100}', eval_env_kwargs='{"breaks": null}'))
-    assert stop.value.code == 1 and "not finite" in capsys.readouterr().out
-    (run,) = Path(small.runs_dir).iterdir()
-    assert not (run / "result.json").exists()
-    saved = torch.load(run / "checkpoint.pt", weights_only=True)["agent"]
-    assert all(tensor.isfinite().all() for tensor in saved.values())
-
-
-RESUMED = {
-    "LunarLander-v3": {"kl_coef": 0.1, "target_kl": 0.001, "ref_update_every": 3},
-    "Pendulum-v1": {"distribution": "beta", "identical_start": False, "max_episode_steps": 30},
-}
-
-
-@pytest.mark.parametrize("env_id", RESUMED)
-def test_a_killed_run_resumes_to_the_same_weights(tmp_path, env_id):
-    args = replace(SMALL, env_id=env_id, total_timesteps=9000, checkpoint_every=500, **RESUMED[env_id])
-    undisturbed = train(replace(args, runs_dir=str(tmp_path / "undisturbed")))
-
-    runs = tmp_path / "killed"
-    words, lines = command(replace(args, runs_dir=str(runs))), 0
-    for stop in (1, 5):
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while lines < stop and process.poll() is None and time.monotonic() < deadline:
-            lines = sum(path.read_text().count("\n") - 1 for path in runs.glob("*/progress.csv"))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        (run,) = (path for path in runs.iterdir() if not path.name.startswith("."))
-        words = [sys.executable, str(SCRIPT), "--resume", str(run)]
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-    assert same(undisturbed, run)
-    assert rows(undisturbed, "evaluations") == rows(run, "evaluations")
-    assert len(rows(undisturbed, "progress")) == len(rows(run, "progress"))
+# ----------------------------------------------------------------------------------------------------------- EnvPool
 
 
 def test_envpool_plays_whole_episodes_too(small, capsys, monkeypatch):
     envpool = pytest.importorskip("envpool")
     seeds, make = [], envpool.make
     monkeypatch.setattr(envpool, "make", lambda *a, seed, **kw: seeds.append(seed) or make(*a, seed=seed, **kw))
-    args = replace(small, env_id="Hopper-v4", vec="envpool", identical_start=False, max_episode_steps=20)
-    run = train(args)
+    args = replace(small, env_id="Hopper-v4", vec="envpool", max_episode_steps=20)
+    with pytest.raises(SystemExit):
+        train(args)
+    assert "--no-identical-start" in capsys.readouterr().err
+    run = train(replace(args, identical_start=False))
     episodes = rows(run, "episodes")
-    assert max(int(row["length"]) for row in episodes) == 20 and len({row["return"] for row in episodes}) == len(
-        episodes
-    )
+    assert max(int(row["length"]) for row in episodes) == 20
+    assert len({row["return"] for row in episodes}) == len(episodes)
     assert sum(int(row["length"]) for row in episodes) == int(rows(run, "progress")[-1]["step"])
-    (run / "checkpoint.pt").unlink()
-    train(parse(["--resume", str(run)]))
+    (run / "checkpoint.previous.pt").replace(run / "checkpoint.pt")
+    train(grpo.parse(["--resume", str(run)]))
     assert "--vec envpool cannot repeat its episodes" in capsys.readouterr().out
     assert len(set(seeds)) == 2  # and does not repeat the run's first
 
 
-# ----------------------------------------------------------------------------------------------------------- errors
-
-MISTAKES = {
-    "--env-id tests.envs:Pair-v0": "Dict",
-    "--env-id tests.envs:Whole-v0": "real numbers",
-    "--env-id tests.envs:Several-v0": "MultiDiscrete",
-    "--env-id Pendulum-v1 --log-std-init nan": "--log-std-init",
-    "--env-id Pendulum-v1 --log-std-init -3": "at least --log-std-min",
-    "--env-id tests.envs:Clock-v0": "--max-episode-steps",
-    "--env-id tests.envs:Endless-v0 --max-episode-steps 9 --distribution beta": "use normal",
-    "--distribution beta": "Discrete(2)",
-    "--num-groups 0": "--num-groups 0",
-    "--group-size 1": "at least 2",
-    "--num-envs 17": "at most 16",
-    "--minibatch-size 0": "--minibatch-size",
-    "--clip-coef 1": "below 1",
-    "--advantage value": "rtg",
-    "--gamma 1.1": "--gamma",
-    "--target-kl 0.01": "--kl-coef",
-    "--kl-coef -1": "--kl-coef",
-    "--ref-update-every 0": "--ref-update-every",
-    "--vec envpool --env-id Hopper-v4": "--no-identical-start",
-    "--hybrid-clip 0": "--hybrid-clip",
-    "--total-timesteps 0": "--total-timesteps",
-}
+# --------------------------------------------------------------------------------------------------------- settings
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_in_one_line(tmp_path, capsys, mistake):
-    if "envpool" in mistake:
-        pytest.importorskip("envpool")
-    runs = tmp_path / "runs"
-    with pytest.raises(SystemExit) as stop:
-        train(parse([*mistake.split(), "--runs-dir", str(runs)]))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and not runs.exists()
-    assert error.count("\n") == 1 and MISTAKES[mistake] in error
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_files_of_settings_are_read(path):
+    settings = yaml.safe_load(path.read_text())
+    args = grpo.parse(["--config", str(path)])
+    assert {name: getattr(args, name) for name in settings} == settings

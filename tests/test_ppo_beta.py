@@ -1,47 +1,39 @@
-"""The Beta policy against independent computations, images from the environment to the gradient, exact resume."""
+"""The Beta policy against independent computations, images from environments to gradients, and how both are wired."""
 
-import json
-import signal
 import subprocess
 import sys
-import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch.distributions import AffineTransform, Beta, TransformedDistribution, kl_divergence
-from torch.nn.functional import softplus
 
 import ppo_beta as ppo
-from ppo_beta import Args, load_policy, make_eval_env, parse, train
+from ppo_beta import Args, load_policy, make_eval_env, train
+from tests.envs import Fates
 from tests.marks import needs_compiler
-from tests.test_promises import rows
+from tests.test_promises import rows, same
 
 SCRIPT = Path(ppo.__file__)
+CONFIGS = SCRIPT.parent / "configs" / "ppo_beta"
 SMALL = Args(
     env_id="tests.envs:Mirror-v0",
     num_envs=4,
     num_steps=32,
-    total_timesteps=1024,
+    total_timesteps=512,
     num_minibatches=4,
     update_epochs=2,
-    num_evals=2,
+    num_evals=0,
     eval_episodes=2,
-    checkpoint_every=256,
     compile=False,
 )
 IMAGES = replace(SMALL, env_id="tests.envs:Filmed-v0", frame_stack=2, grayscale=True, action_repeat=3, resize=16)
-
-
-def same(a: Path, b: Path) -> bool:
-    """Equal weights, normaliser and rows, bit for bit; only the wall time may differ."""
-    one, other = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (a, b))
-    tensors = all(torch.equal(one["agent"][name], other["agent"][name]) for name in one["agent"])
-    moments = all(torch.equal(one["moments"][name], other["moments"][name]) for name in ("mean", "var"))
-    return tensors and moments and rows(a, "episodes") == rows(b, "episodes")
 
 
 @pytest.fixture
@@ -54,50 +46,35 @@ def images(tmp_path):
     return replace(IMAGES, runs_dir=str(tmp_path / "runs"))
 
 
-def command(args: Args) -> list[str]:
-    words = [sys.executable, str(SCRIPT)]
-    for name, value in vars(args).items():
-        if value != getattr(Args, name):
-            flag = name.replace("_", "-")
-            words += [f"--no-{flag}" if value is False else f"--{flag}"] + (
-                [] if isinstance(value, bool) else [str(value)]
-            )
-    return words
+def agent_of(args: Args = SMALL, shape: tuple[int, ...] = (3,), action: int = 2, low=-1.0, high=1.0) -> ppo.Agent:
+    bounds = (np.broadcast_to(np.float32(bound), action) for bound in (low, high))
+    return ppo.Agent(args, shape, *map(np.array, bounds)).requires_grad_(False)
+
+
+def random_inputs(shape: tuple[int, ...], count: int) -> torch.Tensor:
+    if len(shape) == 3:
+        return torch.randint(256, (count, int(np.prod(shape))), dtype=torch.uint8)
+    return torch.randn(count, *shape)
 
 
 # ----------------------------------------------------------------------------------------------------- distribution
 
 
-def some_policies(rows: int = 200, scale: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
-    raw = scale * torch.randn(rows, 6, generator=torch.Generator().manual_seed(1))
-    return ppo.concentrations(raw)
+def some_policies(count: int = 200, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    raw = 3 * torch.randn(2, count, 3, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    return tuple(torch.nn.functional.softplus(raw) + 1)
 
 
 def draw(alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(ppo.draw(alpha.detach().numpy(), beta.detach().numpy()))
 
 
-def log_prob(alpha: torch.Tensor, beta: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    return ppo.log_prob(alpha, beta, unit.log(), torch.log1p(-unit))
-
-
-def divergence(alpha: torch.Tensor, beta: torch.Tensor, *other: torch.Tensor) -> torch.Tensor:
-    """KL(Beta(alpha, beta) || other), as the loss has it."""
-    expected = ppo.expected_logs(alpha, beta)
-    return ppo.log_prob(alpha, beta, *expected) - ppo.log_prob(*other, *expected)
-
-
-def test_densities_entropy_and_divergence_are_the_beta_distributions():
+def test_densities_and_entropy_are_the_beta_distributions():
     alpha, beta = some_policies()
-    other_alpha, other_beta = (parameter.flip(0) for parameter in (alpha, beta))
-    reference, other = Beta(alpha, beta), Beta(other_alpha, other_beta)
-    assert alpha.min() > 1 and beta.min() > 1
-    unit = draw(alpha, beta)
-    torch.testing.assert_close(log_prob(alpha, beta, unit), reference.log_prob(unit).sum(-1), rtol=1e-4, atol=1e-4)
+    reference, actions = Beta(alpha, beta), draw(alpha, beta)
+    expected = reference.log_prob(actions).sum(-1)
+    torch.testing.assert_close(ppo.log_prob(alpha, beta, actions), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ppo.entropy_of(alpha, beta), reference.entropy().sum(-1), rtol=1e-4, atol=1e-4)
-    kl = divergence(alpha, beta, other_alpha, other_beta)
-    torch.testing.assert_close(kl, kl_divergence(reference, other).sum(-1), rtol=1e-4, atol=1e-4)
-    assert divergence(alpha, beta, alpha, beta).abs().max() == 0
 
 
 def test_the_normaliser_is_exact_where_float32_is():
@@ -111,26 +88,12 @@ def test_the_normaliser_is_exact_where_float32_is():
         torch.testing.assert_close(ppo.digamma(alpha), torch.digamma(alpha), atol=5e-6, rtol=0)
 
 
-def test_entropy_and_divergence_are_what_samples_show():
-    torch.manual_seed(0)
-    n = 200_000
-    (alpha, other_alpha), (beta, other_beta) = (parameter[:2] for parameter in some_policies())
-    unit = draw(alpha.expand(n, 3), beta.expand(n, 3))
-    surprise = -log_prob(alpha, beta, unit)
-    ratio = -surprise - log_prob(other_alpha, other_beta, unit)
-    for samples, exact in (
-        (surprise, ppo.entropy_of(alpha, beta)),
-        (ratio, divergence(alpha, beta, other_alpha, other_beta)),
-    ):
-        assert abs(samples.mean() - exact) < 4 * samples.std() / n**0.5
-
-
 def test_samples_are_beta_distributed_and_reproducible():
     stats = pytest.importorskip("scipy.stats")
     torch.manual_seed(0)
     for alpha, beta in ((1.0, 1.0), (1.7, 1.7), (1.01, 8.0), (400.0, 20.0)):
-        unit = draw(torch.full((50_000,), alpha), torch.full((50_000,), beta))
-        assert stats.kstest(unit.numpy(), stats.beta(alpha, beta).cdf).pvalue > 1e-3
+        actions = draw(torch.full((50_000,), alpha), torch.full((50_000,), beta))
+        assert stats.kstest(actions.numpy(), stats.beta(alpha, beta).cdf).pvalue > 1e-3
     state = torch.get_rng_state()
     first = draw(*some_policies())
     torch.set_rng_state(state)
@@ -138,44 +101,26 @@ def test_samples_are_beta_distributed_and_reproducible():
 
 
 def test_gradients_are_those_of_differences():
-    raw = (2 * torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).requires_grad_()
-    unit = torch.linspace(0.01, 0.99, 10, dtype=torch.float64).view(5, 2)
-    for most in (None, 5.0):
-        fixed = ppo.concentrations(raw.detach() + 0.3, most)
-        assert torch.autograd.gradcheck(lambda raw, most=most: ppo.entropy_of(*ppo.concentrations(raw, most)), raw)
-        assert torch.autograd.gradcheck(lambda raw, most=most: log_prob(*ppo.concentrations(raw, most), unit), raw)
-        assert torch.autograd.gradcheck(
-            lambda raw, fixed=fixed, most=most: divergence(*fixed, *ppo.concentrations(raw, most)), raw
-        )
+    alpha, beta = (parameter.requires_grad_() for parameter in some_policies(5, torch.float64))
+    actions = torch.linspace(0.01, 0.99, 15, dtype=torch.float64).view(5, 3)
+    assert torch.autograd.gradcheck(ppo.entropy_of, (alpha, beta))
+    assert torch.autograd.gradcheck(ppo.log_prob, (alpha, beta, actions))
 
 
-def test_concentrations_are_bounded_in_sum_and_keep_their_mode():
-    raw = 10 * torch.randn(1000, 12, generator=torch.Generator().manual_seed(0))
-    free, bounded = ppo.concentrations(raw), ppo.concentrations(raw, 20.0)
-    for one, expected in zip(free, (softplus(raw[:, :6]) + 1, softplus(raw[:, 6:]) + 1), strict=True):
-        torch.testing.assert_close(one, expected)
-    alpha, beta = bounded
-    assert alpha.min() >= 1 and beta.min() >= 1 and (alpha + beta).max() < 20 + 1e-4
-    small = sum(free) < 20
-    assert 0.1 < small.float().mean() < 0.9
-    assert torch.equal(alpha[small], free[0][small]) and torch.equal(beta[small], free[1][small])
-    modes = [((alpha - 1) / (alpha + beta - 2))[~small] for alpha, beta in (free, bounded)]
-    torch.testing.assert_close(modes[1], modes[0], rtol=1e-3, atol=1e-5)
-    middle = Beta(*ppo.concentrations(torch.full((1, 2), 1e4), 20.0))
-    assert 2 * middle.stddev.item() == pytest.approx(np.exp(-1.5), rel=0.03)
-
-
-@pytest.mark.parametrize("most", [None, 20.0])
-@pytest.mark.parametrize("raw", [(-1e4, 1e6), (1e6, -1e4), (1e6, 1e6), (-1e4, -1e4), (0.0, 30.0)])
-def test_nothing_breaks_at_the_edges(raw, most):
+@pytest.mark.parametrize("outputs", [(-1e4, 1e6), (1e6, -1e4), (1e6, 1e6), (-1e4, -1e4), (0.0, 30.0)])
+def test_nothing_breaks_at_the_edges(outputs):
     torch.manual_seed(0)
-    raw = torch.tensor(raw).repeat(1000, 1).requires_grad_()
-    alpha, beta = ppo.concentrations(raw, most)
-    unit = draw(alpha, beta).detach()
-    assert unit.min() > 0 and unit.max() < 1
-    for edge in (unit, torch.full_like(unit, 2**-24), torch.full_like(unit, 1 - 2**-24)):
-        logprob = log_prob(alpha, beta, edge)
-        (gradient,) = torch.autograd.grad(logprob.sum() + ppo.entropy_of(alpha, beta).sum(), raw, retain_graph=True)
+    agent = agent_of(action=1)
+    agent.actor[-1].weight.zero_()
+    agent.actor[-1].bias.copy_(torch.tensor(outputs)).requires_grad_()
+    alpha, beta, _ = agent(torch.zeros(1000, 3))
+    assert alpha.min() >= 1 and beta.min() >= 1
+    actions = draw(alpha, beta)
+    assert actions.min() > 0 and actions.max() < 1
+    for edge in (actions, torch.full_like(actions, 2**-24), torch.full_like(actions, 1 - 2**-24)):
+        logprob = ppo.log_prob(alpha, beta, edge)
+        wanted = logprob.sum() + ppo.entropy_of(alpha, beta).sum()
+        (gradient,) = torch.autograd.grad(wanted, agent.actor[-1].bias, retain_graph=True)
         assert logprob.isfinite().all() and gradient.isfinite().all()
 
 
@@ -185,7 +130,7 @@ def test_actions_fill_the_bounds_and_never_leave_them(dtype):
     high = np.array([[0.3, 2.0], [1e5, 0.3]], dtype)
     edges = [[[1 - 2**-24] * 4], [[0.0] * 4], [[1.0] * 4]]
     units = np.concatenate((np.random.default_rng(0).random((100_000, 4)), *edges)).astype(np.float32)
-    actions = ppo.scale(units, low, high)
+    actions = ppo.Agent(SMALL, (3,), low, high).for_environment(units)
     assert actions.dtype == dtype and (actions >= low).all() and (actions <= high).all()
     np.testing.assert_array_equal(actions[-2], low)
     np.testing.assert_array_equal(actions[-1], high)
@@ -196,78 +141,42 @@ def test_the_density_of_scaled_actions_differs_by_a_constant():
     """Which no ratio of probabilities contains: that of the unit cube is as good."""
     alpha, beta = (parameter[:, :2] for parameter in some_policies())
     low, high = torch.tensor([-1.0, 0.0]), torch.tensor([2.0, 5.0])
-    unit = draw(alpha, beta)
-    scaled = TransformedDistribution(Beta(alpha, beta), AffineTransform(low, high - low))
-    actions = torch.from_numpy(ppo.scale(unit.numpy(), low.numpy(), high.numpy()))
-    expected = scaled.log_prob(actions).sum(-1) + (high - low).log().sum()
-    torch.testing.assert_close(log_prob(alpha, beta, unit), expected, rtol=1e-3, atol=1e-3)
-
-
-# ----------------------------------------------------------------------------------------------------------- update
-
-
-def random_batch(agent: ppo.Agent, shape: tuple[int, ...], rows: int = 64) -> tuple[ppo.Batch, torch.Tensor, Beta]:
-    """Of actions, and of the policy that is said to have taken them."""
-    observations = torch.randn(rows, *shape)
-    if len(shape) == 3:
-        observations = torch.randint(256, (rows, int(np.prod(shape))), dtype=torch.uint8)
-    alpha, beta, values = agent(observations)
     actions = draw(alpha, beta)
-    old = alpha * torch.rand_like(alpha).exp(), beta * torch.rand_like(beta).exp()
-    expected = ppo.expected_logs(*old)
-    logprobs = log_prob(alpha, beta, actions) + 0.3 * torch.randn(rows)
-    old_values, advantages, returns = values + 0.3 * torch.randn(rows), *torch.randn(2, rows)
-    of_actions = actions.log(), torch.log1p(-actions), *expected, ppo.log_prob(*old, *expected), logprobs
-    return ppo.Batch(observations, *of_actions, old_values, advantages, returns), actions, Beta(*old)
+    scaled = TransformedDistribution(Beta(alpha, beta), AffineTransform(low, high - low))
+    played = torch.from_numpy(agent_of(low=low, high=high).for_environment(actions.numpy()))
+    expected = scaled.log_prob(played).sum(-1) + (high - low).log().sum()
+    torch.testing.assert_close(ppo.log_prob(alpha, beta, actions), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_loss_equals_the_papers():
+# ------------------------------------------------------------------------------------------------ networks and loss
+
+
+@pytest.mark.parametrize("shape", [(17,), (16, 16, 3)])
+def test_a_step_is_taken_by_the_policy_that_is_updated(shape):
     torch.manual_seed(0)
-    args = Args(ent_coef=0.01, clip_vloss=True)
-    agent = ppo.Agent(args, (3,), 2).requires_grad_(False)
-    batch, actions, then = random_batch(agent, (3,))
-    loss, (policy_loss, value_loss, entropy, kl, _) = ppo.ppo_loss(dict(agent.named_parameters()), agent, args, batch)
-
-    *parameters, values = agent(batch.observations)
-    policy = Beta(*parameters)
-    ratio = (policy.log_prob(actions).sum(-1) - batch.logprobs).exp()
-    advantages = (batch.advantages - batch.advantages.mean()) / batch.advantages.std()
-    surrogate = torch.stack((ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)).min(0).values
-    torch.testing.assert_close(policy_loss, -surrogate.mean())
-    near = torch.minimum(torch.maximum(values, batch.values - 0.2), batch.values + 0.2)
-    errors = torch.stack(((values - batch.returns) ** 2, (near - batch.returns) ** 2))
-    torch.testing.assert_close(value_loss, 0.5 * errors.max(0).values.mean())
-    torch.testing.assert_close(entropy, policy.entropy().sum(-1).mean())
-    torch.testing.assert_close(kl, kl_divergence(then, policy).sum(-1).mean())
-    torch.testing.assert_close(loss, policy_loss + 0.25 * value_loss - 0.01 * entropy)
+    agent = agent_of(SMALL, shape, 6)
+    agent.actor[-1].bias.copy_(torch.linspace(-30, 30, 12))
+    inputs = random_inputs(shape, 16)
+    alpha, beta, values = agent(inputs)
+    for acted, updated in zip(agent.policy()(inputs.numpy()), (alpha, beta), strict=True):
+        np.testing.assert_allclose(acted, updated, rtol=1e-5)
+    assert alpha[:, 0].max() < 1.1 and 20 < beta[:, -1].min() < beta.max() < 40
+    torch.testing.assert_close(agent.value(inputs.view(2, 8, -1)), values.view(2, 8))
 
 
-@needs_compiler
-@pytest.mark.parametrize("shape", [(3,), (16, 16, 2)])
-def test_the_compiled_update_is_the_update(shape):
+def test_values_are_computed_in_parts_small_enough_for_images(monkeypatch):
+    agent, seen = agent_of(SMALL, (8, 8, 1)), []
+    monkeypatch.setattr(agent.encoder, "forward", lambda part: (seen.append(len(part)), torch.zeros(len(part), 256))[1])
+    agent.critic = torch.nn.Linear(256, 1)
+    assert agent.value(torch.zeros(3, 700, 64, dtype=torch.uint8)).shape == (3, 700) and seen == [1024, 1024, 52]
+    assert agent.value(torch.zeros(0, 64, dtype=torch.uint8)).shape == (0,)
+
+
+def test_bf16_is_nearly_fp32():
     torch.manual_seed(0)
-    args = Args(num_minibatches=2, ent_coef=0.01)
-    agent = ppo.Agent(args, shape, 2).requires_grad_(False)
-    batch, learner = random_batch(agent, shape)[0], ppo.Learner.of(agent)
-    learner = learner._replace(learning_rate=ppo.step_sizes(replace(args, learning_rate=1e-3), agent))
-    said = []
-    fast = ppo.compile_update(args, agent, learner, batch, said.append)
-    assert "compiled in" in said[0]
-    indices, start = torch.randperm(64)[:32], [tensor.clone() for tensor in learner]
-    measures = fast(agent, args, learner, batch, indices)
-    compiled = learner.theta.clone()
-    for tensor, value in zip(learner, start, strict=True):
-        tensor.copy_(value)
-    torch.testing.assert_close(ppo.update(agent, args, learner, batch, indices), measures, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(learner.theta, compiled, rtol=1e-3, atol=1e-5)
-
-
-def test_bf16_is_nearly_fp32_and_policy_and_critic_are_parts_of_the_agent():
-    torch.manual_seed(0)
-    agent = ppo.Agent(Args(), (48, 40, 4), 3)
-    images = torch.randint(256, (32, 48 * 40 * 4), dtype=torch.uint8)
+    agent = agent_of(SMALL, (48, 40, 4), 3)
+    images = random_inputs((48, 40, 4), 32)
     exact = agent(images)
-    torch.testing.assert_close((*agent.policy(images), agent.value(images)), exact)
     agent.encoder.bf16 = True
     for rough, fine in zip(agent(images), exact, strict=True):
         assert rough.dtype == torch.float32 and not torch.equal(rough, fine)
@@ -281,136 +190,253 @@ def test_an_encoder_fits_images_of_any_size(shape):
     assert features.shape == (2, encoder.size)
 
 
-# --------------------------------------------------------------------------------------------------------- learning
+def test_an_encoder_sees_each_pixel_where_it_is():
+    encoder = ppo.Encoder((8, 16, 2), bf16=False)
+    image = torch.zeros(1, 8, 16, 2, dtype=torch.uint8)
+    image[0, 3, 5, 1] = 255
+    planes = torch.zeros(1, 2, 8, 16)
+    planes[0, 1, 3, 5] = 1
+    expected = torch.nn.Sequential(*encoder)(planes)
+    torch.testing.assert_close(encoder(image.flatten(1)), expected)
+    with pytest.raises(RuntimeError):
+        encoder(torch.zeros((4, 3 * 256), dtype=torch.uint8))  # as many bytes as twelve images have
 
 
-def test_learns_to_mirror(small):
-    run = train(replace(small, total_timesteps=9600, learning_rate=3e-3, update_epochs=5, gamma=0.0))
-    assert json.loads((run / "result.json").read_text())["evaluation"]["mean"] > -0.5  # a random policy's is -11
+def random_batch(agent: ppo.Agent, shape: tuple[int, ...], count: int = 64) -> ppo.Batch:
+    inputs = random_inputs(shape, count)
+    alpha, beta, values = agent(inputs)
+    actions = draw(alpha, beta)
+    logprobs = ppo.log_prob(alpha, beta, actions) + 0.3 * torch.randn(count)
+    return ppo.Batch(inputs, actions, logprobs, values + 0.3 * torch.randn(count), *torch.randn(2, count))
 
 
-def test_the_discount_rises(small, monkeypatch):
-    """Eight rollouts take the horizon from 10 to 160 steps: it doubles every other one, and ends a rollout short."""
-    horizons, estimate = [], ppo.generalised_advantages
-
-    def noted(*given):
-        horizons.append(1 / (1 - given[-2]))
-        return estimate(*given)
-
-    monkeypatch.setattr(ppo, "generalised_advantages", noted)
-    train(replace(small, gamma=0.9, final_gamma=1 - 1 / 160, recompute_advantages=False))
-    np.testing.assert_allclose(horizons, 10 * 2 ** (np.arange(8) / 2))
-    horizons.clear()
-    train(replace(small, gamma=0.9, recompute_advantages=False))
-    np.testing.assert_allclose(horizons, 8 * [10])
-
-
-def test_learns_from_images(images):
-    args = replace(images, env_kwargs='{"asks": true}', action_repeat=1, total_timesteps=6400, gamma=0.0)
-    run = train(replace(args, learning_rate=3e-3, update_epochs=4))
-    assert (
-        json.loads((run / "result.json").read_text())["evaluation"]["mean"] > -0.5
-    )  # a random policy's is -18, of one that never moves -4
-
-
-@pytest.mark.parametrize(("cut", "also"), [(True, False), (False, False), (False, True)])
-def test_of_images_too_truncation_bootstraps_and_termination_only_if_told_to(images, cut, also):
-    """From the last image, which is worth 2 more, not from the first of the next episode, which is worth nothing."""
-    args = replace(images, env_kwargs=json.dumps({"cut": cut}), resize=None, frame_stack=1, action_repeat=1)
-    args = replace(args, total_timesteps=9600, num_evals=0, gamma=0.5, vf_coef=1.0, learning_rate=2e-3)
-    policy = load_policy(train(replace(args, bootstrap_terminated=also)) / "checkpoint.pt")
-    env = make_eval_env(args)
-    shown = [env.reset()[0], *(env.step(np.float32([0, 0]))[0] for _ in range(19))]
-    expected, following = np.zeros(20), 2.0 if cut or also else 0.0
-    for t in reversed(range(20)):
-        expected[t] = following = (t >= 10) + 0.5 * following
-    np.testing.assert_allclose(policy.value(np.stack(shown)), expected, atol=0.3)
-
-
-def test_images_stay_as_they_are_while_the_next_take_their_place():
-    moments = ppo.observation_moments(Args(), (8, 8, 3))
-    images = np.full((2, 192), 255, np.uint8)
-    kept = moments.normalise(images)
-    images[:] = 0
-    assert kept.dtype == np.uint8 and (kept == 255).all()
-
-
-@pytest.mark.parametrize("most", [None, 20.0])
-@pytest.mark.parametrize("shape", [(17,), (16, 16, 3)])
-def test_a_step_is_taken_by_the_policy_that_is_updated(shape, most):
+@pytest.mark.parametrize(("clip_vloss", "ent_coef"), [(True, 0.01), (False, 0.0)])
+def test_loss_equals_the_papers(clip_vloss, ent_coef):
     torch.manual_seed(0)
-    agent = ppo.Agent(Args(concentration_max=most), shape, 6).requires_grad_(False)
-    agent.actor[-1].bias.copy_(torch.linspace(-30, 30, 12))
-    kind = torch.uint8 if len(shape) == 3 else torch.float32
-    observations = (100 * torch.rand(16, int(np.prod(shape)))).to(kind)
-    for acted, updated in zip(ppo.acting(agent)(observations.numpy()), agent.policy(observations), strict=True):
-        np.testing.assert_allclose(acted, updated, rtol=1e-5)
+    args = Args(ent_coef=ent_coef, vf_coef=0.3, clip_coef=0.1, clip_vloss=clip_vloss)
+    agent = agent_of(args)
+    batch = random_batch(agent, (3,))
+    loss, measures = ppo.ppo_loss(dict(agent.named_parameters()), agent, args, batch)
+    policy_loss, value_loss, entropy, kl, clipped = measures
+
+    alpha, beta, values = agent(batch.observations)
+    policy = Beta(alpha, beta)
+    ratio = (policy.log_prob(batch.actions).sum(-1) - batch.logprobs).exp()
+    advantages = (batch.advantages - batch.advantages.mean()) / batch.advantages.std()
+    surrogate = torch.stack((ratio * advantages, ratio.clamp(0.9, 1.1) * advantages)).min(0).values
+    torch.testing.assert_close(policy_loss, -surrogate.mean())
+    near = torch.minimum(torch.maximum(values, batch.values - 0.1), batch.values + 0.1)
+    errors = torch.stack(((values - batch.returns) ** 2, (near - batch.returns) ** 2))
+    torch.testing.assert_close(value_loss, 0.5 * (errors.max(0).values if clip_vloss else errors[0]).mean())
+    torch.testing.assert_close(entropy, policy.entropy().sum(-1).mean())
+    torch.testing.assert_close(kl, (ratio - 1 - ratio.log()).mean(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(clipped, ((ratio < 0.9) | (ratio > 1.1)).float().mean())
+    torch.testing.assert_close(loss, policy_loss + 0.3 * value_loss - ent_coef * entropy)
+
+
+def test_the_estimated_divergence_is_the_divergence():
+    torch.manual_seed(0)
+    agent, count = agent_of(), 20_000
+    inputs = torch.randn(1, 3).expand(count, 3)
+    alpha, beta, values = agent(inputs)
+    old = 1.3 * alpha, 0.9 * beta
+    actions, zeros = draw(*old), torch.zeros(count)
+    batch = ppo.Batch(inputs, actions, ppo.log_prob(*old, actions), values, zeros, zeros)
+    kl = ppo.ppo_loss(dict(agent.named_parameters()), agent, replace(SMALL, norm_adv=False), batch)[1][3]
+    exact = kl_divergence(Beta(*(each[:1] for each in old)), Beta(alpha[:1], beta[:1])).sum()
+    assert kl.item() == pytest.approx(exact.item(), rel=0.05)
+
+
+@needs_compiler
+def test_the_compiled_update_is_the_update():
+    torch.manual_seed(0)
+    shape, args = (16, 16, 2), replace(SMALL, num_steps=16, num_minibatches=2, ent_coef=0.01)
+    agent = agent_of(args, shape)
+    batch, learner, said = random_batch(agent, shape), ppo.Learner.of(agent, "cpu"), []
+    learner = learner._replace(learning_rate=ppo.step_sizes(replace(args, learning_rate=1e-3), agent))
+    fast = ppo.compile_update(args, agent, learner, SimpleNamespace(say=said.append), ())
+    assert "compiled in" in said[-1] and not torch.count_nonzero(learner.first_moment)
+    indices, start = torch.randperm(64)[:32], [tensor.clone() for tensor in learner]
+    with torch.compiler.set_stance("fail_on_recompile"):  # it was compiled for such a batch
+        measures = fast(agent, args, learner, batch, indices)
+    compiled = learner.theta.clone()
+    for tensor, value in zip(learner, start, strict=True):
+        tensor.copy_(value)
+    torch.testing.assert_close(ppo.update(agent, args, learner, batch, indices), measures, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(learner.theta, compiled, rtol=1e-3, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- from steps to batches
+
+
+def played(args: Args, agent: ppo.Agent) -> ppo.Rollout:
+    torch.manual_seed(0)
+    with closing(ppo.Environments(args)) as envs:
+        return ppo.collect(args, agent, envs, 0, ppo.Stopwatch(dict.fromkeys(ppo.SECONDS, 0.0)))
+
+
+def test_a_rollout_keeps_what_was_drawn_and_from_what():
+    args = replace(SMALL, env_id="tests.envs:Fates-v0", num_steps=200)
+    agent = agent_of(args, (2,), 2, [-1, 0], [1, 4])
+    agent.moments.update(np.random.default_rng(0).normal([500, 5], [300, 4], (1000, 2)))
+    agent.actor[-1].bias.copy_(torch.tensor([0.0, 3.0, 2.0, -1.0]))
+    rollout = played(args, agent)
+    for kept, now in zip((rollout.alpha, rollout.beta), agent(rollout.inputs[:-1])[:2], strict=True):
+        torch.testing.assert_close(kept, now, rtol=1e-5, atol=1e-5)
+    policy = Beta(rollout.alpha, rollout.beta)
+    z = (rollout.actions - policy.mean) / policy.stddev
+    np.testing.assert_allclose(z.mean((0, 1)), 0, atol=0.1)
+    np.testing.assert_allclose(z.std((0, 1)), 1, atol=0.1)
+    assert len(z.unique()) == z.numel()
+    seed, t = rollout.observations[..., 0], rollout.observations[..., 1]
+    paid = (rollout.actions.numpy() * [2, 4] - [1, 0]).sum(-1) + seed / 100 + t + 1
+    np.testing.assert_allclose(rollout.rewards, paid, rtol=1e-5)
+    ends = np.vectorize(lambda seed: Fates.end_of(int(seed))[0])(seed)
+    assert np.array_equal(rollout.ended, t + 1 == ends)
+
+    advantages, values = torch.randn(2, 200, 4)
+    batch = ppo.batch_of(rollout, advantages, values)
+    for at, n in ((0, 0), (7, 2), (199, 3)):
+        observation, action, logprob, value, advantage, target = (column[4 * at + n] for column in batch)
+        assert torch.equal(observation, rollout.inputs[at, n]) and torch.equal(action, rollout.actions[at, n])
+        torch.testing.assert_close(logprob, Beta(rollout.alpha[at, n], rollout.beta[at, n]).log_prob(action).sum())
+        assert (value, advantage) == (values[at, n], advantages[at, n])
+        torch.testing.assert_close(target, advantages[at, n] + values[at, n])
+
+
+def test_a_rollout_of_images_keeps_bytes_and_the_true_last_images():
+    args = replace(IMAGES, frame_stack=3, num_steps=16, env_kwargs='{"steps": 9}', gae_lambda=0.0)
+    agent = agent_of(args, (16, 16, 3), 2, [0, -1], [1, 3])
+    rollout = played(args, agent)
+    with closing(make_eval_env(args)) as env:
+        shown = np.stack([env.reset(seed=0)[0], *(env.step(np.float32([0, 0]))[0] for _ in range(3))]).reshape(4, -1)
+    t = np.arange(17)[:, None] % 3  # each episode takes three actions
+    assert rollout.inputs.dtype == torch.uint8 and np.array_equal(rollout.inputs, np.tile(shown[t], (1, 4, 1)))
+    assert np.array_equal(rollout.last_inputs, np.tile(shown[3], (4 * 5, 1)))
+    assert [episode["length"] for episode in rollout.episodes] == [3] * 20
+
+    values = agent.value(torch.tensor(shown))
+    advantages, same_values = ppo.estimate(args, agent, rollout, torch.ones(16, 4))
+    torch.testing.assert_close(same_values, values[t[:-1]].expand(16, 4))
+    torch.testing.assert_close(advantages, 1 + args.gamma * values[t[:-1] + 1] - same_values)
 
 
 @pytest.mark.parametrize("settings", [SMALL, IMAGES])
 def test_a_policy_that_stays_has_the_probabilities_it_acted_with(settings, tmp_path):
-    run = train(replace(settings, runs_dir=str(tmp_path), learning_rate=1e-20, num_evals=0))
+    run = train(replace(settings, runs_dir=str(tmp_path), learning_rate=1e-20))
     for row in rows(run, "progress"):
-        assert abs(float(row["kl"])) < 1e-5 and abs(float(row["policy_loss"])) < 1e-4
-        assert float(row["clip_fraction"]) == 0
+        assert abs(float(row["approx_kl"])) < 1e-6 and abs(float(row["policy_loss"])) < 1e-4
+        assert float(row["clipfrac"]) == 0
+
+
+def test_what_is_logged_of_the_policy(small):
+    args = replace(small, learning_rate=1e-20, num_steps=128)
+    agent_bias = {}
+
+    class Agent(ppo.Agent):
+        def __init__(self, *arguments: object):
+            super().__init__(*arguments)
+            self.actor[-1].bias.data.fill_(agent_bias["is"])
+
+    for bias, concentration, saturation in ((0.0, 2 * (1 + np.log(2)), 0.002), (-20.0, 2.0, 0.02)):
+        agent_bias["is"] = bias
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ppo, "Agent", Agent)
+            last = rows(train(args), "progress")[-1]
+        assert float(last["concentration"]) == pytest.approx(concentration, rel=0.02)
+        assert float(last["saturation"]) == pytest.approx(saturation, abs=0.01)
+
+
+# --------------------------------------------------------------------------------------------------------- learning
+
+
+def test_learns_to_mirror(small):
+    args = replace(small, total_timesteps=9600, learning_rate=3e-3, update_epochs=5, gamma=0.0, num_evals=1)
+    returns = [float(row["return"]) for row in rows(train(replace(args, eval_episodes=10)), "evaluations")]
+    assert np.mean(returns) > -0.5  # a random policy's is -11
+
+
+def test_learns_from_images(images):
+    args = replace(images, env_kwargs='{"asks": true}', action_repeat=1, total_timesteps=6400, gamma=0.0, num_evals=1)
+    run = train(replace(args, learning_rate=3e-3, update_epochs=4))
+    assert all(float(row["return"]) > -0.5 for row in rows(run, "evaluations"))  # one that never moves has -4
+
+
+# ------------------------------------------------------------------------------------------------------------ policy
+
+
+@pytest.mark.parametrize("shape", [(3,), (16, 16, 2)])
+def test_a_policy_acts_as_the_mean_does_and_samples_around_it(shape):
+    torch.manual_seed(0)
+    agent = agent_of(SMALL, shape, 2, [-2, 0], [2, 1])
+    agent.actor[-1].bias.copy_(torch.tensor([3.0, 0.0, 8.0, 2.0]))
+    policy, (inputs,) = ppo.Policy(SMALL, agent), random_inputs(shape, 1)
+    alpha, beta, _ = agent(inputs[None])
+    observation = inputs.numpy().reshape(shape)
+    beta_policy = Beta(alpha[0], beta[0])
+    np.testing.assert_allclose(
+        policy(observation), beta_policy.mean * torch.tensor([4, 1]) - torch.tensor([2, 0]), atol=1e-4
+    )
+    samples = policy(np.stack([observation] * 2000), sample=True)
+    np.testing.assert_allclose(samples.mean(0), policy(observation), atol=0.06)
+    np.testing.assert_allclose(samples.std(0), beta_policy.stddev * torch.tensor([4, 1]), rtol=0.06)
+    assert policy.discount == SMALL.gamma and policy.bootstraps == ("truncated",)
+
+
+def test_a_loaded_policy_of_images_has_exactly_the_returns_of_its_evaluation(images):
+    args = replace(images, env_kwargs='{"asks": true}', precision="bf16", num_evals=2, learning_rate=0.01)
+    run = train(args)
+    policy, table = load_policy(run / "checkpoint.pt"), rows(run, "evaluations")[2:]
+    for row in table:
+        with closing(make_eval_env(args)) as env:
+            assert str(ppo.play(policy, env, int(row["seed"]))[0]) == row["return"]
+    observation = make_eval_env(args).reset(seed=0)[0]
+    samples = np.array([policy(observation, sample=True) for _ in range(2)])
+    assert (samples[0] != samples[1]).all() and samples[0] in make_eval_env(args).action_space
+    with pytest.raises(ValueError, match="must be"):
+        policy(observation.ravel())
 
 
 # ----------------------------------------------------------------------------------------------------------- images
 
 
 def test_frames_are_stacked_the_oldest_first():
-    frames = ppo.Frames(Args(frame_stack=3))
+    args = Args(frame_stack=3)
     shown = [np.full((8, 8, 1), value, np.uint8) for value in range(4)]
-    assert frames.begin(shown[0]).shape == (8, 8, 3)
+    frames = ppo.stack(args, shown[0])
+    assert frames.shape == (8, 8, 3) and not frames.any()
     for image in shown[1:]:
-        seen = frames.add(image)
-    assert seen[0, 0].tolist() == [1, 2, 3]
-    assert frames.begin(shown[0])[0, 0].tolist() == [0, 0, 0]
+        frames = ppo.stack(args, image, frames)
+    assert frames[0, 0].tolist() == [1, 2, 3]
 
 
 def test_grey_and_resizing():
-    image = np.zeros((8, 8, 3), np.uint8)
-    image[:4] = 255, 0, 0
-    image[4:] = 0, 200, 100
-    grey = ppo.Frames(Args(grayscale=True)).begin(image)
-    assert grey.shape == (8, 8, 1) and grey.dtype == np.uint8
-    assert grey[0, 0, 0] == round(0.299 * 255) and grey[7, 7, 0] == round(0.587 * 200 + 0.114 * 100)
-    half = ppo.Frames(Args(resize=4)).begin(image)
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[:8] = 255, 0, 0
+    image[8:] = 0, 200, 100
+    grey = ppo.stack(Args(grayscale=True), image)
+    assert grey.shape == (16, 16, 1) and grey.dtype == np.uint8
+    assert grey[0, 0, 0] == round(0.299 * 255) and grey[15, 15, 0] == round(0.587 * 200 + 0.114 * 100)
+    half = ppo.stack(Args(resize=8), image)
     np.testing.assert_array_equal(half, image[::2, ::2])
-    one = ppo.Frames(Args(resize=1)).begin(image)
-    assert one.tolist() == [[[128, 100, 50]]]  # the mean, rounded to even
+    tall = np.zeros((24, 16, 1), np.uint8)
+    tall[0, 0], tall[1, 1] = 18, 12
+    assert ppo.stack(Args(resize=8), tall)[0, 0].item() == 5  # the mean of six pixels
+    many = np.stack((image, 255 - image))
+    for settings in ({"grayscale": True}, {"resize": 9}, {"frame_stack": 2}):
+        each = [ppo.stack(Args(**settings), one) for one in many]
+        np.testing.assert_array_equal(ppo.stack(Args(**settings), many), each)
 
 
 def test_frames_outlive_the_memory_they_were_drawn_into():
-    frames, drawing = ppo.Frames(Args(frame_stack=2, resize=4)), np.zeros((8, 8, 1), np.uint8)
-    frames.begin(drawing[::-1])  # upside down, as OpenGL draws: the rows' stride is negative
-    drawing[:] = 5
-    assert frames.add(drawing)[0, 0].tolist() == [0, 5]
-    frames = ppo.Frames(Args(frame_stack=2))
-    frames.begin(drawing)
-    drawing[:] = 7
-    assert frames.add(drawing)[0, 0].tolist() == [5, 7]
-
-
-def test_images_of_another_shape_are_not_regrouped():
-    encoder = ppo.Encoder((16, 16, 2), bf16=False)
-    assert len(encoder(torch.zeros((4, 16, 16, 2), dtype=torch.uint8))) == 4
-    with pytest.raises(RuntimeError):
-        encoder(torch.zeros((4, 16, 16, 3), dtype=torch.uint8))  # as many bytes as six images have
-
-
-def test_nothing_is_rendered_that_nobody_films():
-    for mode, images in ((None, 0), ("rgb_array", 1 + IMAGES.action_repeat)):
-        pixels = ppo.Pixels(ppo.make_env("tests.envs:Filmed-v0", {}, mode), IMAGES)
-        for seed in range(2):  # another episode forgets the pictures of the one before
-            pixels.reset(seed=seed)
-        pixels.step(np.float32([0, 0]))
-        assert len(pixels.rendered) == images
-
-
-def test_workers_need_no_threads_that_only_their_parent_has(images):
-    args = replace(images, env_id="tests.envs:Large-v0", vec="async", threads=2, num_evals=0)
-    subprocess.run(command(args), check=True, timeout=120)
+    for args in (Args(frame_stack=2, resize=8), Args(frame_stack=2), Args()):
+        drawing = np.zeros((16, 16, 1), np.uint8)
+        frames = ppo.stack(args, drawing[::-1])  # upside down, as OpenGL draws: the rows' stride is negative
+        drawing[:] = 5
+        assert not frames.any()
+        frames = ppo.stack(args, drawing, frames)
+        drawing[:] = 7
+        assert frames[0, 0].tolist() == [0, 5][-args.frame_stack :]
 
 
 def test_an_action_is_repeated_until_the_episode_ends():
@@ -424,19 +450,68 @@ def test_an_action_is_repeated_until_the_episode_ends():
     assert rewards == [0, 0, 0, 2, 3, 3, 2] and truncated and not terminated
 
 
-class Pool:
-    """EnvPool's side of what `PixelsOfMany` uses, on environments of Gymnasium's, of which one ends early."""
+@pytest.mark.parametrize(
+    ("space", "image"),
+    [
+        (gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), True),
+        (gym.spaces.Box(0, 255, (8, 8, 12), np.uint8), True),
+        (gym.spaces.Box(0, 255, (128,), np.uint8), False),
+        (gym.spaces.Box(0, 1, (8, 8, 3), np.float32), False),
+        (gym.spaces.Box(0, 10, (7, 7, 3), np.uint8), False),
+        (gym.spaces.Dict({"a": gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)}), False),
+    ],
+)
+def test_what_is_an_image(space, image, monkeypatch):
+    class Shows(gym.Env):
+        observation_space, action_space, metadata = space, gym.spaces.Box(-1, 1, (1,)), {}
 
-    def __init__(self, args: Args):
-        self.envs = [ppo.make_env(args.env_id, {"asks": True, "steps": steps}) for steps in (20, 10, 20)]
+    monkeypatch.setattr(gym, "make", lambda *_, **__: Shows())
+    env = make_eval_env(Args())
+    assert isinstance(env, ppo.Frames) == image
+    assert len(env.observation_space.shape) == (3 if image else 1)
+
+
+def test_workers_need_no_threads_that_only_their_parent_has(images):
+    words = ["--env-id", "tests.envs:Large-v0", "--vec", "async", "--threads", "2", "--resize", "16", "--no-compile"]
+    words += ["--num-envs", "4", "--num-steps", "16", "--num-minibatches", "4", "--total-timesteps", "128"]
+    command = [sys.executable, str(SCRIPT), *words, "--num-evals", "0", "--runs-dir", images.runs_dir]
+    subprocess.run(command, check=True, timeout=120, cwd=SCRIPT.parent)
+
+
+def test_async_shows_the_images_that_sync_does(images):
+    assert same(train(images), train(replace(images, vec="async")))
+
+
+def test_a_film_of_repeated_actions_is_as_fast_as_what_it_shows(images):
+    from moviepy import VideoFileClip
+
+    run = train(replace(images, num_evals=1, capture_video=True))
+    (video,) = (run / "videos").iterdir()
+    with VideoFileClip(str(video)) as clip:
+        assert clip.fps == 10 and abs(clip.n_frames - 7) <= 1  # of 20 steps in seven actions, 30 steps a second
+
+
+# ---------------------------------------------------------------------------------------------------------- EnvPool
+
+
+class Pool:
+    """EnvPool's side of what `FramesOfMany` uses, on environments of Gymnasium's, of which one ends early."""
+
+    observation_space = gym.spaces.Box(0, 255, (24, 24, 3), np.uint8)
+
+    def __init__(self):
+        self.envs = [gym.make("tests.envs:Filmed-v0", asks=True, steps=steps).unwrapped for steps in (20, 10, 20)]
         self.over = np.zeros(3, bool)
+
+    def close(self):
+        pass
 
     def reset(self, which):
         self.over[which] = False
         return np.stack([self.envs[n].reset(seed=int(n))[0] for n in which]), {}
 
     def step(self, actions, which=(0, 1, 2)):
-        assert not self.over[list(which)].any()
+        assert len(which) and not self.over[list(which)].any()
         answers = [self.envs[n].step(action) for n, action in zip(which, actions, strict=True)]
         images, rewards, terminated, truncated, _ = (np.array(part) for part in zip(*answers, strict=True))
         self.over[list(which)] = terminated | truncated
@@ -444,8 +519,8 @@ class Pool:
 
 
 def test_one_and_many_environments_show_the_same():
-    many = ppo.PixelsOfMany(Pool(IMAGES), IMAGES, 3)
-    single = [ppo.Pixels(env, IMAGES) for env in Pool(IMAGES).envs]
+    many = ppo.FramesOfMany(Pool(), replace(IMAGES, num_envs=3))
+    single = [ppo.Frames(env, IMAGES) for env in Pool().envs]
     np.testing.assert_array_equal(many.reset(np.arange(3))[0], [env.reset(seed=n)[0] for n, env in enumerate(single)])
     random = np.random.default_rng(0)
     for t in range(7):
@@ -464,156 +539,27 @@ def test_envpool_drives_the_car_that_gymnasium_drives():
     """The tracks differ and so do single pixels; what the road looks like, and what a way along it earns, do not."""
     pytest.importorskip("envpool")
     args = Args(env_id="CarRacing-v3", num_envs=4, vec="envpool", grayscale=True, frame_stack=2, action_repeat=4)
-    pool, env = ppo.Environments(args), make_eval_env(args)
-    pool.reset(np.ones(4, bool))
-    gym_return, pool_returns, seen = 0.0, np.zeros(4), []
-    env.reset(seed=0)
-    for t in range(12):
-        action = np.float32([0, 0.4 if t < 10 else 0, 0])
-        image, reward, *_ = env.step(action)
-        images, rewards, *_ = pool.step(np.stack([action] * 4))
-        gym_return, pool_returns = gym_return + reward, pool_returns + rewards
-    images = images.reshape(4, 96, 96, 2)
-    road = image[70:80, 46:50]  # under and in front of the car
+    gym_return, pool_returns = 0.0, np.zeros(4)
+    with closing(ppo.EnvPool(args)) as pool, closing(make_eval_env(args)) as env:
+        env.reset(seed=0)
+        for t in range(12):
+            action = np.float32([0, 0.4 if t < 10 else 0, 0])
+            image, reward, *_ = env.step(action)
+            images, rewards, *_ = pool.step(np.stack([action] * 4))
+            gym_return, pool_returns = gym_return + reward, pool_returns + rewards
+    assert images.shape == (4, 96, 96, 2)
     for seen in images:
         assert np.abs(seen[60:64, 46:50].astype(int) - image[60:64, 46:50]).mean() < 5
         assert np.abs(np.median(seen, (0, 1)) - np.median(image, (0, 1))).max() < 5
-    assert road.mean() < 120
+    assert image[70:80, 46:50].mean() < 120  # the road under and in front of the car
     assert np.abs(pool_returns - gym_return).max() < 12
-    pool.close()
-    env.close()
 
 
-def test_a_video_shows_every_repetition(images):
-    from moviepy import VideoFileClip
-
-    args = replace(images, num_evals=1, capture_video=True)
-    run = train(args)
-    (video,) = (run / "videos").iterdir()
-    with VideoFileClip(str(video)) as clip:
-        assert clip.n_frames in (20, 21) and clip.fps == 30
-    assert same(run, train(replace(args, capture_video=False)))
+# --------------------------------------------------------------------------------------------------------- settings
 
 
-# --------------------------------------------------------------------------------------------------- run directory
-
-
-def test_what_is_logged_of_the_policy(small):
-    last = rows(train(small), "progress")[-1]
-    assert 2 < float(last["concentration"]) < 10 and 0 <= float(last["saturation"]) < 0.1
-    assert "std" not in last
-
-
-def test_a_loaded_policy_plays_as_the_evaluation_did(images):
-    args = replace(images, env_kwargs='{"asks": true}', precision="bf16")
-    run = train(args)
-    policy, env = load_policy(run / "best.pt"), make_eval_env(args)
-    best = json.loads((run / "result.json").read_text())["best"]
-    (observation, _), total, over = env.reset(seed=10_000), 0.0, False
-    while not over:
-        observation, reward, terminated, truncated, _ = env.step(policy(observation[None])[0])
-        total, over = total + reward, terminated or truncated
-    assert total == pytest.approx(best["mean"], abs=1e-5)
-    samples = [policy(observation[None], sample=True) for _ in range(2)]
-    assert (samples[0] != samples[1]).all() and env.action_space.contains(samples[0][0])
-
-
-@pytest.mark.parametrize("settings", [SMALL, replace(IMAGES, vec="async")])
-def test_seed_decides_and_evaluation_does_not(settings, tmp_path):
-    args = replace(settings, runs_dir=str(tmp_path))
-    first = train(args)
-    assert same(first, train(replace(args, num_evals=0, vec="sync")))
-    assert not same(first, train(replace(args, seed=2)))
-
-
-RESUMED = {
-    "HalfCheetah-v4": {"num_envs": 2},
-    "tests.envs:Filmed-v0": {"frame_stack": 3, "resize": 16, "action_repeat": 3},
-}
-
-
-@pytest.mark.parametrize("env_id", RESUMED)
-def test_a_killed_run_resumes_to_the_same_weights(tmp_path, env_id):
-    args = replace(SMALL, env_id=env_id, num_steps=64, total_timesteps=6144, checkpoint_every=1000, final_gamma=0.999)
-    args = replace(args, **RESUMED[env_id])
-    undisturbed = train(replace(args, runs_dir=str(tmp_path / "undisturbed")))
-
-    runs = tmp_path / "killed"
-    process = subprocess.Popen(command(replace(args, runs_dir=str(runs))), stdout=subprocess.DEVNULL)
-    lines, deadline = 0, time.monotonic() + 60
-    while lines < 13 and process.poll() is None and time.monotonic() < deadline:
-        lines = sum(path.read_text().count("\n") - 1 for path in runs.glob("*/progress.csv"))
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    (run,) = (path for path in runs.iterdir() if not path.name.startswith("."))
-    words = [sys.executable, str(SCRIPT), "--resume", str(run)]
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-    assert same(undisturbed, run)
-    assert rows(undisturbed, "evaluations") == rows(run, "evaluations")
-    assert len(rows(undisturbed, "progress")) == len(rows(run, "progress"))
-
-
-# --------------------------------------------------------------------------------------------------------- mistakes
-
-MISTAKES = {
-    "--env-id tests.envs:Endless-v0": "finite bounds",
-    "--env-id CartPole-v1": "ppo_discrete.py",
-    "--env-id tests.envs:ChannelsFirst-v0": "(height, width, channels)",
-    "--env-id tests.envs:ChannelsFirst-v0 --resize 84": "(height, width, channels)",
-    "--env-id tests.envs:WithoutChannels-v0": "(height, width, channels)",
-    "--env-id tests.envs:Stacked-v0": "--frame-stack",
-    "--env-id tests.envs:Filmed-v0 --resize 7": "--resize 7: must be at least 8",
-    "--env-id tests.envs:Transparent-v0 --grayscale": "one or three channels",
-    "--env-id tests.envs:Whole-v0": "real numbers",
-    "--env-id Pendulum-v1 --frame-stack 4": "--frame-stack is for images",
-    "--env-id Pendulum-v1 --precision bf16": "--precision is for images",
-    "--env-id tests.envs:Filmed-v0 --action-repeat 0": "--action-repeat",
-    "--env-id tests.envs:Filmed-v0 --resize 0": "--resize",
-    "--env-id Pendulum-v1 --concentration-max 2": "must be above 2",
-    "--gamma 0.9 --final-gamma 1": "--final-gamma 1: must be below 1",
-    "--gamma 1 --final-gamma 0.9": "--gamma 1: must be below 1",
-    "--final-gamma 1.5": "--final-gamma 1.5: must be between 0 and 1",
-    "--log-std-init 0": "--log-std-init",
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_in_one_line(tmp_path, capsys, mistake):
-    runs = tmp_path / "runs"
-    with pytest.raises(SystemExit) as stop:
-        train(parse([*mistake.split(), "--runs-dir", str(runs)]))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and not runs.exists()
-    assert error.count("\n") == 1 and MISTAKES[mistake] in error
-
-
-def test_another_scripts_run_is_not_resumed(small, capsys):
-    run = train(small)
-    meta = json.loads((run / "meta.json").read_text())
-    (run / "meta.json").write_text(json.dumps(meta | {"script": "ppo_continuous"}))
-    with pytest.raises(SystemExit) as stop:
-        parse(["--resume", str(run)])
-    assert stop.value.code == 2 and "ppo_continuous.py" in capsys.readouterr().err
-
-
-def test_vectors_are_as_in_the_flagship():
-    """A uint8 space of one dimension and a float one of three are vectors."""
-    assert not ppo.is_image(gym.spaces.Box(0, 255, (128,), np.uint8))
-    assert not ppo.is_image(gym.spaces.Box(0, 1, (8, 8, 3), np.float32))
-    assert ppo.is_image(gym.spaces.Box(0, 255, (8, 8, 3), np.uint8))
-
-
-def test_small_images_may_have_more_channels_than_rows():
-    args = replace(IMAGES, env_id="tests.envs:Deep-v0", grayscale=False, resize=None, frame_stack=1)
-    ppo.check_environments(args)
-    assert make_eval_env(args).observation_space.shape == (8, 8, 12)
-
-
-def test_threads_hold_in_a_child_process(small, monkeypatch):
-    """There, making an environment sets them to one."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(ppo.multiprocessing, "parent_process", lambda: "another")
-    train(replace(small, threads=2, total_timesteps=128))
-    after = torch.get_num_threads()
-    torch.set_num_threads(before)
-    assert after == 2
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_files_of_settings_are_read(path):
+    args = ppo.parse(["--config", str(path)])
+    for name, value in yaml.safe_load(path.read_text()).items():
+        assert getattr(args, name) == (tuple(value) if isinstance(value, list) else value)

@@ -3,6 +3,7 @@
 import copy
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -418,7 +419,8 @@ def improve(played: Played, args: Args, move=lambda agent, call: None, kl=lambda
 
     learner = learner_of(played.agent)
     before = learner.theta.clone()
-    measures = ppo.improve(args, played.agent, learner, played.rollout, played.rewards, update)
+    optimise = partial(ppo.run_epoch, args, played.agent, learner, update)
+    measures = ppo.improve(args, played.agent, learner, played.rollout, played.rewards, optimise)
     learner.theta.copy_(before)
     return measures, calls
 

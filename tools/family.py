@@ -4,7 +4,7 @@
     python tools/family.py --check    # only says what differs; exit status 1 if anything does
 
 Top-level functions, classes and constants of the same name are the same, byte for byte, in every script, except those
-in `DIFFERENT`. Of a class that has methods there, the other methods are the same, and what stands above them.
+in `DIFFERENT`; of a class whose methods stand there, or what is above them as `__doc__`, all else is the same.
 """
 
 import argparse
@@ -13,88 +13,121 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Each source with those who take its blocks. The four below still have the form before the flagship was redrawn.
-FAMILIES = {
-    "ppo_continuous.py": ["sac_continuous.py"],
-    "ppo_discrete.py": ["ppo_beta.py", "ppo_atari_cnn.py", "grpo.py"],
-}
+FLAGSHIP = "ppo_continuous.py"
 # What differs on purpose, and why.
+OWN = {
+    "Args": "its own settings",
+    "RANGES": "their ranges",
+    "Agent": "its own networks",
+    "collect": "its own policy acts",
+    "improve": "its own steps and measures",
+    "compile_update": "its own batch",
+    "train": "its own parts",
+    "prepare": "its own spaces and sizes",
+    "Run.announce": "its own sizes",
+}
+PPO = OWN | {
+    "log_prob": "its own distribution",
+    "ppo_loss": "its entropy depends on the state",
+    "estimate": "its own critic",
+    "batch_of": "its own distribution",
+}
 DIFFERENT = {
-    "Args": "each algorithm has its own",
-    "train": "each algorithm has its own",
-    "check": "each algorithm has its own arguments to refuse",
-    "check_spaces": "each algorithm has its own spaces",
-    "Agent": "SAC has two critics, GRPO none, ppo_discrete.py a categorical policy, ppo_beta.py an encoder",
-    "log_prob": "each distribution has its own",
-    "ppo_loss": "the entropy of a categorical or a Beta policy depends on the state",
-    "Policy": "SAC's is squashed, and its value is the lower of two; that of ppo_discrete.py chooses",
-    "load_policy": "GRPO and SAC do not scale rewards; a Box has bounds, discrete actions have first choices and sizes",
-    "Batch": "GRPO has no critic; the Beta policy keeps what its rollout's policy expected",
-    "make_eval_env": "ppo_beta.py sees images too, ppo_atari_cnn.py games",
-    "make_train_env": "ppo_beta.py sees images too",
-    "make_envpool": "ppo_beta.py sees images too",
-    "Frames": "ppo_beta.py's are an environment's images, ppo_atari_cnn.py's as the emulator makes them",
-    "Environments": "ppo_atari_cnn.py plays the emulator's own vector environment",
-    "check_environments": "ppo_atari_cnn.py plays the emulator's own vector environment",
-    "update": "each algorithm has its own",
-    "compile_update": "the updates take different arguments",
-    "MEASURES": "each algorithm measures its own",
-    "STATE": "each algorithm has its own",
-    "SECONDS": "SAC learns while it collects",
-    "TABLES": "each algorithm has its own columns",
-    "RANGES": "each algorithm has its own arguments",
-    "prepare": "each algorithm has its own spaces, and sizes that have to fit",
-    "in_numpy": "SAC's networks lie side by side, and learn after every step",
-    "collect": "SAC's steps go into a replay buffer",
-    "improve": "each algorithm has its own",
-    "Run.__init__": "SAC has a replay buffer",
-    "Run.state": "SAC's has the replay buffer, three learners and a GPU's random state",
-    "Run.begin": "SAC restores those",
-    "Run.announce": "each algorithm has its own sizes",
-    "Run.write": "SAC measures nothing before it learns, and an actor that waits for critics nothing in between",
+    "ppo_discrete.py": PPO | {"Policy._choose": "it chooses", "Policy.value": "its inputs"},
+    "ppo_atari_cnn.py": PPO
+    | {
+        "Environments": "ale-py steps the games together; a lost life is an end",
+        "EnvPool": "games have lives",
+        "make_eval_env": "games",
+        "Rollout": "it keeps what the network said in the rollout; to ask again would be dear",
+        "Batch": "frames",
+        "Policy": "a network of torch",
+        "load_policy": "no bounds, nothing normalised",
+    },
+    "ppo_beta.py": PPO
+    | {
+        "make_env": "images too",
+        "make_eval_env": "images too",
+        "TrainEnv.__init__": "images too",
+        "EnvPool._make": "images too",
+        "Policy.__init__": "an encoder",
+        "Policy._choose": "two outputs",
+        "Policy.value": "an encoder",
+        "Rollout": "it keeps alpha and beta",
+    },
+    "grpo.py": OWN
+    | {
+        "Environments": "the members of a group begin alike",
+        "EnvPool": "the members of a group begin alike",
+        "TrainEnv.__doc__": "the members of a group begin alike",
+        "TrainEnv.reset": "the members of a group begin alike",
+        "TrainEnv.step": "infos",
+        "MEASURES": "no critic",
+        "Batch": "no critic",
+        "Rollout": "episodes of groups",
+        "Policy.__call__": "discrete actions too",
+        "Policy.__init__": "discrete actions too",
+        "Policy._choose": "discrete actions too",
+        "make_eval_env": "infos",
+        "estimate": "advantages without a critic",
+        "batch_of": "no critic",
+        "update": "a reference policy",
+    },
+    "sac_continuous.py": OWN
+    | {
+        "MEASURES": "its own losses",
+        "update": "three learners",
+        "in_numpy": "its networks lie side by side",
+        "Policy._choose": "squashed",
+        "Policy.value": "the lower of two critics",
+        "load_policy": "no returns normalised",
+        "Run.__init__": "a replay buffer",
+        "Run.state": "a replay buffer",
+        "Run.begin": "a replay buffer",
+        "Run.write": "nothing is measured before it learns",
+    },
 }
 
 
-def blocks(source: str) -> dict[str, tuple[int, int]]:
-    """First and last line of each top-level function, class and constant, decorators included."""
-    split = {name.split(".")[0] for name in DIFFERENT if "." in name}
+def blocks(source: str, different: set[str]) -> dict[str, tuple[int, int]]:
+    """First and last line of each top-level function, class and constant that is shared.
+
+    A class of which something is different counts by its methods.
+    """
     found = {}
     for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found[node.targets[0].id] = span(node)
+        elif isinstance(node, ast.FunctionDef):
             found[node.name] = span(node)
-            if node.name in split:
-                methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
-                found |= {f"{node.name}.{method.name}": span(method) for method in methods}
-                above = [part.end_lineno for part in node.body if part.lineno < span(methods[0])[0]]
-                found[node.name] = span(node)[0], max(above, default=node.lineno)
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            found[node.targets[0].id] = node.lineno, node.end_lineno
-    return found
+        elif isinstance(node, ast.ClassDef) and any(name.startswith(f"{node.name}.") for name in different):
+            methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            found |= {f"{node.name}.{method.name}": span(method) for method in methods}
+            found[f"{node.name}.__doc__"] = span(node)[0], span(methods[0])[0] - 1
+        elif isinstance(node, ast.ClassDef):
+            found[node.name] = span(node)
+    return {name: where for name, where in found.items() if not {name, name.split(".")[0]} & different}
 
 
-def span(node: ast.FunctionDef | ast.ClassDef) -> tuple[int, int]:
-    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]), node.end_lineno
-
-
-def differences(source: str, other: str) -> dict[str, str]:
-    """The source's text of each block that is another in the other script, by name."""
-    ours, theirs = blocks(source), blocks(other)
-    found = {}
-    for name in ours.keys() & theirs.keys() - DIFFERENT.keys():
-        text, there = (lines(*pair) for pair in ((source, ours[name]), (other, theirs[name])))
-        if text != there:
-            found[name] = text
-    return found
+def span(node: ast.stmt) -> tuple[int, int]:
+    return min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))]), node.end_lineno
 
 
 def lines(source: str, span: tuple[int, int]) -> str:
     return "\n".join(source.split("\n")[span[0] - 1 : span[1]])
 
 
-def updated(source: str, other: str) -> str:
+def differences(source: str, other: str, different: set[str]) -> dict[str, str]:
+    """The source's text of each block that is another in the other script, by name."""
+    ours, theirs = blocks(source, different), blocks(other, different)
+    texts = {name: (lines(source, ours[name]), lines(other, theirs[name])) for name in ours.keys() & theirs.keys()}
+    return {name: text for name, (text, there) in sorted(texts.items()) if text != there}
+
+
+def updated(source: str, other: str, different: set[str]) -> str:
     """The other script with the source's blocks."""
-    for name, text in differences(source, other).items():
-        first, last = blocks(other)[name]
+    for name, text in differences(source, other, different).items():
+        first, last = blocks(other, different)[name]
         rows = other.split("\n")
         other = "\n".join([*rows[: first - 1], *text.split("\n"), *rows[last:]])
     return other
@@ -103,16 +136,14 @@ def updated(source: str, other: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say what differs")
-    check, differ = parser.parse_args().check, False
-    for source, others in FAMILIES.items():
-        text = (ROOT / source).read_text()
-        for path in (ROOT / other for other in others):
-            other = path.read_text()
-            for name in sorted(differences(text, other)):
-                differ = True
-                print(f"{path.name}: {name} {'is not that of' if check else 'copied from'} {source}")
-            if not check:
-                path.write_text(updated(text, other))
+    check, differ, source = parser.parse_args().check, False, (ROOT / FLAGSHIP).read_text()
+    for script, reasons in DIFFERENT.items():
+        path, other = ROOT / script, (ROOT / script).read_text()
+        for name in differences(source, other, set(reasons)):
+            differ = True
+            print(f"{script}: {name} {'is not that of' if check else 'copied from'} {FLAGSHIP}")
+        if not check:
+            path.write_text(updated(source, other, set(reasons)))
     sys.exit(check and differ)
 
 
