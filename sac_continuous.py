@@ -427,13 +427,13 @@ class Agent(nn.Module):
         self.moments = RunningMoments(observation_shape, args.norm_obs)
         self.register_buffer("low", torch.as_tensor(low))
         self.register_buffer("high", torch.as_tensor(high))
-        self.bounds = low, high
+        self.centre, self.half_range, self.bounds = low / 2 + high / 2, high / 2 - low / 2, (low, high)
 
     def for_environment(self, actions: np.ndarray) -> np.ndarray:
-        """(N, A) of the policy's, in [-1, 1], to the environment's shape and bounds."""
+        """(N, A) of the policy's to the environment's shape and bounds."""
         low, high = self.bounds
-        share = 0.5 * actions.reshape(-1, *low.shape) + 0.5
-        return (low * (1 - share) + high * share).clip(low, high)
+        actions = self.centre + self.half_range * actions.reshape(-1, *low.shape)
+        return np.minimum(np.maximum(actions, low), high)
 
 
 def gaussian(outputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,6 +91,8 @@ def test_actions_cover_uneven_bounds_and_their_density_is_that_of_the_log_probab
     actions = policy(np.zeros((5000, 3)), sample=True)
     assert actions.shape == (5000, 2) and (actions >= [-1, 0]).all() and (actions <= [3, 0.5]).all()
     np.testing.assert_allclose(agent.for_environment(np.float32([[-1, 1], [0, -0.5]])), [[-1, 0.5], [1, 0.125]])
+    plain = np.random.default_rng(0).uniform(-1, 1, (50, 2)).astype(np.float32)
+    assert np.array_equal(agent_of().for_environment(plain), plain)  # to the last bit, where the bounds are these
 
     _, logprobs = sac.squash(agent.actor(torch.zeros(5000, 3)), torch.randn(5000, 2))
     counts, *_ = np.histogram2d(*actions.T, bins=6, range=[[-1, 3], [0, 0.5]], density=True)
@@ -443,8 +445,12 @@ def test_actions_are_random_until_learning_starts_and_then_drawn_from_the_policy
 
 def test_what_is_not_finite_is_not_kept():
     args = replace(SMALL, env_kwargs='{"breaks": 3}')
-    agent, watch = agent_of(args, 4, 4), sac.Stopwatch(dict.fromkeys(sac.SECONDS, 0.0))
-    agent.bounds = (np.full((2, 2), -1, np.float32), np.full((2, 2), 2, np.float32))
+    low, high, watch = (
+        -np.ones((2, 2), np.float32),
+        np.ones((2, 2), np.float32),
+        sac.Stopwatch(dict.fromkeys(sac.SECONDS, 0.0)),
+    )
+    agent = sac.Agent(args, (2, 2), low, 2 * high)
     with closing(sac.Environments(args)) as envs:
         buffer = ReplayBuffer(Rings.of(100, envs.observations, gym.spaces.Box(-1, 1, (4,)), "cpu"), 4)
         buffer.begin(envs.observations)
