@@ -670,7 +670,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     with closing(envs), Run(args, agent, learners, buffer, envs, progress) as run:
         run.begin()
         fast_update = compile_update(args, agent, learners, buffer, run, interrupts) if args.compile else update
-        watch, booked, measured = Stopwatch(progress["seconds"]), dict(progress["seconds"]), []
+        watch, booked, measured, shown = Stopwatch(progress["seconds"]), dict(progress["seconds"]), [], run.saved
 
         for step in range(run.saved + N, total + 1, N):
             if interrupts:
@@ -690,11 +690,13 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             if not all(learner.theta.isfinite().all() for learner in learners[:3]):
                 raise FloatingPointError(f"not finite at step {step:,}: {measures}")
             watch.lap("updating")
-            row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(step / watch.elapsed())}
+            seconds = {name: spent - booked[name] for name, spent in watch.seconds.items()}
+            pace = (step - shown) / sum(seconds[name] for name in ("stepping", "acting", "updating"))
+            row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(pace, 1)}
             row |= measures | {"learning_rate": learners.log_alpha.learning_rate.item()}
             row |= {"updates": progress["updates"], "buffer": len(buffer)}
-            row |= {f"seconds_{name}": round(watch.seconds[name] - booked[name], 4) for name in SECONDS}
-            booked = dict(watch.seconds)
+            row |= {f"seconds_{name}": round(spent, 4) for name, spent in seconds.items()}
+            booked, shown = dict(watch.seconds), step
             run.write("progress", [row])
             watch.lap("saving")
 
@@ -704,7 +706,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             if saves:
                 run.save(step)
                 watch.lap("saving")
-            run.show(row, total, f"Q {row['qf1_values']:.1f}  alpha {row['alpha']:.3f}")
+            learnt = "" if math.isnan(row["alpha"]) else f"Q {row['qf1_values']:.1f}  alpha {row['alpha']:.3f}"
+            run.show(row, total, learnt)
         run.finish(total, watch.elapsed())
     return run.directory
 
@@ -1023,8 +1026,9 @@ class Run(ExitStack):
     def show(self, row: dict, total: int, learnt: str) -> None:
         """A live line on a terminal; elsewhere, and in the log, a line every half minute."""
         step, recent = row["step"], self.progress["recent"]
-        left = timedelta(seconds=round(row["wall_time"] / step * (total - step)))
-        text = f"{step:>11,} {step / total:4.0%}  {row['sps']:,} steps/s  ETA {left}"
+        # Steps from which nothing is learnt yet are quick, and tell nothing of those to come.
+        left = timedelta(seconds=round((total - step) / row["sps"])) if learnt else "unknown"
+        text = f"{step:>11,} {step / total:4.0%}  {row['sps']:,.0f} steps/s  ETA {left}"
         text += f"  return {np.mean(recent):.1f}  {learnt}" if recent else f"  {learnt}"
         if time.monotonic() - self.said > 30:
             self.said = time.monotonic()

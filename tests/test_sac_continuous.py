@@ -1,6 +1,7 @@
 """SAC's mathematics against independent computations, and how its parts are wired."""
 
 import copy
+import csv
 import math
 from collections import deque
 from contextlib import closing
@@ -528,6 +529,25 @@ def test_a_row_is_of_the_updates_since_the_last(small, monkeypatch):
     assert [row["qf_loss"] for row in table] == ["nan", "31.5", "95.5"]
     assert [row["updates"] for row in table] == ["0", "64", "128"]
     assert [row["buffer"] for row in table] == ["256", "512", "768"]
+
+
+def test_the_pace_is_that_of_the_rows_own_steps(small):
+    run, before = train(replace(small, num_evals=4, checkpoint_every=300, learning_starts=256)), 0
+    with (run / "progress.csv").open() as file:
+        table = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    for row in table:
+        spent = sum(row[f"seconds_{name}"] for name in ("stepping", "acting", "updating"))
+        assert row["sps"] == pytest.approx((row["step"] - before) / spent, rel=0.01)
+        before = row["step"]
+
+
+def test_what_is_left_is_told_by_the_pace_of_learning():
+    said = []
+    run = SimpleNamespace(progress={"recent": [1.0]}, said=-math.inf, say=said.append)
+    sac.Run.show(run, {"step": 10_000, "sps": 20_000.0, "wall_time": 0.5}, 1_000_000, "")
+    run.said = -math.inf
+    sac.Run.show(run, {"step": 20_000, "sps": 98.0, "wall_time": 102.5}, 1_000_000, "Q 1.0")
+    assert "ETA unknown" in said[0] and "ETA 2:46:40" in said[1] and "98 steps/s" in said[1]
 
 
 @pytest.mark.parametrize("norm_obs", [False, True])
