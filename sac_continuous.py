@@ -342,7 +342,7 @@ class ReplayBuffer:
 
     def draw(self, count: int) -> Tensor:
         """Slots of transitions, uniformly and with replacement."""
-        return (torch.randint(self.first, self.end, (count,)) % self.size).to(self.rings.rewards.device)
+        return torch.randint(self.first, self.end, (count,), device=self.rings.rewards.device) % self.size
 
     def state(self) -> dict:
         used = zip(self.rings, (self.seen, *[self.end] * 4), strict=True)

@@ -363,6 +363,16 @@ def test_the_buffer_normalises_as_the_policy_does():
     assert normal.observations.abs().max() == 10
 
 
+def test_indices_are_drawn_where_the_buffer_is():
+    buffer, _ = filled_buffer(60, 3, 10)
+    before = torch.get_rng_state()
+    buffer.draw(5)
+    assert not torch.equal(torch.get_rng_state(), before)
+    torch.set_rng_state(before)
+    buffer.rings = buffer.rings._replace(rewards=buffer.rings.rewards.to("meta"))
+    assert buffer.draw(5).device.type == "meta" and torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_million_steps_fit_into_120_mb():
     rings = Rings.of(1_000_000, np.zeros((1, 17)), gym.spaces.Box(-1, 1, (6,)), "cpu")
     assert sum(ring.nbytes for ring in rings) == 105_000_000
