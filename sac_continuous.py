@@ -1082,10 +1082,13 @@ def refuse(problem: str) -> NoReturn:
 
 
 RANGES = {
-    "at least 1": (1, 1e15, "batch_size policy_frequency target_network_frequency actor_sizes critic_sizes"),
     "between 1 and 1e15": (1, 1e15, "total_timesteps checkpoint_every num_envs eval_episodes"),
+    "between 1 and 1e12": (1, 1e12, "buffer_size"),
+    "between 1 and 65536": (1, 65536, "batch_size target_network_frequency actor_sizes critic_sizes"),
+    "between 1 and 100": (1, 100, "policy_frequency"),  # so many steps of the actor are compiled
+    "between 1e-6 and 1000": (1e-6, 1000, "updates_per_step"),
     "at least 0": (0, 1e15, "num_evals learning_starts"),
-    "above 0": (1e-300, 1e300, "learning_rate policy_lr q_lr alpha updates_per_step"),
+    "above 0": (1e-300, 1e300, "learning_rate policy_lr q_lr alpha"),
     "between 0 and 1": (0, 1, "gamma tau lr_warmup"),
     "between 1 and 1024": (1, 1024, "threads"),
     "between 0 and 2147483647": (0, 2**31 - 1, "seed"),  # EnvPool's have 32 bits
@@ -1143,6 +1146,13 @@ def resolve_precision(args: Args) -> Args:
     return replace(args, precision="bf16" if fast else "fp32") if args.precision == "auto" else args
 
 
+def memory_of(args: Args) -> int:
+    """In bytes, where the replay buffer is."""
+    if args.device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
     """The environments, and the arguments with `precision`; what cannot work is refused before anything is written."""
     for name, package in (("vec", "envpool"), ("track", "wandb")):
@@ -1176,6 +1186,10 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
                 env.step(actions.sample())  # some values are no problem before
                 if env.render_mode:
                     env.render()
+        seen = np.empty((1, *env.observation_space.shape), env.observation_space.dtype)
+        taken = sum(ring.nbytes for ring in Rings.of(args.buffer_size, seen, actions, "meta"))
+        if taken > (memory := memory_of(args)):
+            refuse(f"--buffer-size {args.buffer_size}: takes {taken:,} bytes, of {memory:,} that there are")
         envs = (EnvPool if args.vec == "envpool" else Environments)(args)
         if spaces != [(envs.observations.shape[1:], actions)] * 2:
             envs.close()
