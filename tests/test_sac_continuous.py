@@ -5,6 +5,7 @@ import math
 from collections import deque
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -376,7 +377,7 @@ class Played:
     def __init__(self, args: Args = FATES):
         torch.manual_seed(0)
         self.args, self.agent = args, agent_of(args, 2, 2, [-1, 0], [1, 4])
-        watch = sac.Stopwatch(dict.fromkeys(sac.SECONDS, 0.0))
+        watch, act = sac.Stopwatch(dict.fromkeys(sac.SECONDS, 0.0)), partial(sac.sample_actions, self.agent)
         with closing(sac.Environments(args)) as envs:
             space = gym.spaces.Box(-1, 1, (2,))
             self.buffer = ReplayBuffer(Rings.of(args.buffer_size, envs.observations, space, "cpu"), args.num_envs)
@@ -384,7 +385,7 @@ class Played:
             self.episodes, self.scales = [], []
             for step in range(0, 320, 4):
                 self.scales.append(self.agent.moments.normaliser())
-                self.episodes += sac.collect(args, self.agent, self.buffer, envs, step, watch)
+                self.episodes += sac.collect(args, self.agent, act, self.buffer, envs, step, watch)
         assert len(self.buffer) == 320
         columns = sac.gather(replace(args, norm_obs=False), self.buffer.rings, STILL, torch.arange(320))
         self.batch = sac.Transitions(*(column.numpy() for column in columns))
@@ -445,13 +446,14 @@ def test_what_is_not_finite_is_not_kept():
     args = replace(SMALL, env_kwargs='{"breaks": 3}')
     agent, watch = agent_of(args, 4, 4), sac.Stopwatch(dict.fromkeys(sac.SECONDS, 0.0))
     agent.bounds = (np.full((2, 2), -1, np.float32), np.full((2, 2), 2, np.float32))
+    act = partial(sac.sample_actions, agent)
     with closing(sac.Environments(args)) as envs:
         buffer = ReplayBuffer(Rings.of(100, envs.observations, gym.spaces.Box(-1, 1, (4,)), "cpu"), 4)
         buffer.begin(envs.observations)
         for step in (0, 4):
-            sac.collect(args, agent, buffer, envs, step, watch)
+            sac.collect(args, agent, act, buffer, envs, step, watch)
         with pytest.raises(FloatingPointError, match="step 12"):
-            sac.collect(args, agent, buffer, envs, 8, watch)
+            sac.collect(args, agent, act, buffer, envs, 8, watch)
     assert len(buffer) == 8
 
 
@@ -463,7 +465,8 @@ def improve(played: Played, args: Args, step: int, updates: int = 0, learn_from:
         calls.append((*data, [learner.learning_rate.item() for learner in learners[:3]]))
         return len(calls)
 
-    measured = sac.improve(args, played.agent, learners, played.buffer, step, progress, update)
+    optimise = partial(update, played.agent, args, learners, played.buffer.rings)
+    measured = sac.improve(args, played.agent, learners, played.buffer, step, progress, optimise)
     assert measured == list(range(1, len(calls) + 1)) and progress["updates"] == updates + len(calls)
     return calls, [learner.learning_rate.item() for learner in learners[:3]]
 
