@@ -41,6 +41,7 @@ class Row:
     filmed: str  # one that is filmed
     clock: dict | None  # a run in which the critic learns the values of Clock-v0; None where there is no critic
     mistakes: dict[str, str]  # its own, and what has to be said of them
+    length: int = 10  # of the episodes of the small run
     breaks: bool = True  # whether its environments can pay what is no number
     dear: bool = False  # a run takes seconds: what only shared blocks promise is tested of the others
 
@@ -145,17 +146,23 @@ SCRIPTS = {
         },
         killed={
             "HalfCheetah-v4": {"num_envs": 1, "policy_frequency": 2, "precision": "bf16", "total_timesteps": 2048},
-            "Hopper-v4": {"norm_obs": True, "total_timesteps": 3072},
-            "LunarLander-v3": {"total_timesteps": 3072, "env_kwargs": '{"continuous": true}'},
+            "Hopper-v4": {"norm_obs": True, "updates_per_step": 0.1, "total_timesteps": 3072},
+            "LunarLander-v3": {
+                "env_kwargs": '{"continuous": true}',
+                "updates_per_step": 0.1,
+                "total_timesteps": 3072,
+            },
         },
         played="HalfCheetah-v4",
         filmed="Pendulum-v1",
         clock={
-            "total_timesteps": 6000,
+            "total_timesteps": 5000,
             "buffer_size": 10_000,
+            "batch_size": 64,
+            "critic_sizes": (64, 64),
             "gamma": 0.9,
             "learning_rate": 3e-3,
-            "tau": 0.02,
+            "tau": 0.05,
             "autotune": False,
             "alpha": 1e-6,
         },
