@@ -41,6 +41,7 @@ class Row:
     filmed: str  # one that is filmed
     clock: dict | None  # a run in which the critic learns the values of Clock-v0; None where there is no critic
     mistakes: dict[str, str]  # its own, and what has to be said of them
+    length: int = 10  # of the episodes of the small run
     breaks: bool = True  # whether its environments can pay what is no number
     dear: bool = False  # a run takes seconds: what only shared blocks promise is tested of the others
 
