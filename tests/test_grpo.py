@@ -72,7 +72,7 @@ def test_distributions_are_torchs(kind):
     torch.manual_seed(0)
     outputs, others = torch.randn(2, 50, 4, dtype=torch.float64)
     policy, torchs, other = kind(outputs), FAMILIES[kind](outputs), FAMILIES[kind](others)
-    actions = policy.sample()
+    actions = torch.tensor(kind.sample(outputs.numpy()))
     torch.testing.assert_close(policy.log_prob(actions), total(torchs.log_prob(actions)))
     torch.testing.assert_close(policy.entropy(), total(torchs.entropy()))
     torch.testing.assert_close(policy.kl(kind(others)), total(torch.distributions.kl_divergence(torchs, other)))
@@ -96,11 +96,13 @@ def test_log_beta_is_that_of_ppo_beta():
 def test_samples_follow_the_distribution(kind):
     torch.manual_seed(0)
     outputs = torch.randn(1, 4)
-    samples = kind(outputs.expand(40_000, 4)).sample()
+    samples = torch.tensor(kind.sample(outputs.expand(40_000, 4).numpy()))
     if kind is grpo.Categorical:
         torch.testing.assert_close(samples.bincount() / 40_000, outputs.softmax(-1)[0], atol=0.01, rtol=0)
+        assert kind.best(outputs.numpy()) == outputs.argmax()
     else:
         torchs = FAMILIES[kind](outputs)
+        torch.testing.assert_close(torch.tensor(kind.best(outputs.numpy())), torchs.mean)
         torch.testing.assert_close(samples.mean(0), torchs.mean[0], atol=0.03, rtol=0)
         torch.testing.assert_close(samples.std(0), torchs.stddev[0], atol=0.03, rtol=0)
 
@@ -112,7 +114,7 @@ def test_the_mean_of_k3_is_the_closed_divergence(kind):
     agent = torch.nn.Module()
     agent.kind, agent.forward = kind, lambda _: outputs.expand(100_000, 4)
     policy, zeros, losses = kind(agent.forward(None)), torch.zeros(100_000), {}
-    actions = policy.sample()
+    actions = torch.tensor(kind.sample(agent.forward(None).numpy()))
     batch = grpo.Batch(zeros, actions, policy.log_prob(actions), zeros, zeros + 1, others.expand(100_000, 4))
     for estimator in ("closed", "k3"):
         args = replace(SMALL, kl_estimator=estimator)
@@ -129,6 +131,18 @@ def test_actions_cover_uneven_bounds_and_choices_begin_where_the_space_does():
     actions = beta.for_environment(np.float32([[0, 1], [0.5, 0.5]]))
     assert actions.tolist() == [[[-1, 0.5]], [[1, 0.25]]] and actions.dtype == np.float32
     assert agent_of(low=-1, high=1).for_environment(np.array([0, 2])).tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize("distribution", ["normal", "beta"])
+@pytest.mark.parametrize("bounds", [(0, 3), box(-1, 1)])
+def test_acting_is_what_the_networks_do_until_they_are_asked_again(distribution, bounds):
+    agent, observations = agent_of(replace(SMALL, distribution=distribution), *bounds), torch.randn(5, 3)
+    act, before = agent.acting(), agent(observations)
+    np.testing.assert_allclose(act(observations.numpy()), before, atol=1e-6)
+    for parameter in agent.parameters():
+        parameter += 1
+    np.testing.assert_allclose(act(observations.numpy()), before, atol=1e-6)
+    np.testing.assert_allclose(agent.acting()(observations.numpy()), agent(observations), atol=1e-5)
 
 
 @pytest.mark.parametrize("distribution", ["normal", "beta"])
@@ -291,9 +305,9 @@ def example(space: str = "discrete", size: int = 64) -> tuple[grpo.Agent, grpo.B
     torch.manual_seed(0)
     agent = agent_of(SMALL, *SPACES[space])
     observations, reference = torch.randn(size, 3), 0.5 * torch.randn(size, 4)
-    policy = agent.kind(agent(observations))
-    actions = policy.sample()
-    logprobs = policy.log_prob(actions) + 0.3 * torch.randn(size)
+    outputs = agent(observations)
+    actions = torch.tensor(agent.kind.sample(outputs.numpy()))
+    logprobs = agent.kind(outputs).log_prob(actions) + 0.3 * torch.randn(size)
     return agent, grpo.Batch(observations, actions, logprobs, torch.randn(size), torch.rand(size) + 0.5, reference)
 
 
