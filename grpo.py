@@ -16,7 +16,9 @@ Shao et al. 2024, https://arxiv.org/abs/2402.03300 (outcome and process advantag
 
 The algorithm ends with `train`; what follows keeps, evaluates and checks, and is much the same in every script.
 
-What may surprise:
+What may surprise, beside the paper's own (`--config configs/grpo/paper-outcome.yaml` or `paper-process.yaml`):
+- By default a step is judged by its rewards to go, less their mean over the group at that time; all steps weigh the
+  same, and no reference policy holds back.
 - An iteration is `num_groups` x `group_size` whole episodes, however long they are; the run ends with the iteration
   that reaches `total_timesteps`. Only the steps of these episodes are counted.
 - The members of a group get one seed (`--identical-start`): they begin alike and meet the same chance, but act each
