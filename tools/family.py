@@ -38,6 +38,8 @@ DIFFERENT = {
     "check_environments": "ppo_atari_cnn.py plays the emulator's own vector environment",
     "update": "each algorithm has its own",
     "compile_update": "the updates take different arguments",
+    "TrainEnv": "where actions are chosen, it keeps the mask of those that are allowed",
+    "play": "where actions are chosen, the policy is told which are allowed",
     "Rollout": "each algorithm keeps its own of a step",
     "collect": "each policy draws its own actions",
     "batch_of": "each distribution has its own log-probabilities",
