@@ -16,7 +16,9 @@ Shao et al. 2024, https://arxiv.org/abs/2402.03300 (outcome and process advantag
 
 The algorithm ends with `train`; what follows keeps, evaluates and checks, and is much the same in every script.
 
-What may surprise:
+What may surprise, beside the paper's own (`--config configs/grpo/paper-outcome.yaml` or `paper-process.yaml`):
+- By default a step is judged by its rewards to go, less their mean over the group at that time; all steps weigh the
+  same, and no reference policy holds back.
 - An iteration is `num_groups` x `group_size` whole episodes, however long they are; the run ends with the iteration
   that reaches `total_timesteps`. Only the steps of these episodes are counted.
 - The members of a group get one seed (`--identical-start`): they begin alike and meet the same chance, but act each
@@ -304,11 +306,13 @@ class Categorical:
     def __init__(self, outputs: Tensor):
         self.logprobs = outputs.log_softmax(-1)
 
-    def sample(self) -> Tensor:  # where log p + Gumbel noise is largest
-        return (self.logprobs - torch.empty_like(self.logprobs).exponential_().log()).argmax(-1)
+    @staticmethod
+    def best(outputs: np.ndarray) -> np.ndarray:
+        return outputs.argmax(-1)
 
-    def best(self) -> Tensor:
-        return self.logprobs.argmax(-1)
+    @staticmethod
+    def sample(outputs: np.ndarray) -> np.ndarray:  # where log p + Gumbel noise is largest
+        return (outputs - torch.empty(outputs.shape).exponential_().log().numpy()).argmax(-1)
 
     def log_prob(self, actions: Tensor) -> Tensor:
         return self.logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
@@ -326,11 +330,14 @@ class Normal:
     def __init__(self, outputs: Tensor):
         self.mean, self.log_std = outputs.chunk(2, -1)
 
-    def sample(self) -> Tensor:
-        return self.mean + self.log_std.exp() * torch.randn_like(self.mean)
+    @staticmethod
+    def best(outputs: np.ndarray) -> np.ndarray:
+        return np.split(outputs, 2, -1)[0]
 
-    def best(self) -> Tensor:
-        return self.mean
+    @staticmethod
+    def sample(outputs: np.ndarray) -> np.ndarray:
+        mean, log_std = np.split(outputs, 2, -1)
+        return mean + np.exp(log_std) * torch.randn(mean.shape).numpy()
 
     def log_prob(self, actions: Tensor) -> Tensor:
         z = (actions - self.mean) * torch.exp(-self.log_std)
@@ -368,12 +375,16 @@ class Beta:
     def __init__(self, outputs: Tensor):
         self.alpha, self.beta = (nn.functional.softplus(outputs) + 1).chunk(2, -1)
 
-    def sample(self) -> Tensor:
-        gamma = torch._standard_gamma(torch.stack((self.alpha, self.beta)))
-        return (gamma[0] / gamma.sum(0)).clamp(2**-24, 1 - 2**-24)  # what rounding would make 0 or 1 stays next to it
+    @staticmethod
+    def best(outputs: np.ndarray) -> np.ndarray:
+        alpha, beta = np.split(np.logaddexp(outputs, 0) + 1, 2, -1)
+        return alpha / (alpha + beta)
 
-    def best(self) -> Tensor:
-        return self.alpha / (self.alpha + self.beta)
+    @staticmethod
+    def sample(outputs: np.ndarray) -> np.ndarray:
+        gamma = torch._standard_gamma(torch.from_numpy(np.logaddexp(outputs, 0) + 1)).numpy()
+        first, second = np.split(gamma, 2, -1)
+        return (first / (first + second)).clip(2**-24, 1 - 2**-24)  # what rounding would make 0 or 1 stays next to it
 
     def log_prob(self, actions: Tensor) -> Tensor:
         logs = (self.alpha - 1) * actions.log() + (self.beta - 1) * torch.log1p(-actions)
@@ -417,6 +428,14 @@ class Agent(nn.Module):
     def forward(self, observations: Tensor) -> Tensor:
         outputs = self.actor(observations)
         return torch.cat((outputs, self.log_std.expand_as(outputs)), -1) if self.kind is Normal else outputs
+
+    def acting(self) -> Callable[[np.ndarray], np.ndarray]:
+        """`forward` in numpy, with the parameters as they are now."""
+        act = in_numpy(self.actor)
+        if self.kind is not Normal:
+            return act
+        log_std = self.log_std.cpu().numpy().copy()
+        return lambda x: np.concatenate((mean := act(x), np.broadcast_to(log_std, mean.shape)), -1)
 
     def for_environment(self, actions: np.ndarray) -> np.ndarray:
         """(N,) or (N, A) of the policy's to the environment's shape and bounds."""
@@ -631,7 +650,7 @@ def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Sto
     P, G, N = args.num_groups, args.group_size, args.num_envs
     seeds = envs.random.integers(2**31, size=(P, 1 if args.identical_start else G))
     seeds = np.broadcast_to(seeds, (P, G)).ravel()
-    normalise, device = agent.moments.normaliser(), next(agent.parameters()).device
+    act, normalise, device = agent.acting(), agent.moments.normaliser(), next(agent.parameters()).device
     observations, lengths = np.empty((N, *agent.moments.mean.shape)), np.zeros(P * G, int)
     playing = np.full(N, -1)  # the episode in each environment, or -1
     begun, steps, parts, ended = 0, 0, [], []
@@ -645,7 +664,7 @@ def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Sto
         busy = np.flatnonzero(playing >= 0)
         episodes, seen = playing[busy], observations[busy]
         inputs = normalise(seen).reshape(len(busy), -1)
-        actions = agent.kind(agent(torch.tensor(inputs, device=device))).sample().cpu().numpy()
+        actions = agent.kind.sample(act(inputs))
         environment_actions = agent.for_environment(actions)
         watch.lap("acting")
         observations[busy], rewards, terminated, truncated = envs.step(busy, environment_actions)
@@ -812,7 +831,7 @@ class Policy:
     def __init__(self, args: Args, agent: Agent):
         self.agent, self.discount, self.bootstraps = agent, args.gamma, ()
         self.shape = tuple(agent.moments.mean.shape)
-        self._normalise = agent.moments.normaliser()
+        self._act, self._normalise = agent.acting(), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
         if np.shape(observations) == self.shape:
@@ -823,9 +842,8 @@ class Policy:
         return np.array(actions).reshape(-1, *self.agent.low.shape)
 
     def _choose(self, observation: np.ndarray, sample: bool) -> np.ndarray:
-        inputs = torch.tensor(self._normalise(observation).reshape(1, -1), device=next(self.agent.parameters()).device)
-        policy = self.agent.kind(self.agent(inputs))
-        return self.agent.for_environment((policy.sample() if sample else policy.best()).cpu().numpy())[0]
+        outputs, kind = self._act(self._normalise(observation).reshape(1, -1)), self.agent.kind
+        return self.agent.for_environment(kind.sample(outputs) if sample else kind.best(outputs))[0]
 
 
 def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:
@@ -883,7 +901,8 @@ def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run", inter
     size, D = args.minibatch_size, agent.moments.mean.numel()
     observations, *columns = (torch.zeros(shape, device=device) for shape in ((size, D), size, size, size))
     outputs = agent(observations)
-    batch = Batch(observations, agent.kind(outputs).best().contiguous(), *columns, outputs)
+    actions = torch.tensor(agent.kind.best(outputs.cpu().numpy()), device=device)
+    batch = Batch(observations, actions, *columns, outputs)
     # Compiling is quicker without a test of the vector instructions, a header for later and the debugger's lines.
     config = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False, "aot_inductor.enable_line_tables": False}
     config |= {"cpp_wrapper": device.type == "cpu"}  # there, calling many small kernels from Python costs
@@ -1039,6 +1058,8 @@ class Run(ExitStack):
             f"{args.update_epochs} epochs of minibatches of at most {args.minibatch_size},"
             f" {parameters:,} parameters, {self.learner.theta.device}\n{self.directory}"
         )
+        if slow := {type(layer).__name__ for layer in agent.actor if type(layer) not in IN_NUMPY}:
+            self.say(f"acting is slower for {', '.join(sorted(slow))}, which in_numpy does not know")
         if not exact:
             self.say("--vec envpool cannot repeat its episodes; other ones follow, all else continues")
 

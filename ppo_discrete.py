@@ -20,6 +20,7 @@ What may surprise, beside the usual PPO:
 - An episode cut by a time limit bootstraps from the value of its true last observation; only termination ends a return.
 - What normalises observations changes once per rollout, after its update; the first sees them raw, clipped at ±10.
 - An action of several parts (MultiDiscrete) is drawn part by part, independently given the observation.
+- What an environment forbids by `info["action_mask"]` has no probability and no gradient.
 - All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
 """
 
@@ -98,6 +99,7 @@ class Args:
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     adam_eps: float = 1e-5  # Adam's epsilon
     target_kl: float | None = None  # end a rollout's update once a minibatch's KL from the rollout's policy exceeds it
+    action_masks: bool = True  # where `info` has an `action_mask`, what it forbids is not done
     norm_obs: bool = True  # normalise observations by their running mean and deviation
     norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
     actor_sizes: tuple[int, ...] = (64, 64)  # hidden layers of the policy
@@ -150,14 +152,17 @@ class TrainEnv(gym.Wrapper):
             self.env.close()
             self.env = self.make()
         world = getattr(self.unwrapped, "world", None)
-        observation, _ = self.env.reset(seed=seed)
+        observation, info = self.env.reset(seed=seed)
+        self.mask = info.get("action_mask")
         self.worn = world is not None and self.unwrapped.world is world  # a Box2D world keeps traces of its past
         self.episode = [seed]
         return observation, {}
 
     def step(self, action: np.ndarray) -> tuple:
         self.episode.append(np.array(action))
-        return *self.env.step(action)[:4], {}  # infos are not read, and collecting them takes a tenth of the time
+        *seen, info = self.env.step(action)
+        self.mask = info.get("action_mask")
+        return *seen, {}  # collecting infos takes a tenth of the time
 
     def replay(self) -> tuple[np.ndarray, float]:
         """Its last observation and its return so far."""
@@ -321,21 +326,25 @@ class Agent(nn.Module):
         super().__init__()
         D, sizes = math.prod(observation_shape), high.astype(int) - low.astype(int) + 1
         self.shape = A, K = sizes.size, sizes.max().item()
+        self.mask_shape = self.shape if args.action_masks else (0,)
         self.actor = mlp((D, *args.actor_sizes, A * K), last_scale=0.01)
         self.critic = mlp((D, *args.critic_sizes, 1), last_scale=1.0)
-        lacking = torch.arange(K) >= torch.from_numpy(sizes.reshape(A, 1))
-        self.actor[-1].bias.data[lacking.flatten()] = -1e9  # is never drawn, has no gradient, and stays
+        self.exist = np.arange(K) < sizes.reshape(A, 1)
+        self.actor[-1].bias.data[~self.exist.flatten()] = -1e9  # is never drawn, has no gradient, and stays
         self.moments = RunningMoments(observation_shape, args.norm_obs)
         self.return_moments = RunningMoments((), args.norm_reward)
         self.register_buffer("low", torch.as_tensor(low))
         self.register_buffer("high", torch.as_tensor(high))
 
-    def logits(self, observations: Tensor) -> Tensor:
+    def logits(self, observations: Tensor, masks: Tensor) -> Tensor:
         """The logarithms of the choices' probabilities, (…, A, K)."""
-        return self.actor(observations).unflatten(-1, self.shape).log_softmax(-1)
+        logits = self.actor(observations).unflatten(-1, self.shape)
+        if masks.numel():  # not -inf, whose product with a probability of 0, in the entropy, would be NaN
+            logits = logits.masked_fill(~masks, -1e9)
+        return logits.log_softmax(-1)
 
-    def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        return self.logits(observations), self.critic(observations).squeeze(-1)
+    def forward(self, observations: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        return self.logits(observations, masks), self.critic(observations).squeeze(-1)
 
     def for_environment(self, actions: np.ndarray) -> np.ndarray:
         """(N, A), which count from 0, to the environment's shape and numbers."""
@@ -345,6 +354,22 @@ class Agent(nn.Module):
 
 def log_prob(logits: Tensor, actions: Tensor) -> Tensor:
     return logits.gather(-1, actions.unsqueeze(-1)).sum((-2, -1))
+
+
+def allowed(args: Args, agent: Agent, masks: Sequence) -> np.ndarray:
+    """Which choices N masks allow, each an array for all parts of an action or a tuple with one for each. (N, A, K)"""
+
+    def flat(mask: np.ndarray | tuple) -> np.ndarray:
+        return np.concatenate([flat(part) for part in mask]) if isinstance(mask, tuple) else np.ravel(mask)
+
+    rows, size = [flat(mask) for mask in masks], agent.exist.sum()
+    if wrong := [mask for mask, row in zip(masks, rows, strict=True) if len(row) != size]:
+        raise ValueError(f"{args.env_id}: an action mask must have {size} values, and is {wrong[0]}")
+    choices = np.zeros((len(rows), *agent.shape), bool)
+    choices[:, agent.exist] = np.equal(rows, 1)
+    if not choices.any(-1).all():
+        raise ValueError(f"{args.env_id}: an action mask allows no action")
+    return choices
 
 
 def gumbel(shape: tuple[int, ...]) -> Tensor:
@@ -372,6 +397,7 @@ def generalised_advantages(
 class Batch(NamedTuple):
     observations: Tensor  # (B, D)
     actions: Tensor  # (B, A)
+    masks: Tensor  # (B, A, K), which choices were allowed; (B, 0) where all always are
     logprobs: Tensor  # (B,)
     values: Tensor  # (B,), those of the rollout's critic
     advantages: Tensor  # (B,)
@@ -379,7 +405,7 @@ class Batch(NamedTuple):
 
 
 def ppo_loss(parameters: dict[str, Tensor], agent: Agent, args: Args, batch: Batch) -> tuple[Tensor, tuple]:
-    logits, values = functional_call(agent, parameters, (batch.observations,))
+    logits, values = functional_call(agent, parameters, (batch.observations, batch.masks))
     advantages = batch.advantages
     if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -475,6 +501,7 @@ class Rollout(NamedTuple):
     inputs: Tensor  # (T + 1, N, D), what the networks see of the observations
     last_inputs: Tensor  # (K, D), of what the K episodes that ended saw last, in the order of `ended`
     actions: Tensor  # (T, N, A)
+    masks: Tensor  # (T, N, A, K) or (T, N, 0)
     terminated: Tensor  # (T, N)
     ended: Tensor  # (T, N), terminated or truncated
 
@@ -486,12 +513,17 @@ def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Sto
     noise = gumbel((T, N, *agent.shape)).numpy()
     observations = np.empty((T, *envs.observations.shape))
     inputs, actions = np.empty((T + 1, N, D), np.float32), np.empty((T, N, A), np.int64)
+    masks = np.empty((T, N, *agent.mask_shape), bool)
     rewards, terminated, truncated = np.empty((T, N)), np.empty((T, N), bool), np.empty((T, N), bool)
     last_inputs, episodes = [np.empty((0, D), np.float32)], []
     for t in range(T):
         observations[t] = envs.observations
         inputs[t] = normalise(envs.observations).reshape(N, D)
-        actions[t] = (act(inputs[t]).reshape(noise[t].shape) + noise[t]).argmax(-1)
+        logits = act(inputs[t]).reshape(noise[t].shape)
+        if args.action_masks:
+            masks[t] = allowed(args, agent, envs.envs.get_attr("mask"))
+            logits = np.where(masks[t], logits, -np.inf)
+        actions[t] = (logits + noise[t]).argmax(-1)
         environment_actions = agent.for_environment(actions[t])
         watch.lap("acting")
         true_next, rewards[t], terminated[t], truncated[t], finished = envs.step(environment_actions)
@@ -501,7 +533,7 @@ def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Sto
             when = {"step": step + (t + 1) * N, "wall_time": round(watch.elapsed(), 3)}
             episodes += [when | {"return": total, "length": length} for total, length in finished]
     inputs[T] = normalise(envs.observations).reshape(N, D)
-    arrays = inputs, np.concatenate(last_inputs), actions, terminated, terminated | truncated
+    arrays = inputs, np.concatenate(last_inputs), actions, masks, terminated, terminated | truncated
     return Rollout(observations, rewards, episodes, *(torch.tensor(array, device=device) for array in arrays))
 
 
@@ -527,10 +559,11 @@ def estimate(args: Args, agent: Agent, rollout: Rollout, rewards: Tensor) -> tup
 
 def batch_of(agent: Agent, rollout: Rollout, advantages: Tensor, values: Tensor) -> Batch:
     """The rollout's steps in one row, with what the policy and the critic make of them now."""
-    observations, actions = rollout.inputs[:-1].flatten(0, 1), rollout.actions.flatten(0, 1)
-    logprobs = log_prob(agent.logits(observations), actions)
+    columns = rollout.inputs[:-1], rollout.actions, rollout.masks
+    observations, actions, masks = (column.flatten(0, 1) for column in columns)
+    logprobs = log_prob(agent.logits(observations, masks), actions)
     columns = (column.flatten() for column in (values, advantages, advantages + values))
-    return Batch(observations, actions, logprobs, *columns)
+    return Batch(observations, actions, masks, logprobs, *columns)
 
 
 def improve(
@@ -635,22 +668,27 @@ class Policy:
     """What is deployed, as it is now: one observation to an action, a batch of them to a batch of actions.
 
     Every row is computed alone, so that an action does not depend on what else is in the batch, to the last bit.
-    Deterministic, unless asked for a `sample` of the actions as in training.
+    Deterministic, unless asked for a `sample` of the actions as in training. If `masked`, it needs masks as well.
     """
 
     def __init__(self, args: Args, agent: Agent):
         self.agent, self.discount, self.bootstraps = agent, args.gamma, ("truncated",)
+        self.args, self.masked = args, args.action_masks
         self.shape = tuple(agent.moments.mean.shape)
         self._act, self._normalise = in_numpy(agent.actor), agent.moments.normaliser()
 
-    def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
+    def __call__(self, observations: np.ndarray, sample: bool = False, mask: Sequence | None = None) -> np.ndarray:
         if np.shape(observations) == self.shape:
-            return self._choose(observations, sample)
-        actions = [self._choose(observation, sample) for observation in self._batch(observations)]
+            return self._choose(observations, mask, sample)
+        rows = self._batch(observations)
+        masks = [None] * len(rows) if mask is None else mask
+        actions = [self._choose(*each, sample) for each in zip(rows, masks, strict=True)]
         return np.array(actions).reshape(-1, *self.agent.low.shape)
 
-    def _choose(self, observation: np.ndarray, sample: bool) -> np.ndarray:
+    def _choose(self, observation: np.ndarray, mask: Sequence | None, sample: bool) -> np.ndarray:
         logits = self._act(self._normalise(observation).reshape(-1)).reshape(self.agent.shape)
+        if mask is not None or self.masked:
+            logits = np.where(allowed(self.args, self.agent, [mask])[0], logits, -np.inf)
         if sample:
             logits = logits + gumbel(self.agent.shape).numpy()
         return self.agent.for_environment(logits.argmax(-1))[0]
@@ -682,9 +720,10 @@ def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:
 
 def play(policy: Policy, env: gym.Env, seed: int) -> tuple[float, int]:
     """Return and length of an episode."""
-    (observation, _), total, length, over = env.reset(seed=seed), 0.0, 0, False
+    (observation, info), total, length, over = env.reset(seed=seed), 0.0, 0, False
     while not over:
-        observation, reward, terminated, truncated, _ = env.step(policy(observation))
+        mask = info.get("action_mask") if policy.masked else None
+        observation, reward, terminated, truncated, info = env.step(policy(observation, mask=mask))
         total, length, over = total + float(reward), length + 1, terminated or truncated
     return total, length
 
@@ -723,8 +762,9 @@ def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run", inter
     """Compiles by a call on copies of everything. Where that is impossible, says so and returns what there is."""
     started, device = time.perf_counter(), learner.theta.device
     B, D, A = args.num_envs * args.num_steps, agent.moments.mean.numel(), agent.low.numel()
-    batch = Batch(*(torch.zeros(shape, device=device) for shape in ((B, D), (B, A), B, B, B, B)))
-    batch = batch._replace(actions=batch.actions.long())
+    shapes = (B, D), (B, A), (B, *agent.mask_shape), B, B, B, B
+    batch = Batch(*(torch.zeros(shape, device=device) for shape in shapes))
+    batch = batch._replace(actions=batch.actions.long(), masks=batch.masks.bool())
     # Compiling is quicker without a test of the vector instructions, a header for later and the debugger's lines.
     config = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False, "aot_inductor.enable_line_tables": False}
     config |= {"cpp_wrapper": device.type == "cpu"}  # there, calling many small kernels from Python costs
@@ -873,7 +913,8 @@ class Run(ExitStack):
         B = N * T
         D, size = agent.moments.mean.numel(), sum(p.numel() for p in agent.parameters())
         self.say(
-            f"{SCRIPT}  {args.env_id}  {D} observations, actions from {agent.low.tolist()} to {agent.high.tolist()}\n"
+            f"{SCRIPT}  {args.env_id}  {D} observations, actions from {agent.low.tolist()} to {agent.high.tolist()}"
+            f"{', masked' if args.action_masks else ''}\n"
             f"{args.total_timesteps // B * B:,} steps: rollouts of {N} environments ({args.vec}) x {T} steps\n"
             f"{args.update_epochs} epochs of {args.num_minibatches} minibatches of {B // args.num_minibatches},"
             f" {size:,} parameters, {self.learner.theta.device}\n{self.directory}"
@@ -1052,11 +1093,18 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete | gym.s
                 actions = env.action_space
                 if not isinstance(actions, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
                     raise TypeError(f"acts in {actions}, no (Multi)Discrete; ppo_continuous.py is for Box")
-                spaces.append((env.observation_space.shape, actions))
-                env.reset(seed=0)
-                env.step(actions.sample())  # some values are no problem before
+                _, info = env.reset(seed=0)
+                mask = info.get("action_mask", getattr(env, "mask", None)) if args.action_masks else None
+                spaces.append((env.observation_space.shape, actions, mask is not None))
+                agent, action = Agent(args, spaces[-1][0], *bounds_of(actions)), actions.sample()
+                if mask is not None:
+                    action = agent.for_environment(allowed(args, agent, [mask]).argmax(-1))[0]
+                env.step(action)  # some values are no problem before
                 if env.render_mode:
                     env.render()
+        args = replace(args, action_masks=mask is not None)
+        if args.action_masks and args.vec == "envpool":
+            raise ValueError("EnvPool gives no action masks; use --vec sync, or --no-action-masks")
         if args.num_steps is None:
             rollout, unit = 4096, M // math.gcd(N, M)
             args = replace(args, num_steps=max(1, round(rollout / N / unit)) * unit)
@@ -1066,9 +1114,9 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete | gym.s
         if args.total_timesteps < size:
             refuse(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {size} steps")
         envs = (EnvPool if args.vec == "envpool" else Environments)(args)
-        if spaces != [(envs.observations.shape[1:], actions)] * 2:
+        if spaces != [(envs.observations.shape[1:], actions, args.action_masks)] * 2:
             envs.close()
-            raise TypeError("evaluation does not have the spaces of training")
+            raise TypeError("evaluation does not have the spaces and masks of training")
     except Exception as error:
         names = ("env_kwargs", "eval_env_kwargs", "vec", "capture_video")
         given = ["env_id", *(name for name in names if getattr(args, name) != getattr(Args, name))]

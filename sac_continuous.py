@@ -313,8 +313,7 @@ class ReplayBuffer:
 
     def begin(self, observations: np.ndarray) -> None:
         """What the environments see now (N, ...), without a transition that led there."""
-        rows = self._rows(self.seen, len(observations))
-        self._put(self.rings.observations, rows, observations.reshape(len(observations), -1))
+        self._put(self.rings.observations, self.seen, observations.reshape(len(observations), -1))
         self.seen += len(observations)
         while self.first < self.end and self.before[self.first % self.size] < self.seen - self.size:
             self.first += 1
@@ -333,10 +332,10 @@ class ReplayBuffer:
         before = np.arange(self.seen - N, self.seen)
         after = before + N + K
         after[ended] = self.seen + np.arange(K)
-        slots, done = self._rows(self.end, N), (actions, rewards, terminated, np.stack((before, after), 1))
+        done = actions, rewards, terminated, np.stack((before, after), 1)
         for ring, content in zip(self.rings[1:], done, strict=True):
-            self._put(ring, slots, content)
-        self.before[slots] = before
+            self._put(ring, self.end, content)
+        self.before[np.arange(self.end, self.end + N) % self.size] = before
         self.end += N
         self.begin(np.concatenate((true_next[ended], now)))
 
@@ -356,11 +355,12 @@ class ReplayBuffer:
         self.before[:] = self.rings.between[:, 0].cpu()
         self.seen, self.first, self.end = state["seen"], state["first"], state["end"]
 
-    def _rows(self, start: int, count: int) -> np.ndarray:
-        return np.arange(start, start + count) % self.size
-
-    def _put(self, ring: Tensor, rows: np.ndarray, content: np.ndarray | Tensor) -> None:
-        ring[torch.as_tensor(rows, device=ring.device)] = torch.as_tensor(content).to(ring)
+    def _put(self, ring: Tensor, number: int, content: np.ndarray | Tensor) -> None:
+        """From this number on; after its last row a ring goes on in its first."""
+        start, content = number % self.size, torch.as_tensor(content).to(ring.dtype)
+        before_end = min(len(content), self.size - start)
+        ring[start : start + before_end].copy_(content[:before_end], non_blocking=True)
+        ring[: len(content) - before_end].copy_(content[before_end:], non_blocking=True)
 
 
 def gather(args: Args, rings: Rings, scale: Tensor, slots: Tensor) -> Transitions:
@@ -580,8 +580,13 @@ def lr_factor(args: Args, iteration: int, iterations: int) -> float:
     return decay[args.lr_schedule] * min(1.0, rise)
 
 
+def sample_actions(agent: Agent, inputs: Tensor, noise: Tensor) -> Tensor:
+    mean, log_std = gaussian(agent.actor(inputs))
+    return (mean + log_std.exp() * noise).tanh()
+
+
 def collect(
-    args: Args, agent: Agent, buffer: ReplayBuffer, envs: Environments, step: int, watch: "Stopwatch"
+    args: Args, agent: Agent, act: Callable, buffer: ReplayBuffer, envs: Environments, step: int, watch: "Stopwatch"
 ) -> list[dict]:
     """A step of every environment from `step` on, into the buffer; the rows of episodes.csv."""
     N, A, device = args.num_envs, agent.low.numel(), agent.log_alpha[0].device
@@ -589,8 +594,7 @@ def collect(
         actions = 2 * torch.rand((N, A), device=device) - 1
     else:
         inputs = torch.tensor(agent.moments.normaliser()(envs.observations).reshape(N, -1), device=device)
-        mean, log_std = gaussian(agent.actor(inputs))
-        actions = (mean + log_std.exp() * torch.randn_like(mean)).tanh()
+        actions = act(inputs, torch.randn((N, A), device=device))
     environment_actions = agent.for_environment(actions.cpu().numpy())
     watch.lap("acting")
     true_next, rewards, terminated, truncated, finished = envs.step(environment_actions)
@@ -612,7 +616,7 @@ def improve(
     buffer: ReplayBuffer,
     step: int,
     progress: dict,
-    update: Callable,
+    optimise: Callable,
 ) -> list[Tensor]:
     """The updates that follow the N steps up to `step`; what each has measured."""
     N, B, A, device = args.num_envs, args.batch_size, agent.low.numel(), agent.log_alpha[0].device
@@ -627,8 +631,7 @@ def improve(
         slots = buffer.draw(B)
         noise = torch.randn((1 + args.policy_frequency, B, A), device=device)
         progress["updates"] += 1
-        parts = parts_of(args, progress["updates"])
-        measured.append(update(agent, args, learners, buffer.rings, scale, slots, noise, *parts))
+        measured.append(optimise(scale, slots, noise, *parts_of(args, progress["updates"])))
     return measured
 
 
@@ -670,13 +673,16 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     with closing(envs), Run(args, agent, learners, buffer, envs, progress) as run:
         run.begin()
         fast_update = compile_update(args, agent, learners, buffer, run, interrupts) if args.compile else update
+        act, optimise = partial(sample_actions, agent), partial(fast_update, agent, args, learners, buffer.rings)
+        if device.type == "cuda":
+            act, optimise = Captured(act, ()), capture_updates(optimise, learners)
         watch, booked, measured, shown = Stopwatch(progress["seconds"]), dict(progress["seconds"]), [], run.saved
 
         for step in range(run.saved + N, total + 1, N):
             if interrupts:
                 run.stop(interrupts[0], step - N)
-            episodes = collect(args, agent, buffer, envs, step - N, watch)
-            measured += improve(args, agent, learners, buffer, step, progress, fast_update)
+            episodes = collect(args, agent, act, buffer, envs, step - N, watch)
+            measured += improve(args, agent, learners, buffer, step, progress, optimise)
             watch.lap("updating")
             run.write("episodes", episodes)
             progress["recent"] = [*progress["recent"], *(episode["return"] for episode in episodes)][-100:]
@@ -692,7 +698,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             watch.lap("updating")
             seconds = {name: spent - booked[name] for name, spent in watch.seconds.items()}
             pace = (step - shown) / sum(seconds[name] for name in ("stepping", "acting", "updating"))
-            row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(pace, 1)}
+            row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(pace, 3)}
             row |= measures | {"learning_rate": learners.log_alpha.learning_rate.item()}
             row |= {"updates": progress["updates"], "buffer": len(buffer)}
             row |= {f"seconds_{name}": round(spent, 4) for name, spent in seconds.items()}
@@ -813,9 +819,11 @@ def compile_update(
     scale, noise = (torch.ones(size, device=device) for size in sizes)
     slots = torch.zeros(B, dtype=torch.int64, device=device)
     numbers = 1, args.policy_frequency, args.target_network_frequency
-    # Compiling is quicker without a test of the vector instructions, a header for later and the debugger's lines.
-    config = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False, "aot_inductor.enable_line_tables": False}
-    config |= {"cpp_wrapper": device.type == "cpu"}  # there, calling many small kernels from Python costs
+    config = {}
+    if device.type == "cpu":
+        # Compiling is quicker without a test of the vector instructions, a header for later, the debugger's lines.
+        config = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
+        config |= {"aot_inductor.enable_line_tables": False, "cpp_wrapper": True}  # no kernel is called from Python
     run.say("compiling the update …")
     gc.disable()  # the compiler makes many objects, and keeps them
     try:
@@ -831,6 +839,47 @@ def compile_update(
         gc.enable()
     run.say(f"compiled in {time.perf_counter() - started:.1f} s")
     return fast
+
+
+class Captured:
+    """A function as one CUDA graph: the same kernels in the same order, for a call instead of thousands.
+
+    It changes `state` in place and nothing else; its inputs are copied to where the graph reads them.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], state: Sequence[Tensor]):
+        self.function, self.state, self.graph = function, state, None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self.graph is None:
+            self.capture([tensor.clone() for tensor in inputs])
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given, non_blocking=True)
+        self.graph.replay()
+        return self.output.clone()
+
+    def capture(self, inputs: list[Tensor]) -> None:
+        self.inputs, before, stream = inputs, [tensor.clone() for tensor in self.state], torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # the first call takes memory and chooses kernels, which a graph cannot
+            self.function(*inputs)
+            for tensor, value in zip(self.state, before, strict=True):
+                tensor.copy_(value)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.output = self.function(*inputs)
+
+
+def capture_updates(optimise: Callable, learners: Learners) -> Callable:
+    """A graph for each kind of update."""
+    state, graphs = [tensor for learner in learners[:3] for tensor in learner] + [learners.target], {}
+
+    def captured(scale: Tensor, slots: Tensor, noise: Tensor, *parts: bool) -> Tensor:
+        if parts not in graphs:
+            graphs[parts] = Captured(lambda *inputs: optimise(*inputs, *parts), state)
+        return graphs[parts](scale, slots, noise)
+
+    return captured
 
 
 def write_atomically(path: Path, content: dict | str) -> None:
@@ -888,13 +937,7 @@ class Run(ExitStack):
     """A run's directory, and all that goes there. One process at a time holds it."""
 
     def __init__(
-        self,
-        args: Args,
-        agent: Agent,
-        learners: Learners,
-        buffer: ReplayBuffer,
-        envs: Environments,
-        progress: dict,
+        self, args: Args, agent: Agent, learners: Learners, buffer: ReplayBuffer, envs: Environments, progress: dict
     ):
         super().__init__()
         self.args, self.agent, self.learners, self.buffer = args, agent, learners, buffer

@@ -40,17 +40,26 @@ def share_at_bounds(action: np.ndarray, space: gym.Space) -> float:
     return float(((place < 0.01) | (place > 0.99)).mean())
 
 
+def choose(policy: Callable, observations: np.ndarray, infos: list[dict], sample: bool) -> np.ndarray:
+    """The actions of a policy, which gets the environments' action masks if it was trained with them."""
+    asked = {"sample": True} if sample else {}
+    if getattr(policy, "masked", False):
+        asked["mask"] = [info.get("action_mask") for info in infos]
+    return policy(observations, **asked)
+
+
 def play(policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool, values: bool) -> list[Episode]:
     """An episode in each environment. Values go on after the ends that the policy bootstraps from."""
-    observations = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
+    started = [env.reset(seed=seed) for env, seed in zip(envs, seeds, strict=True)]
+    observations, infos = (list(column) for column in zip(*started, strict=True))
     episodes = [Episode(seed) for seed in seeds]
     running = list(range(len(envs)))
     while running:
         batch = np.stack([observations[i] for i in running])
-        actions = policy(batch, sample=True) if sample else policy(batch)
+        actions = choose(policy, batch, [infos[i] for i in running], sample)
         expected = policy.value(batch) if values else [None] * len(running)
         for i, action, value in zip(tuple(running), actions, expected, strict=True):
-            observations[i], reward, terminated, truncated, _ = envs[i].step(action)
+            observations[i], reward, terminated, truncated, infos[i] = envs[i].step(action)
             episodes[i].rewards.append(float(reward))
             episodes[i].at_bounds.append(share_at_bounds(action, envs[i].action_space))
             if values:
@@ -73,13 +82,12 @@ def film(policy: Callable, env: gym.Env, seed: int, sample: bool, path: Path) ->
     """Plays an episode into an mp4."""
     from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
 
-    (observation, _), over = env.reset(seed=seed), False
+    (observation, info), over = env.reset(seed=seed), False
     height, width, _ = render(env)[0].shape
     with FFMPEG_VideoWriter(str(path), (width, height), env.metadata.get("render_fps", 30)) as video:
         while not over:
-            batch = observation[None]
-            action = policy(batch, sample=True)[0] if sample else policy(batch)[0]
-            observation, _, terminated, truncated, _ = env.step(action)
+            action = choose(policy, observation[None], [info], sample)[0]
+            observation, _, terminated, truncated, info = env.step(action)
             for image in render(env):
                 video.write_frame(image)
             over = terminated or truncated

@@ -82,6 +82,39 @@ class Turns(Fates):
     action_space = gym.spaces.MultiDiscrete([2, 4], start=[-1, 3])
 
 
+class Barred(Turns):
+    """The same, but forbids some of it, by a mask in one row, or in a tuple, or of a single part. Nothing at the end.
+
+    At the time `stuck` it allows nothing either.
+    """
+
+    def __init__(self, form: str = "row", stuck: int = -1, render_mode: str | None = None):
+        self.form, self.stuck, self.mask = form, stuck, np.zeros(4, bool)  # always the same array
+        if form == "single":
+            self.action_space = gym.spaces.Discrete(4, start=3)
+
+    @staticmethod
+    def allowed(seed: int, t: int) -> list[np.ndarray]:
+        first = (seed + t + np.arange(2)) % 2 == 0 if seed % 3 else np.ones(2)
+        return [first.astype(np.int8), ((seed + t + np.arange(4)) % 3 > 0).astype(np.int8)]
+
+    def _info(self):
+        parts = self.allowed(self.seed, self.t)
+        if self.t in (self.stuck, self.end_of(self.seed)[0]):
+            parts = [np.zeros_like(part) for part in parts]
+        self.mask[:] = parts[1]
+        return {"action_mask": {"row": np.concatenate(parts), "tuple": tuple(parts), "single": self.mask}[self.form]}
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)[0], self._info()
+
+    def step(self, action):
+        parts = np.atleast_1d(action - self.action_space.start)
+        masks = self.allowed(self.seed, self.t)[-len(parts) :]
+        assert all(mask[part] for mask, part in zip(masks, parts, strict=True))
+        return *super().step(action)[:4], self._info()
+
+
 class Pair(Clock):
     observation_space = gym.spaces.Dict({"a": gym.spaces.Box(0, 1, (1,))})
 
@@ -243,6 +276,7 @@ gym.register("Signs-v0", Signs)
 gym.register("Mirror-v0", Mirror)
 gym.register("Fates-v0", Fates)
 gym.register("Turns-v0", Turns)
+gym.register("Barred-v0", Barred)
 gym.register("Pair-v0", Pair)
 gym.register("Bits-v0", Bits)
 gym.register("Endless-v0", Endless)

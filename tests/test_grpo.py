@@ -56,10 +56,8 @@ def box(*bounds: float) -> list[np.ndarray]:
 
 FAMILIES = {
     grpo.Categorical: lambda outputs: torch.distributions.Categorical(logits=outputs),
-    grpo.Normal: lambda outputs: torch.distributions.Normal(outputs[:, :2], outputs[:, 2:].exp()),
-    grpo.Beta: lambda outputs: torch.distributions.Beta(
-        1 + torch.nn.functional.softplus(outputs[:, :2]), 1 + torch.nn.functional.softplus(outputs[:, 2:])
-    ),
+    grpo.Normal: lambda outputs: torch.distributions.Normal((parts := outputs.chunk(2, -1))[0], parts[1].exp()),
+    grpo.Beta: lambda outputs: torch.distributions.Beta(*(1 + torch.nn.functional.softplus(outputs)).chunk(2, -1)),
 }
 
 
@@ -72,7 +70,7 @@ def test_distributions_are_torchs(kind):
     torch.manual_seed(0)
     outputs, others = torch.randn(2, 50, 4, dtype=torch.float64)
     policy, torchs, other = kind(outputs), FAMILIES[kind](outputs), FAMILIES[kind](others)
-    actions = policy.sample()
+    actions = torch.tensor(kind.sample(outputs.numpy()))
     torch.testing.assert_close(policy.log_prob(actions), total(torchs.log_prob(actions)))
     torch.testing.assert_close(policy.entropy(), total(torchs.entropy()))
     torch.testing.assert_close(policy.kl(kind(others)), total(torch.distributions.kl_divergence(torchs, other)))
@@ -96,11 +94,13 @@ def test_log_beta_is_that_of_ppo_beta():
 def test_samples_follow_the_distribution(kind):
     torch.manual_seed(0)
     outputs = torch.randn(1, 4)
-    samples = kind(outputs.expand(40_000, 4)).sample()
+    samples = torch.tensor(kind.sample(outputs.expand(40_000, 4).numpy()))
     if kind is grpo.Categorical:
         torch.testing.assert_close(samples.bincount() / 40_000, outputs.softmax(-1)[0], atol=0.01, rtol=0)
+        assert kind.best(outputs.numpy()) == outputs.argmax()
     else:
         torchs = FAMILIES[kind](outputs)
+        torch.testing.assert_close(torch.tensor(kind.best(outputs.numpy())), torchs.mean)
         torch.testing.assert_close(samples.mean(0), torchs.mean[0], atol=0.03, rtol=0)
         torch.testing.assert_close(samples.std(0), torchs.stddev[0], atol=0.03, rtol=0)
 
@@ -112,7 +112,7 @@ def test_the_mean_of_k3_is_the_closed_divergence(kind):
     agent = torch.nn.Module()
     agent.kind, agent.forward = kind, lambda _: outputs.expand(100_000, 4)
     policy, zeros, losses = kind(agent.forward(None)), torch.zeros(100_000), {}
-    actions = policy.sample()
+    actions = torch.tensor(kind.sample(agent.forward(None).numpy()))
     batch = grpo.Batch(zeros, actions, policy.log_prob(actions), zeros, zeros + 1, others.expand(100_000, 4))
     for estimator in ("closed", "k3"):
         args = replace(SMALL, kl_estimator=estimator)
@@ -129,6 +129,18 @@ def test_actions_cover_uneven_bounds_and_choices_begin_where_the_space_does():
     actions = beta.for_environment(np.float32([[0, 1], [0.5, 0.5]]))
     assert actions.tolist() == [[[-1, 0.5]], [[1, 0.25]]] and actions.dtype == np.float32
     assert agent_of(low=-1, high=1).for_environment(np.array([0, 2])).tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize("distribution", ["normal", "beta"])
+@pytest.mark.parametrize("bounds", [(0, 3), box(-1, 1)])
+def test_acting_is_what_the_networks_do_until_they_are_asked_again(distribution, bounds):
+    agent, observations = agent_of(replace(SMALL, distribution=distribution), *bounds), torch.randn(5, 3)
+    act, before = agent.acting(), agent(observations)
+    np.testing.assert_allclose(act(observations.numpy()), before, atol=1e-6)
+    for parameter in agent.parameters():
+        parameter += 1
+    np.testing.assert_allclose(act(observations.numpy()), before, atol=1e-6)
+    np.testing.assert_allclose(agent.acting()(observations.numpy()), agent(observations), atol=1e-5)
 
 
 @pytest.mark.parametrize("distribution", ["normal", "beta"])
@@ -291,9 +303,9 @@ def example(space: str = "discrete", size: int = 64) -> tuple[grpo.Agent, grpo.B
     torch.manual_seed(0)
     agent = agent_of(SMALL, *SPACES[space])
     observations, reference = torch.randn(size, 3), 0.5 * torch.randn(size, 4)
-    policy = agent.kind(agent(observations))
-    actions = policy.sample()
-    logprobs = policy.log_prob(actions) + 0.3 * torch.randn(size)
+    outputs = agent(observations)
+    actions = torch.tensor(agent.kind.sample(outputs.numpy()))
+    logprobs = agent.kind(outputs).log_prob(actions) + 0.3 * torch.randn(size)
     return agent, grpo.Batch(observations, actions, logprobs, torch.randn(size), torch.rand(size) + 0.5, reference)
 
 
@@ -408,7 +420,8 @@ class Played:
         self.args, envs, shape, actions = grpo.prepare(replace(SMALL, **settings))
         torch.manual_seed(0)
         self.agent = grpo.Agent(self.args, shape, actions.low, actions.high).requires_grad_(False)
-        self.agent.moments.update(np.random.default_rng(0).normal(3, 5, (50, *shape)))
+        scale = 300 if "Luck" in self.args.env_id else 2
+        self.agent.moments.update(np.random.default_rng(0).normal(scale / 2, scale, (50, *shape)))
         small = np.random.default_rng(0).integers(1000, size=(3, 4))  # seeds that an observation can show
         envs.random = SimpleNamespace(integers=lambda _, size: small[:, : size[1]])
         self.seeds = np.broadcast_to(small[:, :1] if self.args.identical_start else small, (3, 4)).ravel()
@@ -525,6 +538,72 @@ def test_a_batch_has_each_steps_own(played):
     seen = torch.tensor(reference.moments.normaliser()(rollout.observations))
     torch.testing.assert_close(batch.reference, reference(seen))
     assert (reference(seen) - reference(rollout.inputs)).abs().max() > 1e-3
+
+
+def paper_loss(theta: torch.Tensor, played: Played, agent: grpo.Agent, reference: grpo.Agent, process: bool):
+    """DeepSeekMath's equations 3 and 4 with epsilon 0.2 and beta 0.04, a question, an output and a token at a time.
+
+    J = 1/G sum_i 1/|o_i| sum_t min(r A, clip(r, 1 - eps, 1 + eps) A) - beta (pi_ref / pi - ln(pi_ref / pi) - 1), where
+    r = pi / pi_old, and A is by outcome (R_i - mean R) / std R, by process the sum from t on of rewards so normalised.
+    """
+    rollout, pieces = played.rollout, []
+
+    def log_prob(parameters: dict | None, module: grpo.Agent, row: torch.Tensor) -> torch.Tensor:
+        inputs = torch.tensor(module.moments.normaliser()(rollout.observations[row])).flatten()
+        outputs = torch.func.functional_call(module, parameters or dict(module.named_parameters()), (inputs[None],))
+        return total(FAMILIES[agent.kind](outputs).log_prob(rollout.actions[row][None]))[0]
+
+    parameters = grpo.parameters_of(agent, theta)
+    for question in range(3):
+        outputs = range(4 * question, 4 * question + 4)
+        paid = {i: rollout.rewards[i, : rollout.lengths[i]] for i in outputs}
+        every = np.concatenate(list(paid.values())) if process else np.array([paid[i].sum() for i in outputs])
+        for i in outputs:
+            for t in range(rollout.lengths[i]):
+                (row,) = np.flatnonzero((played.episodes == i) & (played.times == t))
+                normalised = ((paid[i][t:] if process else paid[i].sum()) - every.mean()) / every.std()
+                advantage = torch.tensor(normalised.sum())
+                new, old = log_prob(parameters, agent, row), log_prob(None, played.agent, row)
+                ratio = (new - old).exp()
+                surrogate = torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+                r = (log_prob(None, reference, row) - new).exp()
+                pieces.append((surrogate - 0.04 * (r - r.log() - 1)) / len(paid[i]) / 4 / 3)
+    return -torch.stack(pieces).sum()
+
+
+@pytest.mark.parametrize("env_id", ["tests.envs:Luck-v0", "tests.envs:Mirror-v0"])
+@pytest.mark.parametrize("config", ["paper-outcome", "paper-process"])
+def test_the_papers_algorithm_is_the_papers(config, env_id):
+    settings = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
+    played = Played(env_id=env_id, max_episode_steps=7, log_std_init=0.5, **settings)
+    args, rollout = played.args, played.rollout
+    agent, reference = (grpo.copy.deepcopy(played.agent) for _ in range(2))
+    for module, size in ((agent, 0.1), (reference, 0.2)):  # updates since it played, and since the reference did
+        for parameter in module.parameters():
+            parameter += size * torch.randn_like(parameter)
+    _, advantages = grpo.estimate(args, rollout)
+    batch = grpo.batch_of(args, played.agent, reference, rollout, advantages)
+    theta = torch.nn.utils.parameters_to_vector(agent.parameters()).requires_grad_()
+    loss, (*_, clipped) = grpo.grpo_loss(
+        grpo.parameters_of(agent, theta), agent, args, batch, torch.tensor(args.kl_coef)
+    )
+    expected = paper_loss(theta, played, agent, reference, config == "paper-process")
+    assert 0.05 < clipped < 0.95 and args.clip_coef == 0.2
+    torch.testing.assert_close(loss, expected.float(), atol=1e-5, rtol=1e-4)
+    gradients = [torch.autograd.grad(value, theta)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
+
+
+def test_the_papers_reference_stays(small):
+    args = grpo.parse(["--config", str(CONFIGS / "paper-outcome.yaml")])
+    args = replace(args, **PENDULUM, total_timesteps=900, compile=False, num_evals=0, runs_dir=small.runs_dir)
+    run = train(replace(args, learning_rate=0.01))
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    torch.manual_seed(args.seed)
+    first = grpo.Agent(args, (3,), *(np.full(1, bound, np.float32) for bound in (-2, 2)))
+    for name, parameter in first.named_parameters():
+        assert torch.equal(saved["progress"]["reference"][name], parameter)
+        assert not torch.equal(saved["agent"][name], parameter)
 
 
 def improve(agent: grpo.Agent, args: Args, move=lambda agent: None, kl=lambda call: 0.0) -> tuple[dict, list]:

@@ -5,6 +5,7 @@ import copy
 import json
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -369,6 +370,10 @@ N, T = 8, 32
 BARS = replace(SMALL, num_envs=N, num_steps=T, gamma=0.9, gae_lambda=0.8)
 
 
+def look_of(agent: ppo.Agent):
+    return partial(ppo.see, agent, dict(agent.named_parameters()))
+
+
 @pytest.fixture
 def played(monkeypatch):
     """A rollout, with cut games and lost lives, and all that was played."""
@@ -377,7 +382,8 @@ def played(monkeypatch):
     torch.manual_seed(0)
     agent, envs = ppo.Agent(4).requires_grad_(False), Played(BARS)
     agent.actor.weight *= 50
-    return agent, ppo.collect(BARS, agent, envs, 1000, ppo.Stopwatch(dict.fromkeys(ppo.SECONDS, 0.0))), envs
+    watch = ppo.Stopwatch(dict.fromkeys(ppo.SECONDS, 0.0))
+    return agent, ppo.collect(BARS, agent, envs, look_of(agent), 1000, watch), envs
 
 
 def test_a_rollout_is_what_was_played(played):
@@ -397,7 +403,7 @@ def test_a_rollout_is_what_was_played(played):
 def test_actions_are_drawn_by_the_policy(played):
     agent, _, _ = played
     agent.actor.bias[:] = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
-    rollout = ppo.collect(BARS, agent, Played(BARS), 0, ppo.Stopwatch(dict.fromkeys(ppo.SECONDS, 0.0)))
+    rollout = ppo.collect(BARS, agent, Played(BARS), look_of(agent), 0, ppo.Stopwatch(dict.fromkeys(ppo.SECONDS, 0.0)))
     shares = rollout.actions.flatten().bincount(minlength=4) / (T * N)
     np.testing.assert_allclose(shares, [0.1, 0.2, 0.3, 0.4], atol=0.07)
     assert len(rollout.actions.unique(dim=0)) > T // 2 and len(rollout.actions.unique(dim=1).T) > N // 2
@@ -453,7 +459,8 @@ def improve(played: tuple, args: Args, kl=lambda call: 0.0) -> tuple[dict, list]
         return measures
 
     agent, rollout, _ = played
-    return ppo.improve(args, agent, ppo.Learner.of(agent, "cpu"), rollout, update), calls
+    learner = ppo.Learner.of(agent, "cpu")
+    return ppo.improve(args, learner, rollout, partial(ppo.run_epoch, args, agent, learner, update)), calls
 
 
 def test_epochs_of_minibatches(played):

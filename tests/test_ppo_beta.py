@@ -321,6 +321,33 @@ def test_a_rollout_of_images_keeps_bytes_and_the_true_last_images():
     torch.testing.assert_close(advantages, 1 + args.gamma * values[t[:-1] + 1] - same_values)
 
 
+@pytest.mark.parametrize(("recompute", "target", "epochs"), [(True, None, 3), (False, None, 3), (True, 0.15, 2)])
+def test_epochs_of_minibatches(recompute, target, epochs):
+    args = replace(
+        SMALL, env_id="tests.envs:Fates-v0", update_epochs=3, recompute_advantages=recompute, target_kl=target
+    )
+    agent, seen = agent_of(args, (2,), 2, [-1, 0], [1, 4]), []
+    rollout, rewards = played(args, agent), torch.randn(32, 4)
+
+    def optimise(batch: ppo.Batch, indices: torch.Tensor) -> torch.Tensor:
+        seen.append((batch, indices, ppo.estimate(args, agent, rollout, rewards)))
+        agent.critic[-1].bias.add_(1.0)
+        measures = torch.zeros(4, len(ppo.MEASURES))
+        measures[-1, ppo.MEASURES.index("approx_kl")] = 0.1 * len(seen)
+        return measures
+
+    learner = ppo.Learner.of(agent, "cpu")._replace(learning_rate=ppo.step_sizes(args, agent))
+    measures = ppo.improve(args, agent, learner, rollout, rewards, optimise)
+    assert len(seen) == epochs and measures["updates"] == 4 * epochs
+    for _, indices, _ in seen:
+        assert indices.shape == (4, 32) and sorted(indices.flatten().tolist()) == list(range(128))
+    for epoch, (batch, _, own) in enumerate(seen):
+        advantages, values = own if recompute else seen[0][2]  # by the critic of the epoch's start
+        assert torch.equal(batch.advantages, advantages.flatten())
+        torch.testing.assert_close(batch.returns, (advantages + values).flatten())
+        assert torch.equal(batch.values, seen[0][2][1].flatten()) and batch.logprobs is seen[0][0].logprobs, epoch
+
+
 @pytest.mark.parametrize("settings", [SMALL, IMAGES])
 def test_a_policy_that_stays_has_the_probabilities_it_acted_with(settings, tmp_path):
     run = train(replace(settings, runs_dir=str(tmp_path), learning_rate=1e-20))

@@ -1,5 +1,6 @@
 """What is different about discrete actions: the distribution, the numbers that actions have, and how both are used."""
 
+import json
 import subprocess
 import sys
 from contextlib import closing
@@ -10,10 +11,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch.distributions import Categorical
 
 import ppo_discrete as ppo
+from benchmark.evaluate import play
 from ppo_discrete import Args, train
+from tests.envs import Barred
 from tests.marks import needs_compiler
 from tests.test_promises import rows
 
@@ -48,7 +52,10 @@ def sizes_of(space: gym.Space) -> np.ndarray:
     return np.ravel(space.n if isinstance(space, gym.spaces.Discrete) else space.nvec)
 
 
-def agent_of(space: gym.Space, args: Args = SMALL, observation: int = 3) -> ppo.Agent:
+UNMASKED = replace(SMALL, action_masks=False)
+
+
+def agent_of(space: gym.Space, args: Args = UNMASKED, observation: int = 3) -> ppo.Agent:
     torch.manual_seed(0)
     agent = ppo.Agent(args, (observation,), *ppo.bounds_of(space)).requires_grad_(False)
     agent.actor[-1].weight *= 300  # no longer nearly uniform
@@ -60,20 +67,26 @@ def learner_of(agent: ppo.Agent, rate: float = 0.0) -> ppo.Learner:
     return learner._replace(learning_rate=torch.full_like(learner.theta, rate))
 
 
-def parts_of(agent: ppo.Agent, space: gym.Space, observations: torch.Tensor) -> list[Categorical]:
+def parts_of(
+    agent: ppo.Agent, space: gym.Space, observations: torch.Tensor, masks: torch.Tensor | None = None
+) -> list[Categorical]:
     """The distribution of each part, of which the actor's outputs are K logits, some for choices that it lacks."""
-    outputs = agent.actor(observations).unflatten(-1, (-1, max(sizes_of(space))))
-    return [Categorical(logits=outputs[..., i, :size]) for i, size in enumerate(sizes_of(space))]
+    probs = agent.actor(observations).unflatten(-1, (-1, max(sizes_of(space)))).exp()
+    probs = probs if masks is None else probs * masks
+    return [Categorical(probs=probs[..., i, :size]) for i, size in enumerate(sizes_of(space))]
 
 
 def random_batch(agent: ppo.Agent, space: gym.Space, size: int = 64) -> ppo.Batch:
     torch.manual_seed(0)
     observations = torch.randn(size, 3)
     actions = torch.from_numpy(np.random.default_rng(0).integers(0, sizes_of(space), (size, len(sizes_of(space)))))
-    logits, values = agent(observations)
+    masks = torch.rand(size, *agent.mask_shape) < 0.6
+    if masks.numel():
+        masks.scatter_(-1, actions.unsqueeze(-1), True)
+    logits, values = agent(observations, masks)
     logprobs = ppo.log_prob(logits, actions) + 0.3 * torch.randn(size)
     old_values, advantages, returns = values + 0.3 * torch.randn(size), *torch.randn(2, size)
-    return ppo.Batch(observations, actions, logprobs, old_values, advantages, returns)
+    return ppo.Batch(observations, actions, masks, logprobs, old_values, advantages, returns)
 
 
 # -------------------------------------------------------------------------------------------------------- mathematics
@@ -103,15 +116,19 @@ def test_actions_are_the_numbers_of_their_space(space, low, high):
 
 
 @pytest.mark.parametrize(("clip_vloss", "norm_adv"), [(True, True), (False, False)])
-def test_loss_equals_the_papers(space, clip_vloss, norm_adv):
-    args = Args(ent_coef=0.01, vf_coef=0.3, clip_coef=0.1, clip_vloss=clip_vloss, norm_adv=norm_adv)
+@pytest.mark.parametrize("masked", [True, False])
+def test_loss_equals_the_papers(space, masked, clip_vloss, norm_adv):
+    args = Args(
+        ent_coef=0.01, vf_coef=0.3, clip_coef=0.1, clip_vloss=clip_vloss, norm_adv=norm_adv, action_masks=masked
+    )
     agent = agent_of(space, args)
     batch = random_batch(agent, space)
     loss, (policy_loss, value_loss, entropy, kl, clipped) = ppo.ppo_loss(
         dict(agent.named_parameters()), agent, args, batch
     )
 
-    parts, values = parts_of(agent, space, batch.observations), agent.critic(batch.observations).squeeze(-1)
+    values = agent.critic(batch.observations).squeeze(-1)
+    parts = parts_of(agent, space, batch.observations, batch.masks if masked else None)
     logprobs = sum(part.log_prob(batch.actions[:, i]) for i, part in enumerate(parts))
     ratio, advantages = (logprobs - batch.logprobs).exp(), batch.advantages
     if norm_adv:
@@ -133,16 +150,16 @@ def test_choices_that_a_part_lacks_stay_as_they_are():
     batch, learner = random_batch(agent, space), learner_of(agent, rate=0.1)
     before = {name: value.clone() for name, value in agent.named_parameters()}
     for _ in range(20):
-        ppo.update(agent, Args(ent_coef=1.0), learner, batch, torch.arange(64))
+        ppo.update(agent, replace(UNMASKED, ent_coef=1.0), learner, batch, torch.arange(64))
     for name in ("actor.4.weight", "actor.4.bias"):
         moved = (agent.get_parameter(name) - before[name]).view(3, 5, -1).abs().sum(-1).numpy()
         assert (moved[lacking] == 0).all() and (moved[~lacking] > 0).all()
-    assert (agent.logits(batch.observations).exp()[:, lacking] == 0).all()
+    assert (agent.logits(batch.observations, batch.masks).exp()[:, lacking] == 0).all()
 
 
 def test_a_policy_takes_the_likeliest_choice_and_samples_by_the_probabilities(space):
     agent, observation = agent_of(space), np.ones(3)
-    policy = ppo.Policy(replace(SMALL, norm_obs=False), agent)
+    policy = ppo.Policy(replace(UNMASKED, norm_obs=False), agent)
     parts = parts_of(agent, space, torch.ones(3))
     expected = np.reshape([part.probs.argmax() for part in parts], space.shape) + space.start
     assert np.array_equal(policy(observation), expected) and policy(observation) in space
@@ -154,8 +171,10 @@ def test_a_policy_takes_the_likeliest_choice_and_samples_by_the_probabilities(sp
 
 
 @needs_compiler
-def test_the_compiled_update_is_the_update():
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_compiled_update_is_the_update(masked):
     space, args = SPACES["MultiDiscrete"], replace(SMALL, num_envs=4, num_steps=16, num_minibatches=2, ent_coef=0.01)
+    args.action_masks = masked
     agent = agent_of(space, args)
     batch, learner, said = random_batch(agent, space), learner_of(agent, rate=1e-3), []
     fast = ppo.compile_update(args, agent, learner, SimpleNamespace(say=said.append), ())
@@ -171,7 +190,7 @@ def test_the_compiled_update_is_the_update():
 
 # ----------------------------------------------------------------------------------------------- from steps to batches
 
-TURNS = replace(SMALL, env_id="tests.envs:Turns-v0", num_steps=200, norm_obs=False)
+TURNS = replace(UNMASKED, env_id="tests.envs:Turns-v0", num_steps=200, norm_obs=False)
 
 
 @pytest.fixture(scope="module")
@@ -249,3 +268,144 @@ def test_envpool_takes_the_actions(small):
 
     code = "import ppo_discrete as ppo; ppo.EnvPool(ppo.Args(vec='envpool')).close()"
     assert not subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+
+
+# ------------------------------------------------------------------------------------------------------ action masks
+
+BARRED = replace(SMALL, env_id="tests.envs:Barred-v0", num_steps=60, norm_obs=False)
+FORMS = ["row", "tuple", "single"]
+
+
+def barred(form: str, args: Args = BARRED, **settings: object) -> Args:
+    return replace(args, env_kwargs=json.dumps({"form": form}), **settings)
+
+
+@pytest.mark.parametrize("vec", ["sync", "async"])
+@pytest.mark.parametrize("form", FORMS)
+def test_masks_are_those_of_the_states_acted_in(form, vec):
+    """The environment itself fails where a forbidden action is done, and forbids all of them once it has ended."""
+    args, envs, space = ppo.prepare(barred(form, vec=vec))
+    agent = agent_of(space, args, observation=2)
+    with closing(envs):
+        rollout = ppo.collect(args, agent, envs, 0, ppo.Stopwatch(dict.fromkeys(ppo.SECONDS, 0.0)))
+    assert args.action_masks and rollout.ended.sum() > 10
+    for seed_and_t, masks, actions in zip(
+        rollout.observations.reshape(-1, 2), rollout.masks.flatten(0, 1), rollout.actions.flatten(0, 1), strict=True
+    ):
+        parts = Barred.allowed(*seed_and_t.astype(int))[-len(masks) :]
+        for mask, part, action in zip(masks, parts, actions, strict=True):
+            assert mask.tolist() == [*part.tolist(), *[0] * (len(mask) - len(part))] and mask[action]
+
+
+def test_a_million_actions_are_allowed_and_drawn_by_the_probabilities_that_are_left():
+    space, args = SPACES["MultiDiscrete"], replace(SMALL, num_envs=20_000, num_steps=50, norm_obs=False)
+    agent = agent_of(space, args)
+    masks = np.array([[1, 0, 1, 0, 0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 1, 0, 1, 1]] * 10_000, np.int8)
+    observations, nothing = np.ones((20_000, 3)), np.zeros(20_000, bool)
+    envs = SimpleNamespace(observations=observations, envs=SimpleNamespace(get_attr=lambda _: list(masks)))
+    envs.step = lambda actions: (observations, nothing, nothing, nothing, [])
+    rollout = ppo.collect(args, agent, envs, 0, ppo.Stopwatch(dict.fromkeys(ppo.SECONDS, 0.0)))
+    assert rollout.masks.gather(-1, rollout.actions.unsqueeze(-1)).all() and rollout.actions.numel() == 3_000_000
+    for kind in (0, 1):
+        actions, masks = rollout.actions[:, kind::2].flatten(0, 1), rollout.masks[0, kind]
+        for i, part in enumerate(parts_of(agent, space, torch.ones(3), masks)):
+            frequencies = np.bincount(actions[:, i], minlength=len(part.probs)) / 500_000
+            np.testing.assert_allclose(frequencies, part.probs, atol=0.003)
+            assert not frequencies[~masks[i, : len(frequencies)]].any()
+
+
+def test_what_is_masked_has_no_gradient_and_the_rest_has(space):
+    class Table(torch.nn.Module):
+        """An actor whose outputs are its parameters, a row for each sample."""
+
+        def __init__(self, outputs: torch.Tensor):
+            super().__init__()
+            self.outputs = torch.nn.Parameter(outputs)
+
+        def forward(self, _: torch.Tensor) -> torch.Tensor:
+            return self.outputs
+
+    args = replace(SMALL, ent_coef=0.1)
+    agent = agent_of(space, args)
+    batch = random_batch(agent, space)
+    agent.actor = Table(agent.actor(batch.observations))
+    loss, _ = ppo.ppo_loss(dict(agent.named_parameters()), agent, args, batch)
+    assert loss.isfinite()
+    loss.backward()
+    gradient = agent.actor.outputs.grad.view(64, *agent.shape)
+    allowed = batch.masks & torch.from_numpy(agent.exist)
+    several = allowed & (allowed.sum(-1, keepdim=True) > 1)
+    assert (gradient[~allowed] == 0).all() and (gradient[several] != 0).all() and (~allowed).any() and several.any()
+
+
+def test_a_policy_takes_the_likeliest_of_what_is_allowed(space):
+    args = replace(SMALL, norm_obs=False, env_id="Maze-v0")
+    agent = agent_of(space, args)
+    policy, observations, sizes = (
+        ppo.Policy(args, agent),
+        np.random.default_rng(0).normal(size=(50, 3)),
+        sizes_of(space),
+    )
+    masks = np.random.default_rng(1).random((50, sum(sizes))) < 0.5
+    masks[:, np.cumsum(sizes) - 1] = True  # the last choice of every part
+    ends = np.cumsum(sizes)[:-1]
+    alone = [policy(*pair, mask=mask) for *pair, mask in zip(observations, masks, strict=True)]
+    for observation, mask, action in zip(observations, masks, alone, strict=True):
+        parts = parts_of(agent, space, torch.tensor(observation, dtype=torch.float32))
+        split = np.split(mask, ends)
+        best = [np.where(its, part.probs, 0).argmax() for its, part in zip(split, parts, strict=True)]
+        assert np.array_equal(np.ravel(action - space.start), best)
+        assert np.array_equal(policy(observation, mask=tuple(map(np.int8, split))), action)
+        assert all(
+            its[c] for its, c in zip(split, np.ravel(policy(observation, True, mask) - space.start), strict=True)
+        )
+    assert np.array_equal(policy(observations, mask=masks), alone)
+
+    for wrong, told in ((None, "is None"), (masks[0, 1:], "values"), (0 * masks[0], "allows no action")):
+        with pytest.raises(ValueError, match=f"Maze-v0: an action mask .*{told}"):
+            policy(observations[0], mask=wrong)
+    with pytest.raises(ValueError):
+        policy(observations, mask=masks[1:])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_masked_policy_is_evaluated_as_it_was_in_the_run(small, form):
+    run = train(barred(form, replace(small, env_id=BARRED.env_id, num_evals=1, eval_episodes=5)))
+    args = Args(**yaml.safe_load((run / "config.yaml").read_text()))
+    policy, seeds = ppo.load_policy(run / "checkpoint.pt"), list(range(10_000, 10_005))
+    envs = [ppo.make_eval_env(args) for _ in seeds]
+    episodes = play(policy, envs, seeds, sample=False, values=True, bootstraps=policy.bootstraps)
+    assert [str(sum(episode.rewards)) for episode in episodes] == [row["return"] for row in rows(run, "evaluations")]
+    assert play(policy, envs, seeds, sample=True, values=False, bootstraps=())
+
+
+@pytest.mark.parametrize(
+    ("env_id", "masks", "heeded"), [("Taxi-v4", True, True), ("Taxi-v4", False, False), ("CartPole-v1", True, False)]
+)
+def test_masks_are_heeded_where_there_are_any_unless_they_are_ignored(small, env_id, masks, heeded):
+    run = train(replace(small, env_id=env_id, action_masks=masks, total_timesteps=128, num_evals=1, eval_episodes=1))
+    assert yaml.safe_load((run / "config.yaml").read_text())["action_masks"] is heeded
+    assert ppo.load_policy(run / "checkpoint.pt").masked is heeded
+    assert (", masked" in (run / "run.log").read_text()) is heeded
+
+
+def test_an_environment_that_allows_nothing_is_named(small, capsys):
+    args = replace(small, env_id=BARRED.env_id)
+    with pytest.raises(SystemExit, match="2"):
+        train(replace(args, env_kwargs='{"stuck": 0}'))
+    assert "tests.envs:Barred-v0: an action mask allows no action" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="tests.envs:Barred-v0: an action mask allows no action"):
+        train(replace(args, env_kwargs='{"stuck": 2}'))
+
+
+def test_masks_that_evaluation_lacks_or_envpool_does_not_give_are_refused(small, capsys, monkeypatch):
+    with pytest.raises(SystemExit, match="2"):
+        train(replace(small, env_id="Taxi-v4", vec="envpool"))
+    assert "--env-id Taxi-v4 --vec envpool: EnvPool gives no action masks" in capsys.readouterr().err
+    make = ppo.make_eval_env
+    monkeypatch.setattr(
+        ppo, "make_eval_env", lambda args, **kw: make(replace(args, env_id="tests.envs:Turns-v0"), **kw)
+    )
+    with pytest.raises(SystemExit, match="2"):
+        train(replace(small, env_id="tests.envs:Barred-v0"))
+    assert "evaluation does not have the spaces and masks of training" in capsys.readouterr().err

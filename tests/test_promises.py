@@ -99,7 +99,7 @@ SCRIPTS = {
             "eval_env_kwargs": '{"max_num_frames_per_episode": 400}',
             "total_timesteps": 1024,
             "num_envs": 2,
-            "num_steps": 128,
+            "num_steps": 64,
             "num_minibatches": 1,
             "update_epochs": 1,
             "precision": "fp32",
@@ -253,6 +253,7 @@ SCRIPTS = {
             "CartPole-v1": {"total_timesteps": 4096},
             "Acrobot-v1": {"num_envs": 2, "total_timesteps": 3072},
             "LunarLander-v3": {"total_timesteps": 4096},
+            "Taxi-v4": {"total_timesteps": 4096},
         },
         played="LunarLander-v3",
         filmed="LunarLander-v3",
@@ -861,6 +862,7 @@ def test_a_sample_varies_and_the_policy_does_not(script, finished):
     assert len(np.unique(samples, axis=0)) > 1
 
 
+@those_with(lambda row: not row.dear)
 @pytest.mark.parametrize(
     ("means", "best"), [([1, 5, 2, 3], 1), ([1, np.nan, 5, np.nan], 2), ([np.nan, 5, 2, 3], 1), ([3, 3, 2, 1], 0)]
 )
@@ -875,6 +877,7 @@ def test_the_best_policy_is_that_of_the_best_evaluation(script, monkeypatch, mea
     assert result["best"]["mean"] == means[best] and result["best"]["step"] == kept["step"]
 
 
+@those_with(lambda row: not row.dear)
 def test_a_policy_that_was_never_a_number_is_no_best_one(script, monkeypatch):
     monkeypatch.setattr(script.module, "play", lambda policy, env, seed: (float("nan"), 1))
     run = script.train()
@@ -887,7 +890,7 @@ def test_a_policy_that_was_never_a_number_is_no_best_one(script, monkeypatch):
 def test_what_a_run_leaves(script):
     run = script.train()
     args = script.args()
-    env_id = args.env_id.replace(":", "-")
+    env_id = args.env_id.replace("/", "-").replace(":", "-")
     assert run.name.startswith(f"{env_id}__{script.name}__1__") and run.parent == script.runs
     assert {path.name for path in script.runs.iterdir()} == {run.name}
     assert (run / script.path.name).read_bytes() == script.path.read_bytes()
@@ -948,6 +951,7 @@ def test_a_lone_copy_trains_evaluates_and_resumes_and_says_nothing_on_stderr(scr
 # --------------------------------------------------------------------------------------------- arguments, refusals
 
 
+@those_with(lambda row: not row.dear)
 def test_a_runs_config_starts_it_again_and_the_command_line_wins(script, finished):
     config = ["--config", str(finished / "config.yaml"), "--runs-dir", str(script.runs)]
     assert same(finished, script.train(*config))

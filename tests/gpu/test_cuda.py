@@ -129,6 +129,23 @@ def test_epochs_never_wait_for_the_device(script, tmp_path, monkeypatch):
     assert len(updates) == settings["num_minibatches"] * settings["update_epochs"] >= 100
 
 
+def test_updates_of_sac_never_wait_for_the_device(tmp_path, monkeypatch):
+    module, captured = importlib.import_module("sac_continuous"), []
+
+    class Watched(module.Captured):
+        def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+            captured.append(self.graph)
+            torch.cuda.set_sync_debug_mode("error" if self.graph else "default")
+            try:
+                return super().__call__(*inputs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(module, "Captured", Watched)
+    run(module, tmp_path, **RUNS["sac_continuous"] | ONCE)
+    assert len(captured) >= 2000 and sum(graph is None for graph in captured) <= 3
+
+
 @pytest.mark.parametrize("script", RUNS)
 def test_every_script_trains_on_the_device(script, tmp_path):
     settings = ["--total-timesteps", "20000", "--num-evals", "1", "--eval-episodes", "1", "--runs-dir", str(tmp_path)]
