@@ -341,7 +341,7 @@ class ReplayBuffer:
 
     def draw(self, count: int) -> Tensor:
         """Slots of transitions, uniformly and with replacement."""
-        return (torch.randint(self.first, self.end, (count,)) % self.size).to(self.rings.rewards.device)
+        return torch.randint(self.first, self.end, (count,), device=self.rings.rewards.device) % self.size
 
     def state(self) -> dict:
         used = zip(self.rings, (self.seen, *[self.end] * 4), strict=True)
@@ -427,13 +427,13 @@ class Agent(nn.Module):
         self.moments = RunningMoments(observation_shape, args.norm_obs)
         self.register_buffer("low", torch.as_tensor(low))
         self.register_buffer("high", torch.as_tensor(high))
-        self.bounds = low, high
+        self.centre, self.half_range, self.bounds = low / 2 + high / 2, high / 2 - low / 2, (low, high)
 
     def for_environment(self, actions: np.ndarray) -> np.ndarray:
-        """(N, A) of the policy's, in [-1, 1], to the environment's shape and bounds."""
+        """(N, A) of the policy's to the environment's shape and bounds."""
         low, high = self.bounds
-        share = 0.5 * actions.reshape(-1, *low.shape) + 0.5
-        return (low * (1 - share) + high * share).clip(low, high)
+        actions = self.centre + self.half_range * actions.reshape(-1, *low.shape)
+        return np.minimum(np.maximum(actions, low), high)
 
 
 def gaussian(outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -676,7 +676,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
         act, optimise = partial(sample_actions, agent), partial(fast_update, agent, args, learners, buffer.rings)
         if device.type == "cuda":
             act, optimise = Captured(act, ()), capture_updates(optimise, learners)
-        watch, booked, measured = Stopwatch(progress["seconds"]), dict(progress["seconds"]), []
+        watch, booked, measured, shown = Stopwatch(progress["seconds"]), dict(progress["seconds"]), [], run.saved
 
         for step in range(run.saved + N, total + 1, N):
             if interrupts:
@@ -696,11 +696,13 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             if not all(learner.theta.isfinite().all() for learner in learners[:3]):
                 raise FloatingPointError(f"not finite at step {step:,}: {measures}")
             watch.lap("updating")
-            row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(step / watch.elapsed())}
+            seconds = {name: spent - booked[name] for name, spent in watch.seconds.items()}
+            pace = (step - shown) / sum(seconds[name] for name in ("stepping", "acting", "updating"))
+            row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(pace, 3)}
             row |= measures | {"learning_rate": learners.log_alpha.learning_rate.item()}
             row |= {"updates": progress["updates"], "buffer": len(buffer)}
-            row |= {f"seconds_{name}": round(watch.seconds[name] - booked[name], 4) for name in SECONDS}
-            booked = dict(watch.seconds)
+            row |= {f"seconds_{name}": round(spent, 4) for name, spent in seconds.items()}
+            booked, shown = dict(watch.seconds), step
             run.write("progress", [row])
             watch.lap("saving")
 
@@ -710,7 +712,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             if saves:
                 run.save(step)
                 watch.lap("saving")
-            run.show(row, total, f"Q {row['qf1_values']:.1f}  alpha {row['alpha']:.3f}")
+            learnt = "" if math.isnan(row["alpha"]) else f"Q {row['qf1_values']:.1f}  alpha {row['alpha']:.3f}"
+            run.show(row, total, learnt)
         run.finish(total, watch.elapsed())
     return run.directory
 
@@ -934,13 +937,7 @@ class Run(ExitStack):
     """A run's directory, and all that goes there. One process at a time holds it."""
 
     def __init__(
-        self,
-        args: Args,
-        agent: Agent,
-        learners: Learners,
-        buffer: ReplayBuffer,
-        envs: Environments,
-        progress: dict,
+        self, args: Args, agent: Agent, learners: Learners, buffer: ReplayBuffer, envs: Environments, progress: dict
     ):
         super().__init__()
         self.args, self.agent, self.learners, self.buffer = args, agent, learners, buffer
@@ -1072,8 +1069,9 @@ class Run(ExitStack):
     def show(self, row: dict, total: int, learnt: str) -> None:
         """A live line on a terminal; elsewhere, and in the log, a line every half minute."""
         step, recent = row["step"], self.progress["recent"]
-        left = timedelta(seconds=round(row["wall_time"] / step * (total - step)))
-        text = f"{step:>11,} {step / total:4.0%}  {row['sps']:,} steps/s  ETA {left}"
+        # Steps from which nothing is learnt yet are quick, and tell nothing of those to come.
+        left = timedelta(seconds=round((total - step) / row["sps"])) if learnt else "unknown"
+        text = f"{step:>11,} {step / total:4.0%}  {row['sps']:,.0f} steps/s  ETA {left}"
         text += f"  return {np.mean(recent):.1f}  {learnt}" if recent else f"  {learnt}"
         if time.monotonic() - self.said > 30:
             self.said = time.monotonic()
@@ -1127,10 +1125,13 @@ def refuse(problem: str) -> NoReturn:
 
 
 RANGES = {
-    "at least 1": (1, 1e15, "batch_size policy_frequency target_network_frequency actor_sizes critic_sizes"),
     "between 1 and 1e15": (1, 1e15, "total_timesteps checkpoint_every num_envs eval_episodes"),
+    "between 1 and 1e12": (1, 1e12, "buffer_size"),
+    "between 1 and 65536": (1, 65536, "batch_size target_network_frequency actor_sizes critic_sizes"),
+    "between 1 and 100": (1, 100, "policy_frequency"),  # so many steps of the actor are compiled
+    "between 1e-6 and 1000": (1e-6, 1000, "updates_per_step"),
     "at least 0": (0, 1e15, "num_evals learning_starts"),
-    "above 0": (1e-300, 1e300, "learning_rate policy_lr q_lr alpha updates_per_step"),
+    "above 0": (1e-300, 1e300, "learning_rate policy_lr q_lr alpha"),
     "between 0 and 1": (0, 1, "gamma tau lr_warmup"),
     "between 1 and 1024": (1, 1024, "threads"),
     "between 0 and 2147483647": (0, 2**31 - 1, "seed"),  # EnvPool's have 32 bits
@@ -1188,6 +1189,13 @@ def resolve_precision(args: Args) -> Args:
     return replace(args, precision="bf16" if fast else "fp32") if args.precision == "auto" else args
 
 
+def memory_of(args: Args) -> int:
+    """In bytes, where the replay buffer is."""
+    if args.device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
     """The environments, and the arguments with `precision`; what cannot work is refused before anything is written."""
     for name, package in (("vec", "envpool"), ("track", "wandb")):
@@ -1221,6 +1229,10 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
                 env.step(actions.sample())  # some values are no problem before
                 if env.render_mode:
                     env.render()
+        seen = np.empty((1, *env.observation_space.shape), env.observation_space.dtype)
+        taken = sum(ring.nbytes for ring in Rings.of(args.buffer_size, seen, actions, "meta"))
+        if taken > (memory := memory_of(args)):
+            refuse(f"--buffer-size {args.buffer_size}: takes {taken:,} bytes, of {memory:,} that there are")
         envs = (EnvPool if args.vec == "envpool" else Environments)(args)
         if spaces != [(envs.observations.shape[1:], actions)] * 2:
             envs.close()

@@ -1,6 +1,7 @@
 """SAC's mathematics against independent computations, and how its parts are wired."""
 
 import copy
+import csv
 import math
 from collections import deque
 from contextlib import closing
@@ -92,6 +93,8 @@ def test_actions_cover_uneven_bounds_and_their_density_is_that_of_the_log_probab
     actions = policy(np.zeros((5000, 3)), sample=True)
     assert actions.shape == (5000, 2) and (actions >= [-1, 0]).all() and (actions <= [3, 0.5]).all()
     np.testing.assert_allclose(agent.for_environment(np.float32([[-1, 1], [0, -0.5]])), [[-1, 0.5], [1, 0.125]])
+    plain = np.random.default_rng(0).uniform(-1, 1, (50, 2)).astype(np.float32)
+    assert np.array_equal(agent_of().for_environment(plain), plain)  # to the last bit, where the bounds are these
 
     _, logprobs = sac.squash(agent.actor(torch.zeros(5000, 3)), torch.randn(5000, 2))
     counts, *_ = np.histogram2d(*actions.T, bins=6, range=[[-1, 3], [0, 0.5]], density=True)
@@ -261,7 +264,7 @@ def test_an_update_in_bfloat16_is_nearly_that_in_float32():
 def test_every_kind_of_update_is_compiled(monkeypatch):
     kinds = []
     monkeypatch.setattr(torch, "compile", lambda update, **_: lambda *arguments: kinds.append(arguments[-2:]))
-    for actor, target, expected in ((1, 1, 1), (2, 1, 2), (2, 4, 3), (2, 3, 4), (3, 2, 4), (100, 10**6, 3)):
+    for actor, target, expected in ((1, 1, 1), (2, 1, 2), (2, 4, 3), (2, 3, 4), (3, 2, 4), (100, 50_000, 3)):
         args = replace(SMALL, policy_frequency=actor, target_network_frequency=target)
         agent, run = agent_of(args), SimpleNamespace(say=lambda text: None)
         buffer, first = SimpleNamespace(rings=wide(random_rings())), len(kinds)
@@ -361,6 +364,16 @@ def test_the_buffer_normalises_as_the_policy_does():
     assert normal.observations.abs().max() == 10
 
 
+def test_indices_are_drawn_where_the_buffer_is():
+    buffer, _ = filled_buffer(60, 3, 10)
+    before = torch.get_rng_state()
+    buffer.draw(5)
+    assert not torch.equal(torch.get_rng_state(), before)
+    torch.set_rng_state(before)
+    buffer.rings = buffer.rings._replace(rewards=buffer.rings.rewards.to("meta"))
+    assert buffer.draw(5).device.type == "meta" and torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_million_steps_fit_into_120_mb():
     rings = Rings.of(1_000_000, np.zeros((1, 17)), gym.spaces.Box(-1, 1, (6,)), "cpu")
     assert sum(ring.nbytes for ring in rings) == 105_000_000
@@ -444,8 +457,8 @@ def test_actions_are_random_until_learning_starts_and_then_drawn_from_the_policy
 
 def test_what_is_not_finite_is_not_kept():
     args = replace(SMALL, env_kwargs='{"breaks": 3}')
-    agent, watch = agent_of(args, 4, 4), sac.Stopwatch(dict.fromkeys(sac.SECONDS, 0.0))
-    agent.bounds = (np.full((2, 2), -1, np.float32), np.full((2, 2), 2, np.float32))
+    bound, watch = np.ones((2, 2), np.float32), sac.Stopwatch(dict.fromkeys(sac.SECONDS, 0.0))
+    agent = sac.Agent(args, (2, 2), -bound, 2 * bound)
     act = partial(sac.sample_actions, agent)
     with closing(sac.Environments(args)) as envs:
         buffer = ReplayBuffer(Rings.of(100, envs.observations, gym.spaces.Box(-1, 1, (4,)), "cpu"), 4)
@@ -525,6 +538,25 @@ def test_a_row_is_of_the_updates_since_the_last(small, monkeypatch):
     assert [row["qf_loss"] for row in table] == ["nan", "31.5", "95.5"]
     assert [row["updates"] for row in table] == ["0", "64", "128"]
     assert [row["buffer"] for row in table] == ["256", "512", "768"]
+
+
+def test_the_pace_is_that_of_the_rows_own_steps(small):
+    run, before = train(replace(small, num_evals=4, checkpoint_every=300, learning_starts=256)), 0
+    with (run / "progress.csv").open() as file:
+        table = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    for row in table:
+        spent = sum(row[f"seconds_{name}"] for name in ("stepping", "acting", "updating"))
+        assert row["sps"] == pytest.approx((row["step"] - before) / spent, rel=0.01)
+        before = row["step"]
+
+
+def test_what_is_left_is_told_by_the_pace_of_learning():
+    said = []
+    run = SimpleNamespace(progress={"recent": [1.0]}, said=-math.inf, say=said.append)
+    sac.Run.show(run, {"step": 10_000, "sps": 20_000.0, "wall_time": 0.5}, 1_000_000, "")
+    run.said = -math.inf
+    sac.Run.show(run, {"step": 20_000, "sps": 98.0, "wall_time": 102.5}, 1_000_000, "Q 1.0")
+    assert "ETA unknown" in said[0] and "ETA 2:46:40" in said[1] and "98 steps/s" in said[1]
 
 
 @pytest.mark.parametrize("norm_obs", [False, True])

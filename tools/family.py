@@ -94,6 +94,7 @@ DIFFERENT = {
         "Run.state": "a replay buffer",
         "Run.begin": "a replay buffer",
         "Run.write": "nothing is measured before it learns",
+        "Run.show": "its pace is another once it learns",
     },
 }
 
