@@ -533,12 +533,11 @@ def ppo_loss(parameters: dict[str, Tensor], agent: Agent, args: Args, batch: Bat
         value_error = torch.max(value_error, (near - batch.returns) ** 2)
     value_loss = 0.5 * value_error.mean()
 
-    entropy = entropy_of(alpha, beta).mean()
+    with torch.set_grad_enabled(args.ent_coef > 0):  # a gradient through digamma is not taken for nothing
+        entropy = entropy_of(alpha, beta).mean()
     kl = (ratio - 1 - logratio).mean()  # k3, http://joschu.net/blog/kl-approx.html
     clip_fraction = (ratio != clipped).float().mean()
-    loss = policy_loss + args.vf_coef * value_loss
-    if args.ent_coef:  # a gradient through digamma is not taken for nothing
-        loss = loss - args.ent_coef * entropy
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
     return loss, (policy_loss, value_loss, entropy, kl, clip_fraction)
 
 
