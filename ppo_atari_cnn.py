@@ -129,7 +129,7 @@ def find_game(env_id: str) -> str:
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     kwargs = gym.spec(env_id).kwargs
     if "game" not in kwargs:
-        raise ValueError("not a game of ale-py's, such as ALE/Pong-v5")
+        raise ValueError("is no game of ale-py's, such as ALE/Pong-v5; ppo_discrete.py is for other Discrete actions")
     return kwargs["game"]
 
 
