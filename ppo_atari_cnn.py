@@ -20,7 +20,8 @@ What may surprise:
 - Training clips rewards to [-1, 1] and takes a lost life for an end, though the game goes on; all that is written down
   are scores of whole games, and evaluation plays whole games.
 - Where there is FIRE, it is pressed when a game begins and, whatever the agent does, after a lost life: some games wait
-  for it, and a deterministic agent that never learnt to press it would wait for ever.
+  for it, and a deterministic agent that never learnt to press it would wait for ever. What the agent chose instead was
+  not played, and is not learnt from.
 - No environment resets by itself, so no step is spent on a reset, and none is learnt from.
 - Frames stay bytes until the network, which divides its first weights by 255 rather than millions of pixels.
 - All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
@@ -464,6 +465,7 @@ class Rollout(NamedTuple):
     rewards: Tensor  # (T, N), as the games pay them
     terminated: Tensor  # (T, N), where a game or a life ended
     truncated: Tensor  # (T, N), where a game was cut
+    chosen: Tensor  # (T, N), where the agent's action was played; after a lost life FIRE is, whatever it was
 
 
 def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Stopwatch") -> Rollout:
@@ -474,13 +476,13 @@ def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Sto
     observations = torch.empty((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device).movedim(-1, 2)
     actions = torch.empty((T, N), dtype=torch.long, device=device)
     logits, values = torch.empty((T, N, A), device=device), torch.empty((T + 1, N), device=device)
-    rewards, terminated, truncated = np.empty((T, N), np.float32), np.empty((T, N), bool), np.empty((T, N), bool)
+    rewards, (terminated, truncated, chosen) = np.empty((T, N), np.float32), np.empty((3, T, N), bool)
     last_values, episodes = [torch.empty(0, device=device)], []
     for t in range(T):
         observations[t] = torch.from_numpy(envs.observations)
         logits[t], values[t] = network(observations[t])
         actions[t] = (logits[t] + noise[t]).argmax(-1)
-        environment_actions = actions[t].cpu().numpy()
+        environment_actions, chosen[t] = actions[t].cpu().numpy(), ~envs.waits
         watch.lap("acting")
         true_next, rewards[t], terminated[t], truncated[t], finished = envs.step(environment_actions)
         watch.lap("stepping")
@@ -492,7 +494,8 @@ def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Sto
     observations[T] = torch.from_numpy(envs.observations)
     values[T] = network(observations[T])[1]
     tensors = observations, episodes, actions, log_prob(logits, actions), values, torch.cat(last_values)
-    return Rollout(*tensors, *(torch.tensor(array, device=device) for array in (rewards, terminated, truncated)))
+    arrays = rewards, terminated, truncated, chosen
+    return Rollout(*tensors, *(torch.tensor(array, device=device) for array in arrays))
 
 
 def estimate(args: Args, rollout: Rollout) -> Tensor:
@@ -512,11 +515,15 @@ def batch_of(rollout: Rollout, advantages: Tensor) -> Batch:
 
 
 def improve(args: Args, agent: Agent, learner: Learner, rollout: Rollout, update: Callable) -> dict[str, float]:
-    """Epochs of minibatches, ended early where the policy has moved too far; their mean measures."""
+    """Epochs of minibatches, ended early where the policy has moved too far; their mean measures.
+
+    Of steps that the agent chose: some of them stand twice in an epoch, so that a minibatch has always the same size.
+    """
     batch, measured = batch_of(rollout, estimate(args, rollout)), []
     explained_variance = 1 - (batch.returns - batch.values).var() / batch.returns.var()
+    chosen = rollout.chosen.flatten().nonzero().squeeze(-1)
     for _ in range(args.update_epochs):
-        shuffled = torch.randperm(len(batch.returns)).to(batch.returns.device)
+        shuffled = chosen[torch.randperm(len(chosen)).to(chosen.device)].repeat(2)[: len(batch.returns)]
         for indices in shuffled.split(len(shuffled) // args.num_minibatches):
             measured.append(update(agent, args, learner, batch, indices))
             too_far = args.target_kl and measured[-1][MEASURES.index("approx_kl")] > args.target_kl
