@@ -999,9 +999,6 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete]:
         refuse("--track: W&B knows no key here; run `wandb login`, or set WANDB_MODE=offline")
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: torch finds no CUDA device here; use cpu")
-    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
     N, M = args.num_envs, args.num_minibatches
     size = N * args.num_steps
     if size % M or size == M:
@@ -1073,5 +1070,4 @@ def catch_interrupts() -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.path.append(os.getcwd())  # where a `module:Id-v0` of the user's may lie
     train(interrupts=catch_interrupts(), args=parse())
