@@ -20,7 +20,8 @@ What may surprise:
 - Training clips rewards to [-1, 1] and takes a lost life for an end, though the game goes on; all that is written down
   are scores of whole games, and evaluation plays whole games.
 - Where there is FIRE, it is pressed when a game begins and, whatever the agent does, after a lost life: some games wait
-  for it, and a deterministic agent that never learnt to press it would wait for ever.
+  for it, and a deterministic agent that never learnt to press it would wait for ever. What the agent chose instead was
+  not played, and is not learnt from.
 - No environment resets by itself, so no step is spent on a reset, and none is learnt from.
 - Frames stay bytes until the network, which divides its first weights by 255 rather than millions of pixels.
 - All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
@@ -129,7 +130,7 @@ def find_game(env_id: str) -> str:
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     kwargs = gym.spec(env_id).kwargs
     if "game" not in kwargs:
-        raise ValueError("not a game of ale-py's, such as ALE/Pong-v5")
+        raise ValueError("is no game of ale-py's, such as ALE/Pong-v5; ppo_discrete.py is for other Discrete actions")
     return kwargs["game"]
 
 
@@ -464,6 +465,7 @@ class Rollout(NamedTuple):
     rewards: Tensor  # (T, N), as the games pay them
     terminated: Tensor  # (T, N), where a game or a life ended
     truncated: Tensor  # (T, N), where a game was cut
+    chosen: Tensor  # (T, N), where the agent's action was played; after a lost life FIRE is, whatever it was
 
 
 def see(agent: Agent, parameters: dict[str, Tensor], frames: Tensor) -> Tensor:
@@ -480,13 +482,13 @@ def collect(
     noise = -torch.empty((T, N, A)).exponential_().log()  # with it, the largest logit is a draw
     observations = torch.empty((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device).movedim(-1, 2)
     actions, outputs = torch.empty((T, N), dtype=torch.long), torch.empty((T + 1, N, A + 1))
-    rewards, terminated, truncated = np.empty((T, N), np.float32), np.empty((T, N), bool), np.empty((T, N), bool)
+    rewards, (terminated, truncated, chosen) = np.empty((T, N), np.float32), np.empty((3, T, N), bool)
     last_values, episodes = [torch.empty(0)], []
     for t in range(T):
         observations[t] = torch.from_numpy(envs.observations)
         outputs[t] = look(observations[t])
         actions[t] = (outputs[t, :, :A] + noise[t]).argmax(-1)
-        environment_actions = actions[t].numpy()
+        environment_actions, chosen[t] = actions[t].numpy(), ~envs.waits
         watch.lap("acting")
         true_next, rewards[t], terminated[t], truncated[t], finished = envs.step(environment_actions)
         watch.lap("stepping")
@@ -498,7 +500,7 @@ def collect(
     observations[T] = torch.from_numpy(envs.observations)
     outputs[T] = look(observations[T])
     tensors = actions, log_prob(outputs[:T, :, :A], actions), outputs[..., A], torch.cat(last_values)
-    tensors += tuple(map(torch.from_numpy, (rewards, terminated, truncated)))
+    tensors += tuple(map(torch.from_numpy, (rewards, terminated, truncated, chosen)))
     return Rollout(observations, episodes, *(tensor.to(device) for tensor in tensors))
 
 
@@ -529,11 +531,16 @@ def run_epoch(args: Args, agent: Agent, learner: Learner, update: Callable, batc
 
 
 def improve(args: Args, learner: Learner, rollout: Rollout, optimise: Callable) -> dict[str, float]:
-    """Epochs of minibatches, ended early where the policy has moved too far; their mean measures."""
+    """Epochs of minibatches, ended early where the policy has moved too far; their mean measures.
+
+    Of steps that the agent chose: some of them stand twice in an epoch, so that a minibatch has always the same size.
+    """
     batch, measured = batch_of(rollout, estimate(args, rollout)), []
     explained_variance = 1 - (batch.returns - batch.values).var() / batch.returns.var()
+    chosen = rollout.chosen.flatten().nonzero().squeeze(-1)
     for _ in range(args.update_epochs):
-        shuffled = torch.randperm(len(batch.returns)).to(batch.returns.device, non_blocking=True)
+        shuffled = chosen[torch.randperm(len(chosen)).to(chosen.device, non_blocking=True)]
+        shuffled = shuffled.repeat(2)[: len(batch.returns)]
         measured.append(optimise(batch, shuffled.view(args.num_minibatches, -1)))
         if args.target_kl and measured[-1][-1, MEASURES.index("approx_kl")] > args.target_kl:
             break
@@ -1061,9 +1068,6 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete]:
         refuse("--track: W&B knows no key here; run `wandb login`, or set WANDB_MODE=offline")
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: torch finds no CUDA device here; use cpu")
-    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
     N, M = args.num_envs, args.num_minibatches
     size = N * args.num_steps
     if size % M or size == M:
@@ -1135,5 +1139,4 @@ def catch_interrupts() -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.path.append(os.getcwd())  # where a `module:Id-v0` of the user's may lie
     train(interrupts=catch_interrupts(), args=parse())

@@ -322,7 +322,7 @@ class Bars(gym.Env):
 
 
 class Played:
-    """Stands in for Environments: plays Bars, and remembers all that it showed and said."""
+    """Stands in for Environments: plays Bars, and remembers all that it showed and said. After a loss it plays 1."""
 
     cuts, losses = 0.0, 0.0  # how often a game is cut, or a life lost
 
@@ -331,13 +331,15 @@ class Played:
         self.games, self.random, self.steps = [Bars() for _ in range(args.num_envs)], np.random.default_rng(1), []
         self.observations = np.stack([game.reset(seed=seed)[0] for seed, game in enumerate(self.games)])
         self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
+        self.waits = np.zeros(args.num_envs, bool)
 
     def step(self, actions):
+        actions = np.where(self.waits, 1, actions)
         results = zip(*(game.step(action) for game, action in zip(self.games, actions, strict=True)), strict=True)
         observations, rewards, over, _, _ = map(np.array, results)
         cut, lost = self.random.random((2, len(actions))) < [[self.cuts], [self.losses]]
         self.steps.append((self.observations, actions, observations, rewards, over, cut, lost))
-        self.observations, finished = observations.copy(), []
+        self.observations, self.waits, finished = observations.copy(), lost & ~over & ~cut, []
         self.returns, self.lengths = self.returns + rewards, self.lengths + 1
         for n in np.flatnonzero(over | cut):
             finished.append((self.returns[n], self.lengths[n]))
@@ -390,7 +392,11 @@ def test_a_rollout_is_what_was_played(played):
     agent, rollout, envs = played
     seen, actions, _, rewards, over, cut, lost = map(np.stack, zip(*envs.steps, strict=True))
     np.testing.assert_array_equal(rollout.observations, [*seen, envs.observations])
-    np.testing.assert_array_equal(rollout.actions, actions)
+    np.testing.assert_array_equal(rollout.actions[rollout.chosen], actions[rollout.chosen])
+    waited = np.zeros((T, N), bool)
+    waited[1:] = (lost & ~over & ~cut)[:-1]
+    np.testing.assert_array_equal(~rollout.chosen, waited)
+    assert (actions[waited] == 1).all() and waited.sum() > 10
     np.testing.assert_array_equal(rollout.rewards, rewards)
     np.testing.assert_array_equal(rollout.terminated, over | lost)
     np.testing.assert_array_equal(rollout.truncated, cut)
@@ -467,13 +473,49 @@ def test_epochs_of_minibatches(played):
     measures, calls = improve(played, replace(BARS, update_epochs=3, num_minibatches=4))
     orders = [torch.cat([indices for _, indices in calls[at : at + 4]]).tolist() for at in (0, 4, 8)]
     assert len(calls) == 12 and all(len(indices) == T * N // 4 for _, indices in calls)
-    assert all(sorted(order) == list(range(T * N)) for order in orders) and len(set(map(tuple, orders))) == 3
+    assert len(set(map(tuple, orders))) == 3 and orders[0] != sorted(orders[0])
     batch = calls[0][0]
     assert all(other is batch for other, _ in calls)
     torch.testing.assert_close(batch.advantages, ppo.estimate(BARS, played[1]).flatten())
     assert measures["updates"] == 12 and measures["policy_loss"] == 6.5 and measures["grad_norm"] == 11.5
     expected = 1 - (batch.returns - batch.values).var() / batch.returns.var()
     assert measures["explained_variance"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_what_was_not_played_is_not_learnt_from(played):
+    """After a lost life FIRE is pressed whatever the agent chose: that choice weighs nothing, every other as ever."""
+    chosen = set(played[1].chosen.flatten().nonzero().squeeze(-1).tolist())
+    again = []
+    for _, calls in (improve(played, replace(BARS, num_minibatches=4)) for _ in range(10)):
+        counts = torch.cat([indices for _, indices in calls]).bincount(minlength=T * N)
+        assert set(counts.nonzero().squeeze(-1).tolist()) == chosen and counts.max() == 2
+        again.append(counts == 2)
+    assert len(chosen) < T * N - 10 and torch.stack(again).any(0).sum() > 3 * (
+        T * N - len(chosen)
+    )  # not always the same
+
+
+def test_where_every_choice_was_played_an_epoch_is_all_of_them_once(played):
+    agent, rollout, envs = played
+    rollout = rollout._replace(chosen=torch.ones_like(rollout.chosen))
+    _, calls = improve((agent, rollout, envs), replace(BARS, num_minibatches=4))
+    assert sorted(torch.cat([indices for _, indices in calls]).tolist()) == list(range(T * N))
+
+
+def test_a_choice_after_a_lost_life_is_known_as_not_played():
+    """In Breakout: the same rollout with other choices there leads to the same frames and scores."""
+    args = replace(SMALL, num_steps=128)
+    torch.manual_seed(0)
+    agent = ppo.Agent(4).requires_grad_(False)
+    with closing(Environments(args)) as envs:
+        rollout = ppo.collect(args, agent, envs, 0, ppo.Stopwatch(dict.fromkeys(ppo.SECONDS, 0.0)))
+    assert (~rollout.chosen).sum() > 2
+    other = torch.where(rollout.chosen, rollout.actions, 3 - rollout.actions)
+    with closing(Environments(args)) as envs:
+        for t in range(128):
+            np.testing.assert_array_equal(rollout.observations[t], envs.observations)
+            _, rewards, *_ = envs.step(other[t].numpy())
+            np.testing.assert_array_equal(rewards, rollout.rewards[t])
 
 
 def test_an_update_ends_once_a_minibatch_has_moved_too_far(played):
@@ -489,7 +531,7 @@ def test_an_update_ends_once_a_minibatch_has_moved_too_far(played):
 def test_every_step_belongs_to_a_game(small):
     run = train(replace(small, total_timesteps=640))
     episodes, running = rows(run, "episodes"), load(run / "checkpoint.pt")["environments"]["lengths"]
-    assert len(episodes) >= 2 and sum(int(row["length"]) for row in episodes) + running.sum() == 640
+    assert episodes and sum(int(row["length"]) for row in episodes) + running.sum() == 640
     rates = [float(row["learning_rate"]) for row in rows(run, "progress")]
     assert rates == pytest.approx([2.5e-4 * (1 - n / 10) for n in range(10)])
 

@@ -111,7 +111,7 @@ SCRIPTS = {
         clock=None,
         mistakes={
             "--env-id ALE/Pon-v5": "Pong",
-            "--env-id HalfCheetah-v4": "not a game of ale-py's",
+            "--env-id CartPole-v1": "such as ALE/Pong-v5; ppo_discrete.py is for other Discrete actions",
             '--env-kwargs {"noop_max":2}': '--env-kwargs {"noop_max":2}: ',
             '--env-kwargs {"max_num_frames_per_episode":"x"}': "--env-kwargs",
             '--env-kwargs {"frameskip":2}': "leave out frameskip",
