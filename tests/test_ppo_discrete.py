@@ -171,10 +171,8 @@ def test_a_policy_takes_the_likeliest_choice_and_samples_by_the_probabilities(sp
 
 
 @needs_compiler
-@pytest.mark.parametrize("masked", [True, False])
-def test_the_compiled_update_is_the_update(masked):
+def test_the_compiled_update_is_the_update():
     space, args = SPACES["MultiDiscrete"], replace(SMALL, num_envs=4, num_steps=16, num_minibatches=2, ent_coef=0.01)
-    args.action_masks = masked
     agent = agent_of(space, args)
     batch, learner, said = random_batch(agent, space), learner_of(agent, rate=1e-3), []
     fast = ppo.compile_update(args, agent, learner, SimpleNamespace(say=said.append), ())
@@ -226,7 +224,7 @@ def test_a_batch_has_each_steps_own(played):
     advantages, values = torch.randn(2, 200, 4)
     batch = ppo.batch_of(agent, rollout, advantages, values)
     for t, n in ((0, 0), (0, 3), (7, 2), (199, 3)):
-        observation, action, logprob, value, advantage, target = (column[4 * t + n] for column in batch)
+        observation, action, _, logprob, value, advantage, target = (column[4 * t + n] for column in batch)
         assert torch.equal(observation, rollout.inputs[t, n]) and torch.equal(action, rollout.actions[t, n])
         parts = parts_of(agent, space, observation)
         torch.testing.assert_close(logprob, sum(part.log_prob(action[i]) for i, part in enumerate(parts)))
