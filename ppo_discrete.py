@@ -160,9 +160,9 @@ class TrainEnv(gym.Wrapper):
 
     def step(self, action: np.ndarray) -> tuple:
         self.episode.append(np.array(action))
-        *seen, info = self.env.step(action)
+        *result, info = self.env.step(action)
         self.mask = info.get("action_mask")
-        return *seen, {}  # collecting infos takes a tenth of the time
+        return *result, {}  # collecting infos takes a tenth of the time
 
     def replay(self) -> tuple[np.ndarray, float]:
         """Its last observation and its return so far."""
@@ -1073,7 +1073,7 @@ def bounds_of(actions: gym.spaces.Discrete | gym.spaces.MultiDiscrete) -> tuple[
     return low, (low + (sizes - 1)).astype(actions.dtype)
 
 
-def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete | gym.spaces.MultiDiscrete]:
+def prepare(args: Args) -> tuple[Args, Environments, gym.Space]:
     """The environments, and the arguments with `num_steps`; what cannot work is refused before anything is written."""
     for name, package in (("vec", "envpool"), ("track", "wandb")):
         if getattr(args, name) in (package, True) and not find_spec(package):
@@ -1096,8 +1096,9 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete | gym.s
                 _, info = env.reset(seed=0)
                 mask = info.get("action_mask", getattr(env, "mask", None)) if args.action_masks else None
                 spaces.append((env.observation_space.shape, actions, mask is not None))
-                agent, action = Agent(args, spaces[-1][0], *bounds_of(actions)), actions.sample()
+                action = actions.sample()
                 if mask is not None:
+                    agent = Agent(args, env.observation_space.shape, *bounds_of(actions))
                     action = agent.for_environment(allowed(args, agent, [mask]).argmax(-1))[0]
                 env.step(action)  # some values are no problem before
                 if env.render_mode:

@@ -171,10 +171,8 @@ def test_a_policy_takes_the_likeliest_choice_and_samples_by_the_probabilities(sp
 
 
 @needs_compiler
-@pytest.mark.parametrize("masked", [True, False])
-def test_the_compiled_update_is_the_update(masked):
+def test_the_compiled_update_is_the_update():
     space, args = SPACES["MultiDiscrete"], replace(SMALL, num_envs=4, num_steps=16, num_minibatches=2, ent_coef=0.01)
-    args.action_masks = masked
     agent = agent_of(space, args)
     batch, learner, said = random_batch(agent, space), learner_of(agent, rate=1e-3), []
     fast = ppo.compile_update(args, agent, learner, SimpleNamespace(say=said.append), ())
@@ -226,12 +224,39 @@ def test_a_batch_has_each_steps_own(played):
     advantages, values = torch.randn(2, 200, 4)
     batch = ppo.batch_of(agent, rollout, advantages, values)
     for t, n in ((0, 0), (0, 3), (7, 2), (199, 3)):
-        observation, action, logprob, value, advantage, target = (column[4 * t + n] for column in batch)
+        observation, action, _, logprob, value, advantage, target = (column[4 * t + n] for column in batch)
         assert torch.equal(observation, rollout.inputs[t, n]) and torch.equal(action, rollout.actions[t, n])
         parts = parts_of(agent, space, observation)
         torch.testing.assert_close(logprob, sum(part.log_prob(action[i]) for i, part in enumerate(parts)))
         assert (value, advantage) == (values[t, n], advantages[t, n])
         torch.testing.assert_close(target, advantages[t, n] + values[t, n])
+
+
+def test_epochs_of_minibatches_end_once_one_has_moved_too_far(played):
+    agent, _, rollout = played
+    rewards, learner = torch.ones(200, 4), learner_of(agent)
+    before = learner.theta.clone()
+    for recompute, target_kl, updates in ((True, None, 12), (False, None, 12), (True, 0.45, 5), (True, 0.1, 2)):
+        calls = []
+
+        def update(agent: ppo.Agent, _: Args, __: ppo.Learner, batch: ppo.Batch, indices: torch.Tensor) -> torch.Tensor:
+            calls.append((indices.tolist(), batch.advantages, batch.values))  # noqa: B023
+            agent.critic[-1].bias += 1
+            return torch.tensor([1.0, 1.0, 1.0, 0.1, 1.0, 1.0]) * len(calls)  # noqa: B023
+
+        args = replace(TURNS, update_epochs=3, num_minibatches=4, recompute_advantages=recompute, target_kl=target_kl)
+        measures = ppo.improve(args, agent, learner, rollout, rewards, update)
+        learner.theta.copy_(before)
+        indices, advantages, values = zip(*calls, strict=True)
+        assert measures["updates"] == len(calls) == updates
+        assert measures["approx_kl"] == pytest.approx(0.1 * np.mean(range(1, updates + 1)))
+        assert all(len(each) == 200 for each in indices) and all(each is values[0] for each in values)
+        if updates == 12:
+            epochs = [sum(indices[i : i + 4], []) for i in (0, 4, 8)]
+            assert all(sorted(epoch) == list(range(800)) for epoch in epochs) and epochs[0] != epochs[1]
+            assert (
+                torch.equal(advantages[0], advantages[3]) and torch.equal(advantages[0], advantages[4]) is not recompute
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------- train
@@ -289,6 +314,10 @@ def test_masks_are_those_of_the_states_acted_in(form, vec):
     with closing(envs):
         rollout = ppo.collect(args, agent, envs, 0, ppo.Stopwatch(dict.fromkeys(ppo.SECONDS, 0.0)))
     assert args.action_masks and rollout.ended.sum() > 10
+    batch = ppo.batch_of(agent, rollout, *torch.zeros(2, 60, 4))
+    assert torch.equal(batch.masks, rollout.masks.flatten(0, 1))
+    parts = parts_of(agent, space, batch.observations, batch.masks)
+    torch.testing.assert_close(batch.logprobs, sum(part.log_prob(batch.actions[:, i]) for i, part in enumerate(parts)))
     for seed_and_t, masks, actions in zip(
         rollout.observations.reshape(-1, 2), rollout.masks.flatten(0, 1), rollout.actions.flatten(0, 1), strict=True
     ):
@@ -361,7 +390,8 @@ def test_a_policy_takes_the_likeliest_of_what_is_allowed(space):
         )
     assert np.array_equal(policy(observations, mask=masks), alone)
 
-    for wrong, told in ((None, "is None"), (masks[0, 1:], "values"), (0 * masks[0], "allows no action")):
+    nothing = np.arange(sum(sizes)) >= sizes[0]  # of the first part
+    for wrong, told in ((None, "is None"), (masks[0, 1:], "values"), (nothing, "allows no action")):
         with pytest.raises(ValueError, match=f"Maze-v0: an action mask .*{told}"):
             policy(observations[0], mask=wrong)
     with pytest.raises(ValueError):
@@ -382,11 +412,18 @@ def test_a_masked_policy_is_evaluated_as_it_was_in_the_run(small, form):
 @pytest.mark.parametrize(
     ("env_id", "masks", "heeded"), [("Taxi-v4", True, True), ("Taxi-v4", False, False), ("CartPole-v1", True, False)]
 )
-def test_masks_are_heeded_where_there_are_any_unless_they_are_ignored(small, env_id, masks, heeded):
+def test_masks_are_heeded_where_there_are_any_unless_they_are_ignored(small, env_id, masks, heeded, monkeypatch):
+    given, call = set(), ppo.Policy.__call__
+
+    def watched(policy: ppo.Policy, observations: np.ndarray, sample: bool = False, mask=None) -> np.ndarray:
+        given.add(mask is not None)
+        return call(policy, observations, sample, mask)
+
+    monkeypatch.setattr(ppo.Policy, "__call__", watched)
     run = train(replace(small, env_id=env_id, action_masks=masks, total_timesteps=128, num_evals=1, eval_episodes=1))
     assert yaml.safe_load((run / "config.yaml").read_text())["action_masks"] is heeded
     assert ppo.load_policy(run / "checkpoint.pt").masked is heeded
-    assert (", masked" in (run / "run.log").read_text()) is heeded
+    assert (", masked" in (run / "run.log").read_text()) is heeded and given == {heeded}
 
 
 def test_an_environment_that_allows_nothing_is_named(small, capsys):

@@ -253,7 +253,7 @@ SCRIPTS = {
             "CartPole-v1": {"total_timesteps": 4096},
             "Acrobot-v1": {"num_envs": 2, "total_timesteps": 3072},
             "LunarLander-v3": {"total_timesteps": 4096},
-            "Taxi-v4": {"total_timesteps": 4096},
+            "Taxi-v4": {"total_timesteps": 6144},
         },
         played="LunarLander-v3",
         filmed="LunarLander-v3",
@@ -272,6 +272,7 @@ SCRIPTS = {
         mistakes={
             "--env-id Pendulum-v1": "--env-id Pendulum-v1: acts in Box(-2.0, 2.0, (1,), float32)",
             "--env-id tests.envs:Clock-v0": "ppo_continuous.py is for Box",
+            "--env-id ALE/Pong-v5": "--env-id ALE/Pong-v5: this is an Atari game; ppo_atari_cnn.py plays it",
             "--env-id tests.envs:Bits-v0": "MultiBinary(3)",
             "--num-steps 0": "--num-steps 0: must be at least 1",
             "--vec async --num-envs 3 --num-steps 100": "3 x 100 = 300 steps",
