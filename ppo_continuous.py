@@ -60,7 +60,7 @@ import yaml
 from gymnasium.wrappers import FlattenObservation, RecordVideo
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad
 from torch.utils.tensorboard import SummaryWriter
 
 SCRIPT = Path(__file__).stem
@@ -442,12 +442,14 @@ class Learner(NamedTuple):
 def update(agent: Agent, args: Args, learner: Learner, batch: Batch, indices: Tensor) -> Tensor:
     """One step of Adam on the minibatch `indices`; returns what was measured before it."""
     minibatch = Batch(*(column[indices] for column in batch))
-    theta = learner.theta.detach().requires_grad_()
-    loss, measures = ppo_loss(parameters_of(agent, theta), agent, args, minibatch)
-    (gradient,) = torch.autograd.grad(loss, theta)
+
+    def loss(theta: Tensor) -> tuple[Tensor, tuple]:
+        return ppo_loss(parameters_of(agent, theta), agent, args, minibatch)
+
+    gradient, measures = grad(loss, has_aux=True)(learner.theta)
     norm = gradient.norm()
     learner.adam_step(gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), args.adam_eps)
-    return torch.stack((*measures, norm)).detach()
+    return torch.stack((*measures, norm))
 
 
 def step_sizes(args: Args, agent: Agent) -> Tensor:
@@ -739,7 +741,6 @@ def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run", inter
     run.say("compiling the update …")
     gc.disable()  # the compiler makes many objects, and keeps them
     try:
-        torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
         fast = torch.compile(update, fullgraph=True, dynamic=False, options=config)
         fast(agent, args, copy.deepcopy(learner), batch, torch.arange(B // args.num_minibatches, device=device))
     except Exception as error:

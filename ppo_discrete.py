@@ -60,7 +60,7 @@ import yaml
 from gymnasium.wrappers import FlattenObservation, RecordVideo
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad
 from torch.utils.tensorboard import SummaryWriter
 
 SCRIPT = Path(__file__).stem
@@ -470,12 +470,14 @@ class Learner(NamedTuple):
 def update(agent: Agent, args: Args, learner: Learner, batch: Batch, indices: Tensor) -> Tensor:
     """One step of Adam on the minibatch `indices`; returns what was measured before it."""
     minibatch = Batch(*(column[indices] for column in batch))
-    theta = learner.theta.detach().requires_grad_()
-    loss, measures = ppo_loss(parameters_of(agent, theta), agent, args, minibatch)
-    (gradient,) = torch.autograd.grad(loss, theta)
+
+    def loss(theta: Tensor) -> tuple[Tensor, tuple]:
+        return ppo_loss(parameters_of(agent, theta), agent, args, minibatch)
+
+    gradient, measures = grad(loss, has_aux=True)(learner.theta)
     norm = gradient.norm()
     learner.adam_step(gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), args.adam_eps)
-    return torch.stack((*measures, norm)).detach()
+    return torch.stack((*measures, norm))
 
 
 def step_sizes(args: Args, agent: Agent) -> Tensor:
@@ -550,9 +552,9 @@ def scale_rewards(args: Args, agent: Agent, envs: Environments, rollout: Rollout
 def estimate(args: Args, agent: Agent, rollout: Rollout, rewards: Tensor) -> tuple[Tensor, Tensor]:
     """Advantages and values, (T, N)."""
     values = agent.critic(rollout.inputs).squeeze(-1)  # (T + 1, N)
-    next_values, values = values[1:].clone(), values[:-1]
     # What an ended episode saw last, instead of what the next one saw first.
-    next_values[rollout.ended] = agent.critic(rollout.last_inputs).squeeze(-1)
+    next_values = values[1:].masked_scatter(rollout.ended, agent.critic(rollout.last_inputs).squeeze(-1))
+    values = values[:-1]
     ends = rollout.terminated, rollout.ended
     return generalised_advantages(rewards, values, next_values, *ends, args.gamma, args.gae_lambda), values
 
@@ -566,11 +568,21 @@ def batch_of(agent: Agent, rollout: Rollout, advantages: Tensor, values: Tensor)
     return Batch(observations, actions, masks, logprobs, *columns)
 
 
+def run_epoch(args: Args, agent: Agent, learner: Learner, update: Callable, batch: Batch, rows: Tensor) -> Tensor:
+    """An update for each row of indices, ended early where the policy has moved too far; their measures, a row each."""
+    measured = []
+    for indices in rows:
+        measured.append(update(agent, args, learner, batch, indices))
+        if args.target_kl and measured[-1][MEASURES.index("approx_kl")] > args.target_kl:
+            break
+    return torch.stack(measured)
+
+
 def improve(
-    args: Args, agent: Agent, learner: Learner, rollout: Rollout, rewards: Tensor, update: Callable
+    args: Args, agent: Agent, learner: Learner, rollout: Rollout, rewards: Tensor, optimise: Callable
 ) -> dict[str, float]:
     """Epochs of minibatches, ended early where the policy has moved too far; their mean measures."""
-    measured = []
+    measured, M = [], args.num_minibatches
     for epoch in range(args.update_epochs):
         if epoch == 0:
             batch = batch_of(agent, rollout, *estimate(args, agent, rollout, rewards))
@@ -578,15 +590,12 @@ def improve(
         elif args.recompute_advantages:
             advantages, values = estimate(args, agent, rollout, rewards)
             batch = batch._replace(advantages=advantages.flatten(), returns=(advantages + values).flatten())
-        shuffled = torch.randperm(len(batch.returns)).to(batch.returns.device)
-        for indices in shuffled.split(len(shuffled) // args.num_minibatches):
-            measured.append(update(agent, args, learner, batch, indices))
-            too_far = args.target_kl and measured[-1][MEASURES.index("approx_kl")] > args.target_kl
-            if too_far:
-                break
-        if too_far:
+        shuffled = torch.randperm(len(batch.returns)).to(batch.returns.device, non_blocking=True)
+        measured.append(optimise(batch, shuffled.view(M, -1)))
+        if args.target_kl and measured[-1][-1, MEASURES.index("approx_kl")] > args.target_kl:
             break
-    measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist(), strict=True))
+    measured = torch.cat(measured)
+    measures = dict(zip(MEASURES, measured.mean(0).tolist(), strict=True))
     measures |= {"explained_variance": explained_variance.item(), "learning_rate": learner.learning_rate[0].item()}
     return measures | {"updates": len(measured)}
 
@@ -624,6 +633,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     with closing(envs), Run(args, agent, learner, envs, progress) as run:
         run.begin()
         fast_update = compile_update(args, agent, learner, run, interrupts) if args.compile else update
+        parts = args, agent, learner, fast_update
+        optimise = capture_epoch(*parts) if device.type == "cuda" else partial(run_epoch, *parts)
         watch, booked = Stopwatch(progress["seconds"]), dict(progress["seconds"])
 
         for iteration in range(run.saved // B + 1, iterations + 1):
@@ -633,7 +644,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             learner.learning_rate.copy_(rates * lr_factor(args, iteration, iterations))
             rollout = collect(args, agent, envs, step - B, watch)
             rewards = scale_rewards(args, agent, envs, rollout)
-            measures = improve(args, agent, learner, rollout, rewards, fast_update)
+            measures = improve(args, agent, learner, rollout, rewards, optimise)
             agent.moments.update(rollout.observations.reshape(B, *agent.moments.mean.shape))
             watch.lap("updating")
             measured = [measures[name] for name in MEASURES]
@@ -765,13 +776,14 @@ def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run", inter
     shapes = (B, D), (B, A), (B, *agent.mask_shape), B, B, B, B
     batch = Batch(*(torch.zeros(shape, device=device) for shape in shapes))
     batch = batch._replace(actions=batch.actions.long(), masks=batch.masks.bool())
-    # Compiling is quicker without a test of the vector instructions, a header for later and the debugger's lines.
-    config = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False, "aot_inductor.enable_line_tables": False}
-    config |= {"cpp_wrapper": device.type == "cpu"}  # there, calling many small kernels from Python costs
+    config = {}
+    if device.type == "cpu":
+        # Compiling is quicker without a test of the vector instructions, a header for later, the debugger's lines.
+        config = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
+        config |= {"aot_inductor.enable_line_tables": False, "cpp_wrapper": True}  # no kernel is called from Python
     run.say("compiling the update …")
     gc.disable()  # the compiler makes many objects, and keeps them
     try:
-        torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
         fast = torch.compile(update, fullgraph=True, dynamic=False, options=config)
         fast(agent, args, copy.deepcopy(learner), batch, torch.arange(B // args.num_minibatches, device=device))
     except Exception as error:
@@ -782,6 +794,52 @@ def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run", inter
         gc.enable()
     run.say(f"compiled in {time.perf_counter() - started:.1f} s")
     return fast
+
+
+class Captured:
+    """A function as one CUDA graph: the same kernels in the same order, for a call instead of thousands.
+
+    It changes `state` in place and nothing else; its inputs are copied to where the graph reads them.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], state: Sequence[Tensor]):
+        self.function, self.state, self.graph = function, state, None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self.graph is None:
+            self.capture([tensor.clone() for tensor in inputs])
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given, non_blocking=True)
+        self.graph.replay()
+        return self.output.clone()
+
+    def capture(self, inputs: list[Tensor]) -> None:
+        self.inputs, before, stream = inputs, [tensor.clone() for tensor in self.state], torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # the first call takes memory and chooses kernels, which a graph cannot
+            self.function(*inputs)
+            for tensor, value in zip(self.state, before, strict=True):
+                tensor.copy_(value)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.output = self.function(*inputs)
+
+
+def capture_epoch(args: Args, agent: Agent, learner: Learner, update: Callable) -> Callable[[Batch, Tensor], Tensor]:
+    """`run_epoch` as a graph. Where the policy moves too far, which is rare, the epoch is run again without it."""
+    free = replace(args, target_kl=None)
+    whole = Captured(lambda rows, *batch: run_epoch(free, agent, learner, update, Batch(*batch), rows), learner)
+
+    def optimise(batch: Batch, rows: Tensor) -> Tensor:
+        before = [tensor.clone() for tensor in learner]
+        measures = whole(rows, *batch)
+        if args.target_kl and (measures[:, MEASURES.index("approx_kl")] > args.target_kl).any():
+            for tensor, value in zip(learner, before, strict=True):
+                tensor.copy_(value)
+            return run_epoch(args, agent, learner, update, batch, rows)
+        return measures
+
+    return optimise
 
 
 def write_atomically(path: Path, content: dict | str) -> None:

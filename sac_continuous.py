@@ -59,7 +59,7 @@ import yaml
 from gymnasium.wrappers import FlattenObservation, RecordVideo
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad, grad_and_value
 from torch.nn.functional import softplus
 from torch.utils.tensorboard import SummaryWriter
 
@@ -543,29 +543,32 @@ def update(
     goals = batch.rewards + args.gamma * next_values.masked_fill(batch.terminated, 0)
 
     # The critics' loss: Σ_i mean (Q_i(s, a) − y)².
-    theta = critics.theta.detach().requires_grad_()
-    values = judge(theta, batch.observations, batch.actions)
-    losses = ((values - goals) ** 2).mean(-1)
-    (gradient,) = torch.autograd.grad(losses.sum(), theta)
+    def critics_loss(theta: Tensor) -> tuple[Tensor, tuple]:
+        values = judge(theta, batch.observations, batch.actions)
+        losses = ((values - goals) ** 2).mean(-1)
+        return losses.sum(), (losses, values)
+
+    gradient, (losses, values) = grad(critics_loss, has_aux=True)(critics.theta)
     critics.adam_step(gradient, eps=1e-8)
 
     # The actor's: mean (α log π(a|s) − min_i Q_i(s, a)), with a ~ π(·|s); α's gradient: mean (−log π(a|s)) + A.
-    actor_loss = torch.full((), torch.nan, device=theta.device)
-    for sample in noise[1:] if improves else ():
-        theta = actor.theta.detach().requires_grad_()
+    def actor_loss(theta: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
         actions, logprobs = act(theta, batch.observations, sample)
         expected = judge(critics.theta, batch.observations, actions).amin(0)
-        actor_loss = (log_alpha.theta.exp() * logprobs - expected).mean()
-        (gradient,) = torch.autograd.grad(actor_loss, theta)
+        return (log_alpha.theta.exp() * logprobs - expected).mean(), logprobs
+
+    policy_loss = torch.full((), torch.nan, device=target.device)
+    for sample in noise[1:] if improves else ():
+        gradient, (policy_loss, logprobs) = grad_and_value(actor_loss, has_aux=True)(actor.theta, sample)
         actor.adam_step(gradient, eps=1e-8)
         if args.autotune:
-            excess = -logprobs.detach().mean() + actions.shape[-1]  # of the entropy over −A
+            excess = -logprobs.mean() + batch.actions.shape[-1]  # of the entropy over −A
             log_alpha.adam_step(excess.view(1), eps=1e-8)
 
     if follows:
         target.lerp_(critics.theta, args.tau)
-    measures = losses.mean(), *values.mean(-1), actor_loss, -next_logprobs.mean(), alpha.squeeze()
-    return torch.stack(measures).detach()
+    measures = losses.mean(), *values.mean(-1), policy_loss, -next_logprobs.mean(), alpha.squeeze()
+    return torch.stack(measures)
 
 
 def parts_of(args: Args, number: int) -> tuple[bool, bool]:
@@ -827,7 +830,6 @@ def compile_update(
     run.say("compiling the update …")
     gc.disable()  # the compiler makes many objects, and keeps them
     try:
-        torch._dynamo.config.trace_autograd_ops = True  # forward and backward become one graph
         fast = torch.compile(update, fullgraph=True, dynamic=False, options=config)
         for parts in {parts_of(args, number) for number in (*numbers, math.lcm(*numbers))}:
             fast(agent, args, copy.deepcopy(learners), buffer.rings, scale, slots, noise, *parts)

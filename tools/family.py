@@ -29,7 +29,6 @@ OWN = {
 PPO = OWN | {
     "log_prob": "its own distribution",
     "ppo_loss": "its entropy depends on the state",
-    "estimate": "its own critic",
     "batch_of": "its own distribution",
 }
 DIFFERENT = {
@@ -50,6 +49,7 @@ DIFFERENT = {
         "make_eval_env": "games",
         "Rollout": "it keeps what the network said in the rollout; to ask again would be dear",
         "Batch": "frames",
+        "estimate": "by the values of the rollout",
         "Policy": "a network of torch",
         "load_policy": "no bounds, nothing normalised",
     },
@@ -63,6 +63,7 @@ DIFFERENT = {
         "Policy._choose": "two outputs",
         "Policy.value": "an encoder",
         "Rollout": "it keeps alpha and beta",
+        "estimate": "an encoder",
     },
     "grpo.py": OWN
     | {

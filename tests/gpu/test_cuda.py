@@ -19,6 +19,7 @@ RUNS = {
     "ppo_continuous": PPO | {"env_id": "HalfCheetah-v4"},
     "ppo_beta": PPO | {"env_id": "HalfCheetah-v4"},
     "ppo_discrete": PPO | {"env_id": "CartPole-v1"},
+    "grpo": {"env_id": "CartPole-v1", "num_groups": 4, "group_size": 4, "total_timesteps": 2000},
     "ppo_atari_cnn": PPO | {"env_id": "ALE/Pong-v5", "num_steps": 32, "total_timesteps": 1024},
     "sac_continuous": {
         "env_id": "HalfCheetah-v4",
