@@ -339,6 +339,7 @@ def test_the_buffer_is_restored_exactly():
     for steps in (3, 100):
         buffer, _ = filled_buffer(60, 3, steps)
         other = buffer_of(60, 3)
+        other.before = other.before.copy()  # as where the rings are a GPU's
         other.restore(copy.deepcopy(buffer.state()))
         for one in (buffer, other):
             one.add(torch.ones(3, 1), np.ones(3), np.zeros(3, bool), np.arange(3) == 1, *np.ones((2, 3, 2)))
@@ -453,6 +454,18 @@ def test_actions_are_random_until_learning_starts_and_then_drawn_from_the_policy
     deviations = ((torch.tensor(drawn).atanh() - mean) / log_std.exp()).numpy()
     assert np.std(deviations, 0) == pytest.approx(np.ones(2), abs=0.15)
     assert np.mean(deviations, 0) == pytest.approx(np.zeros(2), abs=0.2)
+
+
+def test_the_policy_acts_from_the_step_on_at_which_learning_starts():
+    args, watch = replace(FATES, learning_starts=8), sac.Stopwatch(dict.fromkeys(sac.SECONDS, 0.0))
+    with closing(sac.Environments(args)) as envs:
+        buffer = ReplayBuffer(Rings.of(100, envs.observations, gym.spaces.Box(-1, 1, (2,)), "cpu"), 4)
+        buffer.begin(envs.observations)
+        for step in (0, 4, 8, 12):
+            sac.collect(
+                args, agent_of(args, 2, 2, [-1, 0], [1, 4]), lambda _, noise: 0 * noise, buffer, envs, step, watch
+            )
+    assert (buffer.rings.actions[:8] != 0).all() and (buffer.rings.actions[8:16] == 0).all()
 
 
 def test_what_is_not_finite_is_not_kept():
