@@ -311,7 +311,8 @@ def test_a_rollout_of_images_keeps_bytes_and_the_true_last_images():
     with closing(make_eval_env(args)) as env:
         shown = np.stack([env.reset(seed=0)[0], *(env.step(np.float32([0, 0]))[0] for _ in range(3))]).reshape(4, -1)
     t = np.arange(17)[:, None] % 3  # each episode takes three actions
-    assert rollout.inputs.dtype == torch.uint8 and np.array_equal(rollout.inputs, np.tile(shown[t], (1, 4, 1)))
+    assert rollout.inputs.dtype == torch.uint8 and rollout.observations.dtype == np.uint8
+    assert np.array_equal(rollout.inputs, np.tile(shown[t], (1, 4, 1)))
     assert np.array_equal(rollout.last_inputs, np.tile(shown[3], (4 * 5, 1)))
     assert [episode["length"] for episode in rollout.episodes] == [3] * 20
 
