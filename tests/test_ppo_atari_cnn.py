@@ -141,10 +141,10 @@ def test_a_time_limit_cuts_a_game():
     assert ends == ([(False, False, 0)] * 9 + [(False, True, 1)]) * 2
 
 
-@pytest.mark.parametrize("probability", [0.0, 0.25])
-def test_games_are_restored_exactly(monkeypatch, probability):
-    monkeypatch.setattr(Environments, "seed_lasts", 200)  # so that some games begin with a seed and some without
-    args = replace(SMALL, num_envs=3, repeat_action_probability=probability)
+def test_games_are_restored_exactly(monkeypatch):
+    """With actions that are repeated by chance, and some games that begin with a seed and some without."""
+    monkeypatch.setattr(Environments, "seed_lasts", 200)
+    args = replace(SMALL, num_envs=3, repeat_action_probability=0.25)
     random, drawn, over = np.random.default_rng(0), [], 0
 
     def play(envs: Environments, steps: int) -> dict:
