@@ -417,7 +417,8 @@ class Played:
     """The episodes of an iteration that begins at step 100, their seeds, and how many environments were busy when."""
 
     def __init__(self, **settings: object):
-        self.args, envs, shape, actions = grpo.prepare(replace(SMALL, **settings))
+        self.args, envs, actions = grpo.prepare(replace(SMALL, **settings))
+        shape = envs.observations.shape[1:]
         torch.manual_seed(0)
         self.agent = grpo.Agent(self.args, shape, actions.low, actions.high).requires_grad_(False)
         scale = 300 if "Luck" in self.args.env_id else 2
@@ -481,17 +482,16 @@ def test_the_policy_sees_what_the_normaliser_makes_of_observations_and_acts_with
 def test_starts_are_the_groups_own_or_everybodys(small, monkeypatch):
     given, begin = [], grpo.Environments.begin
 
-    def spy(envs: grpo.Environments, which: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    def spy(envs: grpo.Environments, which: np.ndarray, seeds: np.ndarray) -> None:
         given.extend(seeds.tolist())
-        return begin(envs, which, seeds)
+        begin(envs, which, seeds)
 
     monkeypatch.setattr(grpo.Environments, "begin", spy)
     train(replace(small, total_timesteps=1))
-    _, *seeds = given  # of which the first was to see what an environment shows
-    assert len(seeds) == 12 and [len(set(seeds[n : n + 4])) for n in (0, 4, 8)] == [1, 1, 1] and len(set(seeds)) == 3
+    assert len(given) == 12 and [len(set(given[n : n + 4])) for n in (0, 4, 8)] == [1, 1, 1] and len(set(given)) == 3
     given.clear()
     train(replace(small, total_timesteps=1, identical_start=False))
-    assert len(set(given[1:])) == 12
+    assert len(given) == len(set(given)) == 12
 
 
 @pytest.mark.parametrize("vec", ["sync", "async"])
