@@ -611,11 +611,12 @@ def fill(batch: Batch, rows: Tensor, size: int) -> Batch:
     return minibatch
 
 
-def minibatches(batch: Batch, size: int) -> Iterator[Batch]:
-    """All rows once, in random order, shared out evenly over as few minibatches as it takes."""
-    shuffled = torch.randperm(len(batch.weights)).to(batch.weights.device)
-    for rows in shuffled.tensor_split(math.ceil(len(shuffled) / size)):
-        yield fill(batch, rows, size)
+def minibatches(args: Args, batch: Batch) -> Iterator[Batch]:
+    """In every epoch all rows once, in random order, shared out evenly over as few minibatches as it takes."""
+    for _ in range(args.update_epochs):
+        shuffled = torch.randperm(len(batch.weights)).to(batch.weights.device)
+        for rows in shuffled.tensor_split(math.ceil(len(shuffled) / args.minibatch_size)):
+            yield fill(batch, rows, args.minibatch_size)
 
 
 def next_kl_coef(kl_coef: float, kl: float, target: float) -> float:
@@ -669,10 +670,11 @@ def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Sto
         lengths[episodes] += 1
         steps += len(busy)
         over = terminated | truncated | (lengths[episodes] == args.max_episode_steps)
-        playing[busy[over]] = -1
         watch.lap("stepping")
-        when = {"step": step + steps, "wall_time": round(watch.elapsed(), 3)}
-        ended += [(m, when) for m in np.sort(episodes[over])]
+        if over.any():
+            playing[busy[over]] = -1
+            when = {"step": step + steps, "wall_time": round(watch.elapsed(), 3)}
+            ended += [(m, when) for m in np.sort(episodes[over])]
     seen, inputs, actions, rewards, *places = (np.concatenate(part) for part in zip(*parts, strict=True))
     table = np.zeros((P * G, lengths.max()))
     table[tuple(places)] = rewards
@@ -695,11 +697,9 @@ def batch_of(args: Args, agent: Agent, reference: Agent, rollout: Rollout, advan
     logprobs = agent.kind(agent(rollout.inputs)).log_prob(rollout.actions)
     weights = step_weights(args, rollout.lengths)[rollout.places[0]]
     seen = reference.moments.normaliser()(rollout.observations).reshape(rollout.inputs.shape)
-    columns = (
-        torch.tensor(array, dtype=torch.float32, device=logprobs.device) for array in (advantages, weights, seen)
-    )
-    advantages, weights, seen = columns
-    return Batch(rollout.inputs, rollout.actions, logprobs, advantages, weights, reference(seen))
+    arrays = advantages, weights, seen
+    *columns, seen = (torch.tensor(each, dtype=torch.float32, device=logprobs.device) for each in arrays)
+    return Batch(rollout.inputs, rollout.actions, logprobs, *columns, reference(seen))
 
 
 def improve(
@@ -707,13 +707,9 @@ def improve(
 ) -> dict[str, float]:
     """Epochs of minibatches, ended early where the policy has moved too far; their mean measures."""
     measured, weight = [], torch.tensor(kl_coef, device=learner.theta.device)
-    for _ in range(args.update_epochs):
-        for minibatch in minibatches(batch, args.minibatch_size):
-            measured.append(update(agent, args, learner, minibatch, weight))
-            too_far = args.stop_kl and measured[-1][MEASURES.index("approx_kl")] > args.stop_kl
-            if too_far:
-                break
-        if too_far:
+    for minibatch in minibatches(args, batch):
+        measured.append(update(agent, args, learner, minibatch, weight))
+        if args.stop_kl and measured[-1][MEASURES.index("approx_kl")] > args.stop_kl:
             break
     if agent.kind is Normal:
         agent.log_std.clamp_(min=args.log_std_min)
@@ -900,9 +896,11 @@ def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run", inter
     outputs = agent(observations)
     actions = torch.tensor(agent.kind.best(outputs.cpu().numpy()), device=device)
     batch = Batch(observations, actions, *columns, outputs)
-    # Compiling is quicker without a test of the vector instructions, a header for later and the debugger's lines.
-    config = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False, "aot_inductor.enable_line_tables": False}
-    config |= {"cpp_wrapper": device.type == "cpu"}  # there, calling many small kernels from Python costs
+    config = {}
+    if device.type == "cpu":
+        # Compiling is quicker without a test of the vector instructions, a header for later, the debugger's lines.
+        config = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
+        config |= {"aot_inductor.enable_line_tables": False, "cpp_wrapper": True}  # no kernel is called from Python
     run.say("compiling the update …")
     gc.disable()  # the compiler makes many objects, and keeps them
     try:
