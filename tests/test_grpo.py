@@ -754,6 +754,15 @@ def test_the_config_holds_what_was_left_open(small):
     assert (config["num_envs"], config["max_episode_steps"]) == (12, 500)
 
 
+def test_training_is_cut_at_the_lower_of_its_own_limits_whatever_evaluation_does():
+    for asked, evaluated, limit in ((None, 100, 500), (600, 100, 500), (300, 100, 300), (300, 900, 300)):
+        kwargs = f'{{"max_episode_steps": {evaluated}}}'
+        args = replace(SMALL, env_id="CartPole-v1", max_episode_steps=asked, eval_env_kwargs=kwargs)
+        args, envs, _ = grpo.prepare(args)
+        envs.close()
+        assert args.max_episode_steps == limit
+
+
 # ----------------------------------------------------------------------------------------------------------- EnvPool
 
 
