@@ -179,37 +179,35 @@ class Environments:
 
     def __init__(self, args: Args):
         self.args, self.envs, self.random = args, self._make(args), np.random.default_rng(args.seed)
+        self.observations = np.zeros((args.num_envs, *self.envs.single_observation_space.shape))  # what to act on
 
     def _make(self, args: Args) -> gym.vector.VectorEnv:
         vector = gym.vector.AsyncVectorEnv if args.vec == "async" else gym.vector.SyncVectorEnv
         mode = gym.vector.AutoresetMode.NEXT_STEP
         return vector([partial(TrainEnv, args)] * args.num_envs, copy=False, autoreset_mode=mode)
 
-    def begin(self, which: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        """An episode from each seed; their first observations."""
-        if self.args.vec == "sync":
-            return np.array(
-                [self.envs.envs[n].reset(seed=seed)[0] for n, seed in zip(which, seeds.tolist(), strict=True)]
-            )
+    def begin(self, which: np.ndarray, seeds: np.ndarray) -> None:
+        """An episode from each seed."""
         mask, every = np.zeros(self.args.num_envs, bool), np.zeros(self.args.num_envs, int)
         mask[which], every[which] = True, seeds
-        return self.envs.reset(seed=every.tolist(), options={"reset_mask": mask})[0][which]
+        self.observations[which] = self.envs.reset(seed=every.tolist(), options={"reset_mask": mask})[0][which]
 
-    def step(self, which: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The true next observations, rewards, terminated, truncated."""
+    def step(self, which: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rewards, terminated, truncated."""
         if self.args.vec == "sync":
             results = [self.envs.envs[n].step(action)[:4] for n, action in zip(which, actions, strict=True)]
-            return tuple(map(np.array, zip(*results, strict=True)))
+            self.observations[which], *results = map(np.array, zip(*results, strict=True))
+            return tuple(results)
         every = np.repeat(actions[:1], self.args.num_envs, 0)  # those that should rest play on, unseen
         every[which] = actions
-        return tuple(result[which] for result in self.envs.step(every)[:4])
+        self.observations[which], *results = (result[which] for result in self.envs.step(every)[:4])
+        return tuple(results)
 
     def state(self) -> dict:
-        """No episode is running when a checkpoint is written."""
-        return {"random": self.random.bit_generator.state}
+        return {"random": self.random.bit_generator.state}  # no episode is running when a checkpoint is written
 
     def restore(self, state: dict) -> bool:
-        """Whether the episodes that follow are those that would have followed."""
+        """Whether the same episodes follow."""
         self.random.bit_generator.state = state["random"]
         return True
 
@@ -615,11 +613,12 @@ def fill(batch: Batch, rows: Tensor, size: int) -> Batch:
     return minibatch
 
 
-def minibatches(batch: Batch, size: int) -> Iterator[Batch]:
-    """All rows once, in random order, shared out evenly over as few minibatches as it takes."""
-    shuffled = torch.randperm(len(batch.weights)).to(batch.weights.device)
-    for rows in shuffled.tensor_split(math.ceil(len(shuffled) / size)):
-        yield fill(batch, rows, size)
+def minibatches(args: Args, batch: Batch) -> Iterator[Batch]:
+    """In every epoch all rows once, in random order, shared out evenly over as few minibatches as it takes."""
+    for _ in range(args.update_epochs):
+        shuffled = torch.randperm(len(batch.weights)).to(batch.weights.device)
+        for rows in shuffled.tensor_split(math.ceil(len(shuffled) / args.minibatch_size)):
+            yield fill(batch, rows, args.minibatch_size)
 
 
 def next_kl_coef(kl_coef: float, kl: float, target: float) -> float:
@@ -653,31 +652,31 @@ def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Sto
     seeds = envs.random.integers(2**31, size=(P, 1 if args.identical_start else G))
     seeds = np.broadcast_to(seeds, (P, G)).ravel()
     act, normalise, device = agent.acting(), agent.moments.normaliser(), next(agent.parameters()).device
-    observations, lengths = np.empty((N, *agent.moments.mean.shape)), np.zeros(P * G, int)
-    playing = np.full(N, -1)  # the episode in each environment, or -1
+    lengths, playing = np.zeros(P * G, int), np.full(N, -1)  # the episode in each environment, or -1
     begun, steps, parts, ended = 0, 0, [], []
     while begun < P * G or (playing >= 0).any():
         free = np.flatnonzero(playing < 0)[: P * G - begun]
         if len(free):
             playing[free] = np.arange(begun, begun + len(free))
             begun += len(free)
-            observations[free] = envs.begin(free, seeds[playing[free]])
+            envs.begin(free, seeds[playing[free]])
             watch.lap("stepping")
         busy = np.flatnonzero(playing >= 0)
-        episodes, seen = playing[busy], observations[busy]
+        episodes, seen = playing[busy], envs.observations[busy]
         inputs = normalise(seen).reshape(len(busy), -1)
         actions = agent.kind.sample(act(inputs))
         environment_actions = agent.for_environment(actions)
         watch.lap("acting")
-        observations[busy], rewards, terminated, truncated = envs.step(busy, environment_actions)
+        rewards, terminated, truncated = envs.step(busy, environment_actions)
         parts.append((seen, inputs, actions, rewards, episodes, lengths[episodes]))
         lengths[episodes] += 1
         steps += len(busy)
         over = terminated | truncated | (lengths[episodes] == args.max_episode_steps)
-        playing[busy[over]] = -1
         watch.lap("stepping")
-        when = {"step": step + steps, "wall_time": round(watch.elapsed(), 3)}
-        ended += [(m, when) for m in np.sort(episodes[over])]
+        if over.any():
+            playing[busy[over]] = -1
+            when = {"step": step + steps, "wall_time": round(watch.elapsed(), 3)}
+            ended += [(m, when) for m in np.sort(episodes[over])]
     seen, inputs, actions, rewards, *places = (np.concatenate(part) for part in zip(*parts, strict=True))
     table = np.zeros((P * G, lengths.max()))
     table[tuple(places)] = rewards
@@ -700,11 +699,9 @@ def batch_of(args: Args, agent: Agent, reference: Agent, rollout: Rollout, advan
     logprobs = agent.kind(agent(rollout.inputs)).log_prob(rollout.actions)
     weights = step_weights(args, rollout.lengths)[rollout.places[0]]
     seen = reference.moments.normaliser()(rollout.observations).reshape(rollout.inputs.shape)
-    columns = (
-        torch.tensor(array, dtype=torch.float32, device=logprobs.device) for array in (advantages, weights, seen)
-    )
-    advantages, weights, seen = columns
-    return Batch(rollout.inputs, rollout.actions, logprobs, advantages, weights, reference(seen))
+    arrays = advantages, weights, seen
+    *columns, seen = (torch.tensor(each, dtype=torch.float32, device=logprobs.device) for each in arrays)
+    return Batch(rollout.inputs, rollout.actions, logprobs, *columns, reference(seen))
 
 
 def improve(
@@ -712,13 +709,9 @@ def improve(
 ) -> dict[str, float]:
     """Epochs of minibatches, ended early where the policy has moved too far; their mean measures."""
     measured, weight = [], torch.tensor(kl_coef, device=learner.theta.device)
-    for _ in range(args.update_epochs):
-        for minibatch in minibatches(batch, args.minibatch_size):
-            measured.append(update(agent, args, learner, minibatch, weight))
-            too_far = args.stop_kl and measured[-1][MEASURES.index("approx_kl")] > args.stop_kl
-            if too_far:
-                break
-        if too_far:
+    for minibatch in minibatches(args, batch):
+        measured.append(update(agent, args, learner, minibatch, weight))
+        if args.stop_kl and measured[-1][MEASURES.index("approx_kl")] > args.stop_kl:
             break
     if agent.kind is Normal:
         agent.log_std.clamp_(min=args.log_std_min)
@@ -756,14 +749,14 @@ class Stopwatch:
 
 def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
-    args, envs, shape, actions = prepare(args)
+    args, envs, actions = prepare(args)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.threads)
     threadpool_limits(1, "blas")  # numpy's products are too small to share, and its threads wait without sleeping
     torch.set_flush_denormal(True)  # Adam's moments of silent units fade to denormals, which stall Intel's processors
     torch.manual_seed(args.seed)
 
-    agent = Agent(args, shape, actions.low, actions.high).requires_grad_(False)
+    agent = Agent(args, envs.observations.shape[1:], actions.low, actions.high).requires_grad_(False)
     learner = Learner.of(agent, device)
     reference, total = copy.deepcopy(agent), args.total_timesteps
     progress = {"iteration": 0, "updates": 0, "kl_coef": args.kl_coef, "reference": {}}
@@ -1086,16 +1079,14 @@ class Run(ExitStack):
 
     def announce(self, exact: bool) -> None:
         """What is trained, and what one may not expect of it."""
-        args, agent, parameters = self.args, self.agent, self.learner.theta.numel()
-        space = (
-            f"Discrete({agent.high - agent.low + 1})" if agent.kind is Categorical else f"Box{tuple(agent.low.shape)}"
-        )
+        args, agent, theta = self.args, self.agent, self.learner.theta
         self.say(
-            f"{SCRIPT}  {args.env_id}  {agent.moments.mean.numel()} observations, actions in {space}\n"
+            f"{SCRIPT}  {args.env_id}  {agent.moments.mean.numel()} observations,"
+            f" actions of {agent.low.min():g} to {agent.high.max():g}\n"
             f"{args.num_groups} groups of {args.group_size} episodes of at most {args.max_episode_steps} steps,"
             f" in {args.num_envs} environments ({args.vec})\n"
-            f"{args.update_epochs} epochs of minibatches of at most {args.minibatch_size},"
-            f" {parameters:,} parameters, {self.learner.theta.device}\n{self.directory}"
+            f"{args.update_epochs} epochs of minibatches of {args.minibatch_size} at most,"
+            f" {theta.numel():,} parameters, {theta.device}\n{self.directory}"
         )
         if slow := {type(layer).__name__ for layer in agent.actor if type(layer) not in IN_NUMPY}:
             self.say(f"acting is slower for {', '.join(sorted(slow))}, which in_numpy does not know")
@@ -1233,8 +1224,8 @@ class EnvPool(Environments):
         kwargs = json.loads(args.env_kwargs)
         return envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=args.seed, **kwargs)
 
-    def begin(self, which: np.ndarray, _: np.ndarray) -> np.ndarray:
-        return self.envs.reset(which)[0]
+    def begin(self, which: np.ndarray, seeds: np.ndarray) -> None:
+        self.observations[which] = self.envs.reset(which)[0]
 
     def state(self) -> dict:
         return {"seed": self.args.seed}
@@ -1244,8 +1235,8 @@ class EnvPool(Environments):
         return False
 
 
-def prepare(args: Args) -> tuple[Args, Environments, tuple[int, ...], gym.spaces.Box]:
-    """The environments, and the arguments with `num_envs` and `max_episode_steps`; the spaces, as a Box.
+def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
+    """The environments, and the arguments with `num_envs` and `max_episode_steps`. Discrete actions are whole numbers.
 
     What cannot work is refused before anything is written.
     """
@@ -1290,15 +1281,14 @@ def prepare(args: Args) -> tuple[Args, Environments, tuple[int, ...], gym.spaces
         limit = min(steps for steps in limits[:2] if steps)
         args = replace(args, num_envs=args.num_envs or min(M, 64), max_episode_steps=limit)
         envs = (EnvPool if args.vec == "envpool" else Environments)(args)
-        observations = envs.begin(np.array([0]), np.array([args.seed]))
-        if spaces != [(observations.shape[1:], actions)] * 2:
+        if spaces != [(envs.observations.shape[1:], actions)] * 2:
             envs.close()
             raise TypeError("evaluation does not have the spaces of training")
     except Exception as error:
         names = ("env_kwargs", "eval_env_kwargs", "vec", "capture_video")
         given = ["env_id", *(name for name in names if getattr(args, name) != getattr(Args, name))]
         refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {error}")
-    return args, envs, *spaces[0]
+    return args, envs, actions
 
 
 def parse(argv: list[str] | None = None) -> Args:

@@ -351,7 +351,7 @@ def test_what_fills_a_minibatch_cannot_change_a_gradient():
 def test_minibatches_hold_every_row_once_and_are_alike_in_size():
     agent, batch = example(size=101)
     batch = batch._replace(advantages=torch.arange(101.0))
-    parts = list(grpo.minibatches(batch, 32))
+    parts = list(grpo.minibatches(replace(SMALL, update_epochs=1), batch))
     held = [part.advantages[part.weights > 0] for part in parts]
     assert torch.cat(held).sort().values.tolist() == list(range(101)) and torch.cat(held).tolist() != list(range(101))
     assert [len(part.weights) for part in parts] == [32] * 4 and {len(rows) for rows in held} == {25, 26}
@@ -417,7 +417,8 @@ class Played:
     """The episodes of an iteration that begins at step 100, their seeds, and how many environments were busy when."""
 
     def __init__(self, **settings: object):
-        self.args, envs, shape, actions = grpo.prepare(replace(SMALL, **settings))
+        self.args, envs, actions = grpo.prepare(replace(SMALL, **settings))
+        shape = envs.observations.shape[1:]
         torch.manual_seed(0)
         self.agent = grpo.Agent(self.args, shape, actions.low, actions.high).requires_grad_(False)
         scale = 300 if "Luck" in self.args.env_id else 2
@@ -481,17 +482,16 @@ def test_the_policy_sees_what_the_normaliser_makes_of_observations_and_acts_with
 def test_starts_are_the_groups_own_or_everybodys(small, monkeypatch):
     given, begin = [], grpo.Environments.begin
 
-    def spy(envs: grpo.Environments, which: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    def spy(envs: grpo.Environments, which: np.ndarray, seeds: np.ndarray) -> None:
         given.extend(seeds.tolist())
-        return begin(envs, which, seeds)
+        begin(envs, which, seeds)
 
     monkeypatch.setattr(grpo.Environments, "begin", spy)
     train(replace(small, total_timesteps=1))
-    _, *seeds = given  # of which the first was to see what an environment shows
-    assert len(seeds) == 12 and [len(set(seeds[n : n + 4])) for n in (0, 4, 8)] == [1, 1, 1] and len(set(seeds)) == 3
+    assert len(given) == 12 and [len(set(given[n : n + 4])) for n in (0, 4, 8)] == [1, 1, 1] and len(set(given)) == 3
     given.clear()
     train(replace(small, total_timesteps=1, identical_start=False))
-    assert len(set(given[1:])) == 12
+    assert len(given) == len(set(given)) == 12
 
 
 @pytest.mark.parametrize("vec", ["sync", "async"])
@@ -752,6 +752,15 @@ def test_the_config_holds_what_was_left_open(small):
     run = train(replace(small, env_id="CartPole-v1", num_envs=None, max_episode_steps=None))
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["num_envs"], config["max_episode_steps"]) == (12, 500)
+
+
+def test_training_is_cut_at_the_lower_of_its_own_limits_whatever_evaluation_does():
+    for asked, evaluated, limit in ((None, 100, 500), (600, 100, 500), (300, 100, 300), (300, 900, 300)):
+        kwargs = f'{{"max_episode_steps": {evaluated}}}'
+        args = replace(SMALL, env_id="CartPole-v1", max_episode_steps=asked, eval_env_kwargs=kwargs)
+        args, envs, _ = grpo.prepare(args)
+        envs.close()
+        assert args.max_episode_steps == limit
 
 
 # ----------------------------------------------------------------------------------------------------------- EnvPool
