@@ -319,17 +319,22 @@ def in_numpy(network: nn.Sequential) -> Callable[[np.ndarray], np.ndarray]:
     return forward
 
 
+def choices_of(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Which of K choices exist, for each part of an action from its first number to its last. (A, K)"""
+    sizes = high.astype(int).reshape(-1, 1) - low.astype(int).reshape(-1, 1) + 1
+    return np.arange(sizes.max()) < sizes
+
+
 class Agent(nn.Module):
     """A categorical policy for each of an action's A parts, of up to K choices, a critic of its own, and the scales."""
 
     def __init__(self, args: Args, observation_shape: tuple[int, ...], low: np.ndarray, high: np.ndarray):
         super().__init__()
-        D, sizes = math.prod(observation_shape), high.astype(int) - low.astype(int) + 1
-        self.shape = A, K = sizes.size, sizes.max().item()
+        D, self.exist = math.prod(observation_shape), choices_of(low, high)
+        self.shape = A, K = self.exist.shape
         self.mask_shape = self.shape if args.action_masks else (0,)
         self.actor = mlp((D, *args.actor_sizes, A * K), last_scale=0.01)
         self.critic = mlp((D, *args.critic_sizes, 1), last_scale=1.0)
-        self.exist = np.arange(K) < sizes.reshape(A, 1)
         self.actor[-1].bias.data[~self.exist.flatten()] = -1e9  # is never drawn, has no gradient, and stays
         self.moments = RunningMoments(observation_shape, args.norm_obs)
         self.return_moments = RunningMoments((), args.norm_reward)
@@ -356,17 +361,17 @@ def log_prob(logits: Tensor, actions: Tensor) -> Tensor:
     return logits.gather(-1, actions.unsqueeze(-1)).sum((-2, -1))
 
 
-def allowed(args: Args, agent: Agent, masks: Sequence) -> np.ndarray:
+def allowed(args: Args, exist: np.ndarray, masks: Sequence) -> np.ndarray:
     """Which choices N masks allow, each an array for all parts of an action or a tuple with one for each. (N, A, K)"""
 
     def flat(mask: np.ndarray | tuple) -> np.ndarray:
         return np.concatenate([flat(part) for part in mask]) if isinstance(mask, tuple) else np.ravel(mask)
 
-    rows, size = [flat(mask) for mask in masks], agent.exist.sum()
+    rows, size = [flat(mask) for mask in masks], exist.sum()
     if wrong := [mask for mask, row in zip(masks, rows, strict=True) if len(row) != size]:
         raise ValueError(f"{args.env_id}: an action mask must have {size} values, and is {wrong[0]}")
-    choices = np.zeros((len(rows), *agent.shape), bool)
-    choices[:, agent.exist] = np.equal(rows, 1)
+    choices = np.zeros((len(rows), *exist.shape), bool)
+    choices[:, exist] = np.equal(rows, 1)
     if not choices.any(-1).all():
         raise ValueError(f"{args.env_id}: an action mask allows no action")
     return choices
@@ -523,7 +528,7 @@ def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Sto
         inputs[t] = normalise(envs.observations).reshape(N, D)
         logits = act(inputs[t]).reshape(noise[t].shape)
         if args.action_masks:
-            masks[t] = allowed(args, agent, envs.envs.get_attr("mask"))
+            masks[t] = allowed(args, agent.exist, envs.envs.get_attr("mask"))
             logits = np.where(masks[t], logits, -np.inf)
         actions[t] = (logits + noise[t]).argmax(-1)
         environment_actions = agent.for_environment(actions[t])
@@ -699,7 +704,7 @@ class Policy:
     def _choose(self, observation: np.ndarray, mask: Sequence | None, sample: bool) -> np.ndarray:
         logits = self._act(self._normalise(observation).reshape(-1)).reshape(self.agent.shape)
         if mask is not None or self.masked:
-            logits = np.where(allowed(self.args, self.agent, [mask])[0], logits, -np.inf)
+            logits = np.where(allowed(self.args, self.agent.exist, [mask])[0], logits, -np.inf)
         if sample:
             logits = logits + gumbel(self.agent.shape).numpy()
         return self.agent.for_environment(logits.argmax(-1))[0]
@@ -1154,10 +1159,12 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.Space]:
                 _, info = env.reset(seed=0)
                 mask = info.get("action_mask", getattr(env, "mask", None)) if args.action_masks else None
                 spaces.append((env.observation_space.shape, actions, mask is not None))
-                action = actions.sample()
-                if mask is not None:
-                    agent = Agent(args, env.observation_space.shape, *bounds_of(actions))
-                    action = agent.for_environment(allowed(args, agent, [mask]).argmax(-1))[0]
+                low, high = bounds_of(actions)
+                if mask is None:
+                    action = actions.sample()
+                else:
+                    first = allowed(args, choices_of(low, high), [mask]).argmax(-1)
+                    action = (low + first.reshape(low.shape)).astype(low.dtype)
                 env.step(action)  # some values are no problem before
                 if env.render_mode:
                     env.render()

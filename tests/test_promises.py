@@ -251,7 +251,7 @@ SCRIPTS = {
             "CartPole-v1": {"total_timesteps": 4096},
             "Acrobot-v1": {"num_envs": 2, "total_timesteps": 3072},
             "LunarLander-v3": {"total_timesteps": 4096},
-            "Taxi-v4": {"total_timesteps": 6144},
+            "Taxi-v4": {"total_timesteps": 4096},
         },
         played="LunarLander-v3",
         filmed="LunarLander-v3",
