@@ -408,7 +408,7 @@ def test_a_masked_policy_is_evaluated_as_it_was_in_the_run(small, form):
     envs = [ppo.make_eval_env(args) for _ in seeds]
     episodes = play(policy, envs, seeds, sample=False, values=True)
     assert [str(sum(episode.rewards)) for episode in episodes] == [row["return"] for row in rows(run, "evaluations")]
-    assert play(policy, envs, seeds, sample=True, values=False, bootstraps=())
+    assert play(policy, envs, seeds, sample=True, values=False)
 
 
 @pytest.mark.parametrize(
