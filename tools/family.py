@@ -101,6 +101,7 @@ DIFFERENT = {
     },
     "td3_continuous.py": OWN
     | {
+        "Run.announce": "updates per step",
         "MEASURES": "its own losses",
         "update": "two learners and their targets",
         "in_numpy": "its networks lie side by side",
