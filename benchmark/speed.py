@@ -25,6 +25,7 @@ ENV_IDS = {
     "ppo_discrete": ["CartPole-v1", "LunarLander-v3"],
     "ppo_atari_cnn": ["ALE/Pong-v5"],
     "sac_continuous": ["HalfCheetah-v4"],
+    "td3_continuous": ["HalfCheetah-v4"],
 }
 PPO = {
     "16 x 256, minibatch 64": {"num_envs": 16, "num_steps": 256, "num_minibatches": 64},
@@ -40,14 +41,17 @@ CASES = {
     },
     "ppo_atari_cnn": {"8 x 128, minibatch 256": {"num_envs": 8, "num_steps": 128, "num_minibatches": 4}},
     "sac_continuous": {"1 environment": {"num_envs": 1}},
+    "td3_continuous": {"1 environment": {"num_envs": 1}},
 }
+# Random actions make the first row of progress; an update a step makes all others.
+OFF_POLICY = {"num_steps": 1000, "learning_starts": 1000, "batch_size": 256, "sizes": [256, 256]}
 COMMON = {
     "ppo_continuous": {"update_epochs": 10, "sizes": [64, 64]},
     "ppo_discrete": {"update_epochs": 10, "sizes": [64, 64]},
     "ppo_beta": {"update_epochs": 10, "sizes": [64, 64]},
     "ppo_atari_cnn": {"update_epochs": 4},
-    # Random actions make the first row of progress; an update a step makes all others.
-    "sac_continuous": {"num_steps": 1000, "learning_starts": 1000, "batch_size": 256, "sizes": [256, 256]},
+    "sac_continuous": OFF_POLICY,
+    "td3_continuous": OFF_POLICY,
 }
 OURS = {  # flags of our variants
     "ppo_continuous": {"ours": ["--no-recompute-advantages"]},
@@ -55,6 +59,7 @@ OURS = {  # flags of our variants
     "ppo_beta": {"ours": ["--no-recompute-advantages"]},
     "ppo_atari_cnn": {"ours": ["--precision", "fp32"], "ours, bf16": ["--precision", "bf16"]},
     "sac_continuous": {"ours": ["--precision", "fp32"], "ours, bf16": ["--precision", "bf16"]},
+    "td3_continuous": {"ours": ["--precision", "fp32"], "ours, bf16": ["--precision", "bf16"]},
 }
 VECS = {  # ways of stepping: ours, and others'; for ours processes are slower here
     "ppo_continuous": (["sync", "envpool"], ["sync"]),
@@ -62,6 +67,7 @@ VECS = {  # ways of stepping: ours, and others'; for ours processes are slower h
     "ppo_discrete": (["sync", "envpool"], ["sync", "async"]),
     "ppo_atari_cnn": (["ale", "envpool"], ["sync", "async"]),
     "sac_continuous": (["sync"], ["sync"]),
+    "td3_continuous": (["sync"], ["sync"]),
 }
 
 
@@ -100,7 +106,7 @@ def measure(script: str, contender: Contender, settings: dict) -> tuple[float, d
         words += ["--env-id", settings["env_id"], "--total-timesteps", str(total), "--runs-dir", runs]
         words += ["--num-evals", "0"]
         flags = ["num_envs", "num_minibatches", "update_epochs", "learning_starts", "batch_size"]
-        flags += ["num_steps"] if script != "sac_continuous" else []
+        flags += ["num_steps"] if "learning_starts" not in settings else []
         for name in flags:
             if name in settings:
                 words += [f"--{name.replace('_', '-')}", str(settings[name])]
