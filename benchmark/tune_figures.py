@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from benchmark.figures import COLOURS, STYLE, plt
+from benchmark.runs import replacing
 
 
 def positions(values: list, log: bool) -> tuple[np.ndarray, list[str]]:
@@ -110,5 +111,6 @@ def plot_search(study, logs: set[str], folder: Path) -> None:
                 made["importances"] = importances(get_param_importances(study))
     for name, figure in made.items():
         for suffix in ("png", "svg"):
-            figure.savefig(folder / f"{name}.{suffix}")
+            with replacing(folder / f"{name}.{suffix}") as unfinished:
+                figure.savefig(unfinished)
         plt.close(figure)
