@@ -130,7 +130,7 @@ def run_job(job: Job, stopped: Callable[[], bool] = lambda: False, silence: floa
     with held, job.log.open("ab") as log:
         own = job.run()
         if not own and fingerprint(Path(job.script)) != job.version:
-            return fail(job, f"{job.script} was edited after this had begun", 0.0)
+            return fail(job, f"{job.script} is not what it was at the start", 0.0)
         for run in find_runs([directory]):
             if not own or run.directory != own.directory:
                 run.directory.rename(run.directory.with_name(f".{time.time_ns()}-{run.directory.name}"))
