@@ -180,7 +180,7 @@ def load(run: Run) -> tuple[ModuleType, object]:
             refuse(f"{run.directory}: config.yaml is torn, and lacks {', '.join(sorted(lacking))}")
         return module, module.Args(**run.config)
     except Exception as error:
-        refuse(f"{run.directory}: {type(error).__name__}: {' '.join(str(error).split())}")
+        refuse(f"{run.source}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def evaluate(

@@ -104,6 +104,7 @@ def random(
     if not env_ids:
         refuse("nothing to play: name an environment, such as Hopper-v4")
     warnings.filterwarnings("ignore", message=".*is out of date")
+    differing = f" with --env-kwargs {env_kwargs}" if kwargs else ""
     makers = {env_id: partial(gym.make, env_id, disable_env_checker=True, **kwargs) for env_id in env_ids}
     for env_id, make in makers.items():
         try:
@@ -111,7 +112,7 @@ def random(
                 env.reset(seed=first_seed)
                 env.step(env.action_space.sample())  # some values are no problem before
         except Exception as error:
-            refuse(f"{env_id}: {' '.join(str(error).split())}")
+            refuse(f"{env_id}{differing}: {' '.join(str(error).split())}")
     for env_id, make in makers.items():
         seeds = list(range(first_seed, first_seed + episodes))
         played = random_baseline(make, {"env_id": env_id, "kwargs": kwargs}, seeds)

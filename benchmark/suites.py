@@ -45,11 +45,11 @@ def check(script: Path, env_ids: Iterable[str], words: Iterable[str]) -> None:
     sys.path.insert(0, str(script.parent))  # as for `python script.py`
     try:
         module = import_script(script)
+        names = [each.name for each in fields(module.Args)]
     except Exception as error:
         refuse(f"{script}: {type(error).__name__}: {' '.join(str(error).split())}")
     finally:
         sys.path.remove(str(script.parent))
-    names = [each.name for each in fields(module.Args)]
     for word in words:
         name = word.removeprefix("--").partition("=")[0].replace("-", "_")
         if word.startswith("--") and name not in names and name.removeprefix("no_") not in names:
@@ -88,13 +88,13 @@ def read_suite(path: Path) -> Suite:
             near = difflib.get_close_matches(key, known, 1)
             refuse(f"{path}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else f"; there are {known}"))
     seeds = content.get("seeds", 1)
-    content["seeds"] = list(range(1, seeds + 1)) if type(seeds) is int else seeds
-    content = {"scripts": [], "env_ids": []} | content
-    kinds = {"scripts": list, "env_ids": list, "seeds": list, "args": dict, "grid": dict}
+    seeds = list(range(1, seeds + 1)) if type(seeds) is int else seeds
+    content = {"scripts": [], "env_ids": []} | content | {"seeds": seeds}
+    kinds = {"scripts": list, "env_ids": list, "args": dict, "grid": dict}
     for key, kind in kinds.items():
         if not isinstance(content.get(key, kind()), kind):
             refuse(f"{path}: {key} must be a {'list' if kind is list else 'mapping'}")
-    if not all(type(seed) is int and 0 <= seed < 2**31 for seed in content["seeds"]):
+    if not isinstance(seeds, list) or not all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds):
         refuse(f"{path}: seeds must be a number of seeds, or a list of them, from 0 to 2147483647")
     for key in ("scripts", "env_ids"):
         if not all(isinstance(each, str) and each for each in content[key]):

@@ -416,8 +416,8 @@ def tune(
         if not find_spec(package):
             refuse(f"{package} is not installed; pip install -e '.[benchmark]'")
     path = find_script(script)
-    search = Search(str(path), env_id, seeds, read_space(space, path), words, fingerprint(path))
     check(path, [env_id], words)
+    search = Search(str(path), env_id, seeds, read_space(space, path), words, fingerprint(path))
     settings = settings_of(words)
     folder = (output or Path("tuning") / f"{path.stem}__{env_id.replace('/', '-')}").resolve()
     try:

@@ -184,7 +184,7 @@ def test_a_torn_run_is_one_line(run, tmp_path, capsys, name, share):
     (torn / name).write_text(text[: text.find("\n", int(share * len(text))) if share else 0])
     assert evaluate(torn, "-o", tmp_path / "out") == 2
     printed = capsys.readouterr()
-    assert f"{torn}: " in printed.err and printed.err.count("\n") == 1 and not printed.out
+    assert f"{torn}" in printed.err and printed.err.count("\n") == 1 and not printed.out
     assert not (tmp_path / "out").exists()
 
 
@@ -192,7 +192,7 @@ def test_a_torn_run_is_one_line(run, tmp_path, capsys, name, share):
     ("arguments", "told"),
     [
         (["CartPole-v1", "--first-seed", "-1"], "--first-seed -1: must be at least 0"),
-        (["CartPole-v1", "--env-kwargs", '{"render_mode": 5}'], "CartPole-v1: "),
+        (["CartPole-v1", "--env-kwargs", '{"render_mode": 5}'], "CartPole-v1 with --env-kwargs {"),
         (["CartPole-v1", "--env-kwargs", '[["g", 1]]'], "must be a JSON object"),
         (["CartPole-v1", "CartPol-v1"], "Environment `CartPol` doesn't exist"),
         ([], "name an environment"),

@@ -171,7 +171,7 @@ def test_another_source_is_not_mixed_into_a_search(tmp_path, capsys):
         ({"learning_rate": {"log_float": [0, 1]}}, "learning_rate: log_float needs numbers above 0"),
         ({"total_timesteps": {"int": [1.5, 3]}}, "total_timesteps: int needs two whole numbers"),
         ({"mood": {"choice": ["a"]}}, "mood: must be one of float, log_float, int, log_int or categorical"),
-        ({}, "must map arguments to their ranges"),
+        ({}, "must map arguments to ranges"),
     ],
 )
 def test_a_wrong_space_is_one_line(tmp_path, capsys, space, told):
