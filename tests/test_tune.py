@@ -17,9 +17,11 @@ pytest.importorskip("matplotlib")
 
 from benchmark.__main__ import main
 from benchmark.tune import settings_of
+from benchmark.tune_figures import plot_search
 
 ROOT = Path(__file__).parent.parent
 STANDIN = str(ROOT / "tests" / "scripts.py")
+CHOICES = ["$x^$", "$yy^$"]
 RATE = {"learning_rate": {"float": [0.0, 1.0]}}
 
 
@@ -178,6 +180,19 @@ def test_a_wrong_space_is_one_line(tmp_path, capsys, space, told):
     assert tune(command(tmp_path, space)) == 2
     printed = capsys.readouterr()
     assert told in printed.err and printed.err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_choices_with_dollars_are_no_mathematics_but_powers_of_ten_are(tmp_path):
+    import optuna
+
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=1))
+    study.optimize(
+        lambda trial: trial.suggest_float("rate", 1e-5, 1e-1, log=True) + len(trial.suggest_categorical("m", CHOICES)),
+        n_trials=8,
+    )
+    plot_search(study, {"rate"}, tmp_path)
+    text = (tmp_path / "slices.svg").read_text()
+    assert all(choice in text for choice in CHOICES) and "{10^{-3}}" not in re.sub("<!--.*?-->", "", text)
 
 
 @pytest.mark.parametrize(
