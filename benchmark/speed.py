@@ -16,6 +16,10 @@ from typing import Annotated
 
 import tyro
 
+from benchmark.errors import refuse
+from benchmark.runs import write_atomically
+from benchmark.suites import check
+
 ROOT = Path(__file__).resolve().parent.parent
 WARMUP = 2  # rows of progress left out at the start of every measurement
 
@@ -157,8 +161,15 @@ def speed(
         json_file: write all figures into this file
     """
     if script not in CASES:
-        print(f"no speed comparison for {script!r}; there is one for: {', '.join(CASES)}", file=sys.stderr)
-        sys.exit(2)
+        refuse(f"no speed comparison for {script!r}; there is one for: {', '.join(CASES)}")
+    if rounds < 1:
+        refuse(f"--rounds {rounds}: must be at least 1")
+    if rollouts <= WARMUP:
+        refuse(f"--rollouts {rollouts}: must be at least {WARMUP + 1}, as the first {WARMUP} are left out")
+    if json_file and not json_file.parent.is_dir():
+        refuse(f"--json {json_file}: there is no folder {json_file.parent}")
+    if env_id:
+        check(ROOT / f"{script}.py", [env_id], [])
     report = {}
     for environment, case in itertools.product([env_id] if env_id else ENV_IDS[script], CASES[script]):
         settings = COMMON[script] | CASES[script][case] | {"env_id": environment, "rollouts": rollouts}
@@ -201,4 +212,4 @@ def speed(
         result = {"settings": settings, "ways": ways, "steps_per_second": rates, "shares": shares}
         report[title] = result | {"compile_seconds": compiling}
     if json_file:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+        write_atomically(json_file, json.dumps(report, indent=2) + "\n")
