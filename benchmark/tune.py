@@ -25,17 +25,8 @@ from benchmark.runs import fingerprint, import_script, write_atomically, write_t
 from benchmark.suites import Suite, as_words, check, find_script, jobs_of
 
 # What runs are given for the search's sake, and no setting that it finds.
-BUDGET = {
-    "total_timesteps",
-    "num_evals",
-    "eval_episodes",
-    "checkpoint_every",
-    "threads",
-    "compile",
-    "device",
-    "runs_dir",
-}
-BUDGET |= {"capture_video", "track", "seed"}
+BUDGET = {"total_timesteps", "num_evals", "eval_episodes", "checkpoint_every", "capture_video", "track", "runs_dir"}
+BUDGET |= {"seed", "threads", "compile", "device"}
 
 KINDS = {"float": float, "log_float": float, "int": int, "log_int": int}
 
