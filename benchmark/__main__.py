@@ -41,6 +41,8 @@ def later(function: Callable) -> Callable:
 def main(arguments: list[str]) -> None:
     at = arguments.index("--") if "--" in arguments else len(arguments)
     arguments, words = arguments[:at], tuple(arguments[at + 1 :])
+    if words and not words[0].startswith("--"):
+        refuse(f"-- {words[0]}: must be an argument of the script, such as --gamma 0.98")
     commands = {name: later(function) for name, function in COMMANDS.items()}
     printed = io.StringIO()
     try:

@@ -30,6 +30,7 @@ STYLE = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name may hold dollars
     "savefig.dpi": 160,
 }
 

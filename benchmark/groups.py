@@ -1,7 +1,6 @@
 """Runs grouped by script, environment and settings that differ: what a report compares."""
 
 import csv
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from benchmark.runs import MARKS, Run, find_runs
+from benchmark.runs import MARKS, Run, find_runs, read_json
 
 # What may differ between runs of one group, as it does not change what is learnt.
 INCIDENTAL = {"env_id", "seed", "threads", "compile", "device", "num_evals", "eval_episodes", "checkpoint_every"}
@@ -119,12 +118,8 @@ def read(run: Run) -> str:
 
 def failure(folder: Path) -> str:
     """What a sweep wrote about a job that failed in this folder."""
-    try:
-        return f"failed: {json.loads((folder / 'failed.json').read_text())['reason']}"
-    except FileNotFoundError:
-        return ""
-    except (OSError, ValueError, LookupError, TypeError):
-        return "failed"
+    told = read_json(folder / "failed.json")
+    return f"failed: {told.get('reason')}" if told else ""
 
 
 def remains(paths: list[Path], runs: set[Path]) -> dict[Path, str]:
@@ -158,7 +153,7 @@ def gather(paths: list[Path]) -> Material:
         which, step = (run.script, run.config["env_id"]), int(run.evaluations["step"].max())
         if step > (1 + NEAR) * shortest.get(which, 0):
             shortest[which] = step
-        settings[run]["last_step"] = shortest[which]
+        settings[run] |= {"last_step": shortest[which], "source": run.version}
 
     # A setting sets methods apart if it varies between runs of one script on one environment.
     seen: dict[tuple, set[str]] = defaultdict(set)

@@ -219,6 +219,18 @@ def repeated_seeds(groups: list) -> list[str]:
     return notes
 
 
+def mixed_versions(groups: list) -> list[str]:
+    """Of a script, under one name: within an environment they are methods of their own."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for group in groups:
+        found[group.method][group.env_id] = group.runs[0].version
+    return [
+        f"{method} is not the same script everywhere: " + ", ".join(f"{k} {v}" for k, v in versions.items())
+        for method, versions in found.items()
+        if len({*versions.values()}) > 1
+    ]
+
+
 def provenance(groups: list) -> Table:
     header = ["environment", "method", "seeds", "commit", "versions", "host", "device", "command of the first"]
     rows = []
@@ -280,7 +292,7 @@ def make_report(
     tables = {"results": main, "returns": all_returns(groups), "seeds": per_seed(groups)}
     tables |= {"provenance": provenance(groups)}
     tables["thresholds"], tables["thresholds-seeds"] = thresholds(groups, baselines, asked)
-    notes = repeated_seeds(groups)
+    notes = repeated_seeds(groups) + mixed_versions(groups)
     if (compared := improvements(groups)).rows:
         tables["improvements"] = compared
 

@@ -10,6 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from benchmark.figures import COLOURS, STYLE, plt
+from benchmark.runs import replacing
+
+
+def plain(choice: object) -> str:
+    return str(choice).replace("$", r"\$")  # or two of them would begin mathematics
 
 
 def positions(values: list, log: bool) -> tuple[np.ndarray, list[str]]:
@@ -18,8 +23,8 @@ def positions(values: list, log: bool) -> tuple[np.ndarray, list[str]]:
         scaled = np.log(values) if log else np.array(values, float)
         low, high = scaled.min(), scaled.max()
         return (scaled - low) / (high - low if high > low else 1), [f"{min(values):.3g}", f"{max(values):.3g}"]
-    choices = sorted({str(value) for value in values})
-    places = np.array([choices.index(str(value)) for value in values]) / max(1, len(choices) - 1)
+    choices = sorted({plain(value) for value in values})
+    places = np.array([choices.index(plain(value)) for value in values]) / max(1, len(choices) - 1)
     return places, choices
 
 
@@ -78,7 +83,9 @@ def slices(complete: list, names: list[str], logs: set[str]) -> Figure:
         axis.set_visible(False)
     for axis, name in zip(axes.flat, names, strict=False):
         chosen = [trial.params[name] for trial in complete]
-        chosen = chosen if all(isinstance(value, int | float) for value in chosen) else [str(value) for value in chosen]
+        chosen = (
+            chosen if all(isinstance(value, int | float) for value in chosen) else [plain(value) for value in chosen]
+        )
         dots = axis.scatter(chosen, [trial.value for trial in complete], c=numbers, cmap="viridis_r", s=20)
         axis.set_xlabel(name)
         if name in logs:
@@ -99,7 +106,7 @@ def plot_search(study, logs: set[str], folder: Path) -> None:
     if len(complete) < 2:
         return
     names = list(complete[0].params)
-    with plt.rc_context(STYLE):
+    with plt.rc_context(STYLE | {"text.parse_math": True}):  # which labels of logarithmic axes are
         made = {"history": history(complete, [trial for trial in trials if trial.state.name == "PRUNED"])}
         made["slices"] = slices(complete, names, logs)
         if len(names) > 1:
@@ -110,5 +117,6 @@ def plot_search(study, logs: set[str], folder: Path) -> None:
                 made["importances"] = importances(get_param_importances(study))
     for name, figure in made.items():
         for suffix in ("png", "svg"):
-            figure.savefig(folder / f"{name}.{suffix}")
+            with replacing(folder / f"{name}.{suffix}") as unfinished:
+                figure.savefig(unfinished)
         plt.close(figure)
