@@ -224,7 +224,7 @@ def test_the_readmes_expected_returns_are_in_results():
     for script in ("ppo_continuous", "ppo_beta"):
         known |= {row[4].split(" [")[0] for row in table_rows((ROOT / "results" / script / "results.md").read_text())}
     for _, script, _, expected in readme_rows("Scripts")[2:]:
-        assert expected.split()[0] in known, script
+        assert expected == "not measured yet" or expected.split()[0] in known, script
 
 
 def test_the_readme_fits_two_screens():
