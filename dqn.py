@@ -148,9 +148,12 @@ class TrainEnv(gym.Wrapper):
         if self.worn:
             self.env.close()
             self.env = self.make()
-        world = getattr(self.unwrapped, "world", None)
+        world, self.last_mask = (
+            getattr(self.unwrapped, "world", None),
+            copy.copy(self.mask),
+        )  # it may be changed in place
         observation, info = self.env.reset(seed=seed)
-        self.last_mask, self.mask = self.mask, info.get("action_mask")
+        self.mask = info.get("action_mask")
         self.worn = world is not None and self.unwrapped.world is world  # a Box2D world keeps traces of its past
         self.episode = [seed]
         return observation, {}
@@ -279,7 +282,7 @@ class Rings(NamedTuple):
     """What was seen, each observation once, and what was done between one observation and the next."""
 
     observations: Tensor  # (size, D)
-    masks: Tensor  # (size, K), which actions were allowed; (size, 0) where all always are
+    masks: Tensor  # (size, A), which of A actions were allowed; (size, 0) where all always are
     actions: Tensor  # (size,)
     rewards: Tensor  # (size,)
     terminated: Tensor  # (size,)
@@ -300,7 +303,7 @@ class Transitions(NamedTuple):
     returns: Tensor  # (B,), of the rewards of k steps, k <= n
     discounts: Tensor  # (B,), of the value of what comes next: γᵏ, or 0 where the episode terminated
     next_observations: Tensor  # (B, D), the true ones
-    next_masks: Tensor  # (B, K) or (B, 0)
+    next_masks: Tensor  # (B, A) or (B, 0)
 
 
 class ReplayBuffer:
@@ -312,7 +315,7 @@ class ReplayBuffer:
     def __init__(self, rings: Rings, num_envs: int):
         self.rings, self.size, self.num_envs = rings, len(rings.rewards), num_envs
         # Numpy writes a few rows in a fraction of torch's time; to a GPU only torch does.
-        self.open = [ring.numpy() if ring.is_cpu else ring for ring in rings]
+        self.open = Rings(*(ring.numpy() if ring.is_cpu else ring for ring in rings))
         self.before = rings.between[:, 0].cpu().numpy()  # the same memory, or a copy for which no GPU is waited
         self.seen, self.first, self.end = 0, 0, 0  # observations so far; transitions from `first` up to `end` are held
 
@@ -320,10 +323,10 @@ class ReplayBuffer:
         return self.end - self.first
 
     def begin(self, observations: np.ndarray, masks: np.ndarray) -> None:
-        """What the environments see now (N, ...), and may do (N, K), without a transition that led there."""
-        self._put(0, self.seen, observations.reshape(len(observations), -1))
+        """What the environments see now (N, ...), and may do (N, A), without a transition that led there."""
+        self._put(self.open.observations, self.seen, observations.reshape(len(observations), -1))
         if self.rings.masks.numel():
-            self._put(1, self.seen, masks)
+            self._put(self.open.masks, self.seen, masks)
         self.seen += len(observations)
         while self.first < self.end and self.before[self.first % self.size] < self.seen - self.size:
             self.first += 1
@@ -345,10 +348,9 @@ class ReplayBuffer:
         before = np.arange(self.seen - N, self.seen)
         after = before + N + K
         after[ended] = self.seen + np.arange(K)
-        done = actions, rewards, terminated, np.stack((before, after), 1)
-        for ring, content in enumerate(done, 2):
-            self._put(ring, self.end, content)
-        self.before[np.arange(self.end, self.end + N) % self.size] = before
+        done = actions, rewards, terminated, np.array((before, after)).T, before
+        for rows, content in zip((*self.open[2:], self.before), done, strict=True):
+            self._put(rows, self.end, content)
         self.end += N
         self.begin(seen, masks)
 
@@ -368,11 +370,11 @@ class ReplayBuffer:
         self.before[:] = self.rings.between[:, 0].cpu()
         self.seen, self.first, self.end = state["seen"], state["first"], state["end"]
 
-    def _put(self, ring: int, number: int, content: np.ndarray) -> None:
+    def _put(self, rows: np.ndarray | Tensor, number: int, content: np.ndarray) -> None:
         """From this number on; after its last row a ring goes on in its first."""
-        rows, start = self.open[ring], number % self.size
-        content = content if isinstance(rows, np.ndarray) else torch.as_tensor(content)
+        start = number % self.size
         before_end = self.size - start
+        content = content if isinstance(rows, np.ndarray) else torch.as_tensor(content)
         rows[start : start + len(content)] = content[:before_end]
         if len(content) > before_end:
             rows[: len(content) - before_end] = content[before_end:]
@@ -422,7 +424,7 @@ def in_numpy(network: nn.Sequential) -> Callable[[np.ndarray], np.ndarray]:
 
 
 class Agent(nn.Module):
-    """Q(s, a) of K actions, and the scales."""
+    """Q(s, a) of A actions, and the scales."""
 
     def __init__(self, args: Args, observation_shape: tuple[int, ...], low: np.ndarray, high: np.ndarray):
         super().__init__()
@@ -442,7 +444,7 @@ class Agent(nn.Module):
 
 
 def allowed(args: Args, count: int, masks: Sequence) -> np.ndarray:
-    """Which of `count` actions N masks allow. (N, K)"""
+    """Which of `count` actions N masks allow. (N, A)"""
     if not args.action_masks:
         return np.ones((len(masks), count), bool)
     if wrong := [mask for mask in masks if np.shape(mask) != (count,)]:
@@ -456,7 +458,7 @@ def allowed(args: Args, count: int, masks: Sequence) -> np.ndarray:
 def choose(values: np.ndarray, noise: np.ndarray, epsilon: float, masks: np.ndarray) -> np.ndarray:
     """ε-greedy among what is allowed: the best by the values, or, as often as ε, by the noise. (N,)
 
-    The noise is uniform, (N, 1 + K).
+    The noise is uniform, (N, 1 + A).
     """
     scores = np.where(noise[:, :1] < epsilon, noise[:, 1:], values)
     return np.where(masks, scores, -np.inf).argmax(-1)
@@ -466,8 +468,9 @@ def epsilon_of(args: Args, step: int) -> float:
     """The share of random actions at this step."""
     if step < args.learning_starts:
         return 1.0
-    progress = min(1.0, step / (args.exploration_fraction * args.total_timesteps or 1e-9))
-    return args.epsilon_start + progress * (args.epsilon_end - args.epsilon_start)
+    falls = args.exploration_fraction * args.total_timesteps
+    left = 1 - step / falls if step < falls else 0.0
+    return args.epsilon_end + left * (args.epsilon_start - args.epsilon_end)
 
 
 MEASURES = ["td_loss", "q_values"]
@@ -531,7 +534,7 @@ def update(
     q, target = learners
     batch = gather(args, rings, scale, slots)
 
-    def judge(theta: Tensor, observations: Tensor) -> Tensor:  # (B, K)
+    def judge(theta: Tensor, observations: Tensor) -> Tensor:  # (B, A)
         return functional_call(agent.q, parameters_of(agent.q, theta), (observations,))
 
     # The target: y = R + γᵏ Q̄(s', a'), where R is the return of k steps, and a' the best in s', by Q or, plainly, by Q̄.
@@ -565,9 +568,10 @@ def collect(
     args: Args, agent: Agent, act: Callable, buffer: ReplayBuffer, envs: Environments, step: int, watch: "Stopwatch"
 ) -> list[dict]:
     """A step of every environment from `step` on, into the buffer; the rows of episodes.csv."""
-    N, K = args.num_envs, agent.count
-    values = act(agent.moments.normaliser()(envs.observations).reshape(N, -1))
-    actions = choose(values, torch.rand((N, 1 + K)).numpy(), epsilon_of(args, step), masks_of(args, agent, envs))
+    N, A = args.num_envs, agent.count
+    normalise = agent.moments.normaliser() if args.norm_obs else np.float32
+    values = act(normalise(envs.observations).reshape(N, -1))
+    actions = choose(values, torch.rand((N, 1 + A)).numpy(), epsilon_of(args, step), masks_of(args, agent, envs))
     watch.lap("acting")
     true_next, rewards, terminated, truncated, finished = envs.step(agent.for_environment(actions))
     if not (np.isfinite(rewards).all() and np.isfinite(true_next).all()):
@@ -583,7 +587,7 @@ def collect(
 
 
 def masks_of(args: Args, agent: Agent, envs: Environments, ended: np.ndarray | None = None) -> np.ndarray:
-    """What is allowed now, (N, K), after what was in the last observations of the K episodes that `ended`.
+    """What is allowed now, after what was in the last observations of the K episodes that `ended`. (K + N, A)
 
     Of those an environment need not say anything; if it doesn't, or forbids all, all counts.
     """
@@ -608,11 +612,13 @@ def improve(
     """The updates that follow the N steps up to `step`; what each has measured."""
     N, device = args.num_envs, learners.target.device
     learners.q.learning_rate.fill_(args.learning_rate * lr_factor(args, step // N, args.total_timesteps // N))
-    if step <= progress["learn_from"]:
+    count = int(step * args.updates_per_step) - int((step - N) * args.updates_per_step)
+    if step <= progress["learn_from"] or not count:
         return []
-    scale = np.stack((agent.moments.mean.flatten(), agent.moments.deviation().ravel()))
-    scale, measured = torch.tensor(scale, dtype=torch.float32, device=device), []
-    for _ in range(int(step * args.updates_per_step) - int((step - N) * args.updates_per_step)):
+    scale, measured = torch.ones((2, agent.moments.mean.numel()), device=device), []
+    if args.norm_obs:
+        scale.copy_(torch.tensor(np.stack((agent.moments.mean.flatten(), agent.moments.deviation().ravel()))))
+    for _ in range(count):
         progress["updates"] += 1
         follows = progress["updates"] % args.target_network_frequency == 0
         measured.append(optimise(scale, buffer.draw(args.batch_size), follows))

@@ -27,6 +27,15 @@ RUNS = {
         "learning_starts": 500,
         "buffer_size": 2000,
     },
+    "dqn": {
+        "env_id": "CartPole-v1",
+        "total_timesteps": 1500,
+        "learning_starts": 500,
+        "buffer_size": 2000,
+        "num_envs": 1,
+        "updates_per_step": 1.0,
+        "target_network_frequency": 5,
+    },
 }
 ONCE = {"num_evals": 1, "eval_episodes": 1, "device": "cuda", "checkpoint_every": 500}
 
@@ -94,7 +103,7 @@ def test_a_run_that_was_stopped_and_resumed_learns_the_same(script, tmp_path):
     _, whole = run(module, tmp_path, **settings)
     args = module.Args(runs_dir=str(tmp_path / "stopped"), **settings)
     with pytest.raises(SystemExit):
-        module.train(args, interrupts=After(900 if script == "sac_continuous" else 2))
+        module.train(args, interrupts=After(900 if script in ("sac_continuous", "dqn") else 2))
     (directory,) = (path for path in (tmp_path / "stopped").iterdir() if path.is_dir())
     assert not (directory / "result.json").exists()
     _, resumed = run(module, tmp_path, **settings | {"resume": str(directory)})
@@ -130,8 +139,9 @@ def test_epochs_never_wait_for_the_device(script, tmp_path, monkeypatch):
     assert len(updates) == settings["num_minibatches"] * settings["update_epochs"] >= 100
 
 
-def test_updates_of_sac_never_wait_for_the_device(tmp_path, monkeypatch):
-    module, captured = importlib.import_module("sac_continuous"), []
+@pytest.mark.parametrize("script", ["sac_continuous", "dqn"])
+def test_updates_from_a_buffer_never_wait_for_the_device(script, tmp_path, monkeypatch):
+    module, captured = importlib.import_module(script), []
 
     class Watched(module.Captured):
         def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -143,7 +153,7 @@ def test_updates_of_sac_never_wait_for_the_device(tmp_path, monkeypatch):
                 torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(module, "Captured", Watched)
-    run(module, tmp_path, **RUNS["sac_continuous"] | ONCE)
+    run(module, tmp_path, **RUNS[script] | ONCE)
     assert len(captured) >= 2000 and sum(graph is None for graph in captured) <= 3
 
 
