@@ -931,7 +931,7 @@ class Run(ExitStack):
             f"{SCRIPT}  {args.env_id}  {D} observations, {A} actions in {agent.low.min():g} to {agent.high.max():g}\n"
             f"{args.total_timesteps // B * B:,} steps: rollouts of {N} environments ({args.vec}) x {T} steps\n"
             f"{args.update_epochs} epochs of {args.num_minibatches} minibatches of {B // args.num_minibatches},"
-            f" {size:,} parameters, {agent.log_std.device}\n{self.directory}"
+            f" {size:,} parameters, {self.learner.theta.device}\n{self.directory}"
         )
         if slow := {type(layer).__name__ for layer in agent.actor if type(layer) not in IN_NUMPY}:
             self.say(f"acting is slower for {', '.join(sorted(slow))}, which in_numpy does not know")

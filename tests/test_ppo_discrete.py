@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -245,7 +246,8 @@ def test_epochs_of_minibatches_end_once_one_has_moved_too_far(played):
             return torch.tensor([1.0, 1.0, 1.0, 0.1, 1.0, 1.0]) * len(calls)  # noqa: B023
 
         args = replace(TURNS, update_epochs=3, num_minibatches=4, recompute_advantages=recompute, target_kl=target_kl)
-        measures = ppo.improve(args, agent, learner, rollout, rewards, update)
+        optimise = partial(ppo.run_epoch, args, agent, learner, update)
+        measures = ppo.improve(args, agent, learner, rollout, rewards, optimise)
         learner.theta.copy_(before)
         indices, advantages, values = zip(*calls, strict=True)
         assert measures["updates"] == len(calls) == updates
@@ -404,9 +406,9 @@ def test_a_masked_policy_is_evaluated_as_it_was_in_the_run(small, form):
     args = Args(**yaml.safe_load((run / "config.yaml").read_text()))
     policy, seeds = ppo.load_policy(run / "checkpoint.pt"), list(range(10_000, 10_005))
     envs = [ppo.make_eval_env(args) for _ in seeds]
-    episodes = play(policy, envs, seeds, sample=False, values=True, bootstraps=policy.bootstraps)
+    episodes = play(policy, envs, seeds, sample=False, values=True)
     assert [str(sum(episode.rewards)) for episode in episodes] == [row["return"] for row in rows(run, "evaluations")]
-    assert play(policy, envs, seeds, sample=True, values=False, bootstraps=())
+    assert play(policy, envs, seeds, sample=True, values=False)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ OWN = {
     "compile_update": "its own batch",
     "train": "its own parts",
     "prepare": "its own spaces and sizes",
-    "Run.announce": "its own sizes",
 }
 PPO = OWN | {
     "log_prob": "its own distribution",
@@ -34,7 +33,7 @@ PPO = OWN | {
 DIFFERENT = {
     "ppo_discrete.py": PPO
     | {
-        "TrainEnv.__init__": "masks",
+        "Run.announce": "its own spaces",
         "TrainEnv.reset": "masks",
         "TrainEnv.step": "masks",
         "Batch": "masks",
@@ -44,6 +43,7 @@ DIFFERENT = {
     },
     "ppo_atari_cnn.py": PPO
     | {
+        "Run.announce": "games",
         "Environments": "ale-py steps the games together; a lost life is an end",
         "EnvPool": "games have lives",
         "make_eval_env": "games",
@@ -67,6 +67,7 @@ DIFFERENT = {
     },
     "grpo.py": OWN
     | {
+        "Run.announce": "groups",
         "Environments": "the members of a group begin alike",
         "EnvPool": "the members of a group begin alike",
         "TrainEnv.__doc__": "the members of a group begin alike",
@@ -85,6 +86,7 @@ DIFFERENT = {
     },
     "sac_continuous.py": OWN
     | {
+        "Run.announce": "updates per step",
         "MEASURES": "its own losses",
         "update": "three learners",
         "in_numpy": "its networks lie side by side",
