@@ -1,4 +1,4 @@
-"""Trains another library's PPO or SAC, with the settings given as JSON, and prints its steps per second, last of all.
+"""Trains another library's PPO, SAC or DQN with settings given as JSON, and prints its steps per second at the end.
 
 Run in a process of its own: `python -m benchmark.contenders sb3 '{"env_id": "HalfCheetah-v4", …}'`.
 """
@@ -66,7 +66,7 @@ def games(settings: dict):
 
 
 def main(library: str, settings: dict) -> None:
-    threads, off_policy = settings["threads"], settings["script"] == "sac_continuous"
+    threads, off_policy = settings["threads"], settings["script"] in ("sac_continuous", "dqn")
     atari = settings["script"] == "ppo_atari_cnn"
     if library == "sbx":
         os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()}"
@@ -76,18 +76,18 @@ def main(library: str, settings: dict) -> None:
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
     if library == "sb3":
-        from stable_baselines3 import PPO, SAC
+        from stable_baselines3 import DQN, PPO, SAC
 
         policy = {"ortho_init": True}
         policy |= {} if atari else {"activation_fn": torch.nn.Tanh, "net_arch": settings["sizes"]}
     else:
         import flax.linen
-        from sbx import PPO, SAC
+        from sbx import DQN, PPO, SAC
 
         policy = {"activation_fn": flax.linen.tanh, "net_arch": settings["sizes"]}
 
     class Clock(BaseCallback):
-        """Notes when each rollout begins, and when the last has been learnt from; SAC's are cut from its steps."""
+        """Notes when each rollout begins, and when the last has been learnt from; off policy, every so many steps."""
 
         def _on_training_start(self) -> None:
             self.starts: list[float] = [time.perf_counter()] if off_policy else []
@@ -115,7 +115,9 @@ def main(library: str, settings: dict) -> None:
     else:
         env = make_vec_env(settings["env_id"], settings["num_envs"], seed=1, vec_env_cls=vector)
     if off_policy:
-        model = SAC(
+        # Of a DQN the target is copied at every 500th step.
+        chosen = {"buffer_size": 100_000, "tau": 1.0, "target_update_interval": 500}
+        model = (DQN if settings["script"] == "dqn" else SAC)(
             "MlpPolicy",
             env,
             batch_size=settings["batch_size"],
@@ -125,6 +127,7 @@ def main(library: str, settings: dict) -> None:
             policy_kwargs={"net_arch": settings["sizes"]},
             device="cpu",
             seed=1,
+            **(chosen if settings["script"] == "dqn" else {}),
         )
     else:
         model = PPO(

@@ -101,6 +101,7 @@ DIFFERENT = {
     },
     "dqn.py": OWN
     | {
+        "Run.announce": "updates per step; masks",
         "TrainEnv.__init__": "masks",
         "TrainEnv.reset": "masks",
         "TrainEnv.step": "masks",
