@@ -1,4 +1,4 @@
-"""Trains another library's PPO, SAC or TD3, with settings given as JSON, and prints its steps per second, last of all.
+"""Trains another library's PPO, SAC, TD3 or DQN, with settings given as JSON, and prints its steps per second at the end.
 
 Run in a process of its own: `python -m benchmark.contenders sb3 '{"env_id": "HalfCheetah-v4", …}'`.
 """
@@ -78,18 +78,18 @@ def main(library: str, settings: dict) -> None:
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
     if library == "sb3":
-        from stable_baselines3 import PPO, SAC, TD3
+        from stable_baselines3 import DQN, PPO, SAC, TD3
 
         policy = {"ortho_init": True}
         policy |= {} if atari else {"activation_fn": torch.nn.Tanh, "net_arch": settings["sizes"]}
     else:
         import flax.linen
-        from sbx import PPO, SAC, TD3
+        from sbx import DQN, PPO, SAC, TD3
 
         policy = {"activation_fn": flax.linen.tanh, "net_arch": settings["sizes"]}
 
     class Clock(BaseCallback):
-        """Notes when each rollout begins, and when the last has been learnt from; SAC and TD3 are cut by steps."""
+        """Notes when each rollout begins, and when the last has been learnt from; off policy, every so many steps."""
 
         def _on_training_start(self) -> None:
             self.starts: list[float] = [time.perf_counter()] if off_policy else []
@@ -121,6 +121,8 @@ def main(library: str, settings: dict) -> None:
         if settings["script"] == "td3_continuous":
             deviation = np.full(env.action_space.shape, 0.1)
             algorithm, own = TD3, {"action_noise": NormalActionNoise(np.zeros_like(deviation), deviation)}
+        elif settings["script"] == "dqn":  # whose target is copied at every 500th step
+            algorithm, own = DQN, {"buffer_size": 100_000, "tau": 1.0, "target_update_interval": 500}
         model = algorithm(
             "MlpPolicy",
             env,

@@ -30,6 +30,7 @@ ENV_IDS = {
     "ppo_atari_cnn": ["ALE/Pong-v5"],
     "sac_continuous": ["HalfCheetah-v4"],
     "td3_continuous": ["HalfCheetah-v4"],
+    "dqn": ["CartPole-v1", "LunarLander-v3"],
 }
 PPO = {
     "16 x 256, minibatch 64": {"num_envs": 16, "num_steps": 256, "num_minibatches": 64},
@@ -46,6 +47,7 @@ CASES = {
     "ppo_atari_cnn": {"8 x 128, minibatch 256": {"num_envs": 8, "num_steps": 128, "num_minibatches": 4}},
     "sac_continuous": {"1 environment": {"num_envs": 1}},
     "td3_continuous": {"1 environment": {"num_envs": 1}},
+    "dqn": {"1 environment": {"num_envs": 1}, "8 environments": {"num_envs": 8, "num_steps": 125}},
 }
 # Random actions make the first row of progress; an update a step makes all others.
 OFF_POLICY = {"num_steps": 1000, "learning_starts": 1000, "batch_size": 256, "sizes": [256, 256]}
@@ -56,6 +58,7 @@ COMMON = {
     "ppo_atari_cnn": {"update_epochs": 4},
     "sac_continuous": OFF_POLICY,
     "td3_continuous": OFF_POLICY,
+    "dqn": OFF_POLICY | {"batch_size": 128, "sizes": [128, 128]},
 }
 OURS = {  # flags of our variants
     "ppo_continuous": {"ours": ["--no-recompute-advantages"]},
@@ -64,6 +67,11 @@ OURS = {  # flags of our variants
     "ppo_atari_cnn": {"ours": ["--precision", "fp32"], "ours, bf16": ["--precision", "bf16"]},
     "sac_continuous": {"ours": ["--precision", "fp32"], "ours, bf16": ["--precision", "bf16"]},
     "td3_continuous": {"ours": ["--precision", "fp32"], "ours, bf16": ["--precision", "bf16"]},
+    # Others have no double Q-learning; their target is copied at every 500th step.
+    "dqn": {
+        "ours": ["--no-double-q", "--n-step", "1", "--updates-per-step", "1"]
+        + ["--tau", "1", "--target-network-frequency", "500"]
+    },
 }
 VECS = {  # ways of stepping: ours, and others'; for ours processes are slower here
     "ppo_continuous": (["sync", "envpool"], ["sync"]),
@@ -72,6 +80,7 @@ VECS = {  # ways of stepping: ours, and others'; for ours processes are slower h
     "ppo_atari_cnn": (["ale", "envpool"], ["sync", "async"]),
     "sac_continuous": (["sync"], ["sync"]),
     "td3_continuous": (["sync"], ["sync"]),
+    "dqn": (["sync", "envpool"], ["sync"]),
 }
 
 
@@ -115,7 +124,8 @@ def measure(script: str, contender: Contender, settings: dict) -> tuple[float, d
             if name in settings:
                 words += [f"--{name.replace('_', '-')}", str(settings[name])]
         if sizes := [str(size) for size in settings.get("sizes", [])]:
-            words += ["--actor-sizes", *sizes, "--critic-sizes", *sizes]
+            flags = ["--hidden-sizes"] if script == "dqn" else ["--actor-sizes", "--critic-sizes"]
+            words += [word for name in flags for word in (name, *sizes)]
         words += OURS[script][contender.name]
         output = run(words)
         with next(Path(runs).glob("*/progress.csv")).open() as file:
@@ -174,7 +184,9 @@ def speed(
     for environment, case in itertools.product([env_id] if env_id else ENV_IDS[script], CASES[script]):
         settings = COMMON[script] | CASES[script][case] | {"env_id": environment, "rollouts": rollouts}
         per_update = (
-            f"{settings['update_epochs']} epochs" if "update_epochs" in settings else "one update of 256 a step"
+            f"{settings['update_epochs']} epochs"
+            if "update_epochs" in settings
+            else f"one update of {settings['batch_size']} a step"
         )
         title = f"{environment}, {case}"
         print(f"\n{title}, {per_update}", flush=True)

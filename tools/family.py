@@ -114,6 +114,24 @@ DIFFERENT = {
         "Run.write": "nothing is measured before it learns",
         "Run.show": "its pace is another once it learns",
     },
+    "dqn.py": OWN
+    | {
+        "Run.announce": "updates per step; masks",
+        "TrainEnv.__init__": "masks",
+        "TrainEnv.reset": "masks",
+        "TrainEnv.step": "masks",
+        "MEASURES": "its own losses",
+        "update": "a target network",
+        "in_numpy": "it learns between one step and the next",
+        "Policy": "greedy; masks",
+        "play": "masks",
+        "load_policy": "a target network",
+        "Run.__init__": "a replay buffer",
+        "Run.state": "a replay buffer",
+        "Run.begin": "a replay buffer",
+        "Run.write": "nothing is measured before it learns",
+        "Run.show": "its pace is another once it learns",
+    },
 }
 
 

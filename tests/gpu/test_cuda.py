@@ -24,6 +24,8 @@ RUNS = {
     "ppo_atari_cnn": PPO | {"env_id": "ALE/Pong-v5", "num_steps": 32, "total_timesteps": 1024},
     "sac_continuous": OFF_POLICY | {"env_id": "HalfCheetah-v4"},
     "td3_continuous": OFF_POLICY | {"env_id": "HalfCheetah-v4"},
+    "dqn": OFF_POLICY
+    | {"env_id": "CartPole-v1", "num_envs": 1, "updates_per_step": 1.0, "target_network_frequency": 5},
 }
 ONCE = {"num_evals": 1, "eval_episodes": 1, "device": "cuda", "checkpoint_every": 500}
 
