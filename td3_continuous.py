@@ -496,9 +496,9 @@ def update(
     scale: Tensor,
     slots: Tensor,
     noise: Tensor,
-    delayed: bool,
+    improves: bool,
 ) -> Tensor:
-    """The critics learn from the transitions in `slots`; so does the actor, and the targets move, if `delayed` is due.
+    """The critics learn from the transitions in `slots`; if it `improves`, so does the actor, and the targets move.
 
     Returns what was measured.
     """
@@ -535,7 +535,7 @@ def update(
         return -judge(critics.theta, batch.observations, act(theta, batch.observations), count=1).mean()
 
     policy_loss = torch.full((), torch.nan, device=noise.device)
-    if delayed:
+    if improves:
         gradient, policy_loss = grad_and_value(actor_loss)(actor.theta)
         actor.adam_step(gradient, eps=1e-8)
         target_actor.lerp_(actor.theta, args.tau)
@@ -793,8 +793,8 @@ def compile_update(
     gc.disable()  # the compiler makes many objects, and keeps them
     try:
         fast = torch.compile(update, fullgraph=True, dynamic=False, options=config)
-        for delayed in {True, args.policy_frequency == 1}:
-            fast(agent, args, copy.deepcopy(learners), buffer.rings, scale, slots, noise, delayed)
+        for improves in {True, args.policy_frequency == 1}:
+            fast(agent, args, copy.deepcopy(learners), buffer.rings, scale, slots, noise, improves)
     except Exception as error:
         if not interrupts:  # which the compiler hears too
             run.say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
@@ -838,10 +838,10 @@ def capture_updates(optimise: Callable, learners: Learners) -> Callable:
     """A graph for each kind of update."""
     state, graphs = [*learners.actor, *learners.critics, learners.target_actor, learners.target_critics], {}
 
-    def captured(scale: Tensor, slots: Tensor, noise: Tensor, delayed: bool) -> Tensor:
-        if delayed not in graphs:
-            graphs[delayed] = Captured(lambda *inputs: optimise(*inputs, delayed), state)
-        return graphs[delayed](scale, slots, noise)
+    def captured(scale: Tensor, slots: Tensor, noise: Tensor, improves: bool) -> Tensor:
+        if improves not in graphs:
+            graphs[improves] = Captured(lambda *inputs: optimise(*inputs, improves), state)
+        return graphs[improves](scale, slots, noise)
 
     return captured
 
