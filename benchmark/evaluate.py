@@ -49,7 +49,11 @@ def choose(policy: Callable, observations: np.ndarray, infos: list[dict], sample
 
 
 def play(policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool, values: bool) -> list[Episode]:
-    """An episode in each environment. Values go on after the ends that the policy bootstraps from."""
+    """An episode in each environment. Values go on after the ends that the policy bootstraps from.
+
+    Sampled actions, too, are the same each time.
+    """
+    torch.manual_seed(seeds[0])
     started = [env.reset(seed=seed) for env, seed in zip(envs, seeds, strict=True)]
     observations, infos = (list(column) for column in zip(*started, strict=True))
     episodes = [Episode(seed) for seed in seeds]
@@ -78,19 +82,22 @@ def render(env: gym.Env) -> list[np.ndarray]:
     return images if isinstance(images, list) else [images]
 
 
-def film(policy: Callable, env: gym.Env, seed: int, sample: bool, path: Path) -> None:
-    """Plays an episode into an mp4."""
+def film(policy: Callable, env: gym.Env, seed: int, sample: bool, path: Path) -> float:
+    """Plays an episode into an mp4, as `play` does one by itself; its return."""
     from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
 
-    (observation, info), over = env.reset(seed=seed), False
+    torch.manual_seed(seed)
+    (observation, info), over, total = env.reset(seed=seed), False, 0.0
     height, width, _ = render(env)[0].shape
     with FFMPEG_VideoWriter(str(path), (width, height), env.metadata.get("render_fps", 30)) as video:
         while not over:
             action = choose(policy, observation[None], [info], sample)[0]
-            observation, _, terminated, truncated, info = env.step(action)
+            observation, reward, terminated, truncated, info = env.step(action)
+            total += float(reward)
             for image in render(env):
                 video.write_frame(image)
             over = terminated or truncated
+    return total
 
 
 def to_gif(video: Path) -> Path:
@@ -243,12 +250,13 @@ def evaluate(
     rows = []
     width = max(len(run.directory.name) for run, *_ in loaded)
     print(
-        f"{'run':<{width}} {'episodes':>8} {'return':>22} {'lowest':>10} {'highest':>10} {'length':>8} {'at bounds':>9}"
+        f"{'run':<{width}} {'episodes':>8} {'evaluation return':>22} {'lowest':>10} {'highest':>10}"
+        f" {'length':>8} {'at bounds':>9}"
     )
     for run, module, args, chosen in loaded:
-        torch.manual_seed(seeds[0])  # stochastic episodes, too, are the same each time
         played: list[Episode] = []
-        side_by_side = 1 if render else AT_ONCE
+        # Actions that are sampled depend on those beside them; a film plays its episode by itself.
+        side_by_side = 1 if render or stochastic else AT_ONCE
         for first in range(0, len(seeds), side_by_side):
             some = seeds[first : first + side_by_side]
             envs = [module.make_eval_env(args, "human" if render else None) for _ in some]
@@ -263,19 +271,23 @@ def evaluate(
             f"{run.directory.name:<{width}} {len(played):>8} {f'{returns.mean():,.1f} ± {returns.std():,.1f}':>22}"
             f" {returns.min():>10,.1f} {returns.max():>10,.1f} {lengths.mean():>8,.1f} {share:>9}"
         )
-        for episode, value, length, bounds in zip(played, returns, lengths, at_bounds, strict=True):
-            rows.append([run.directory.name, policy, episode.seed, value, length, int(episode.terminated), bounds])
+        films = [""] * len(played)
         if video or gif:
-            path = output / f"{run.directory.name}.mp4"
+            path, best = output / f"{run.directory.name}.mp4", int(returns.argmax())
             env = module.make_eval_env(args, "rgb_array")
-            film(chosen, env, seeds[int(returns.argmax())], stochastic, path)
+            returns[best], films[best] = film(chosen, env, seeds[best], stochastic, path), path.name
             env.close()
+            print(f"  film of the best, seed {seeds[best]}, evaluation return {returns[best]:,.1f}")
             print(f"  {path}" + (f"  {to_gif(path)}" if gif else ""))
+        for episode, *told in zip(played, returns, lengths, at_bounds, films, strict=True):
+            value, length, bounds, name = told
+            ended = int(episode.terminated)
+            rows.append([run.directory.name, policy, episode.seed, value, length, ended, bounds, name])
         if analyze_value:
             path = output / f"{run.directory.name}-value.png"
             print(f"  explained variance {plot_values(run, played, chosen.discount, path):.3f}  {path}")
     with (output / "episodes.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["run", "policy", "seed", "return", "length", "terminated", "at_bounds"])
+        writer.writerow(["run", "policy", "seed", "return", "length", "terminated", "at_bounds", "film"])
         writer.writerows(rows)
     print(f"{output / 'episodes.csv'}")

@@ -5,13 +5,14 @@ import hashlib
 import itertools
 import json
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import yaml
 
 from benchmark.errors import refuse
 from benchmark.jobs import ROOT, Job
+from benchmark.runs import write_atomically
 
 
 @dataclass(frozen=True)
@@ -102,3 +103,19 @@ def default_directory(suite: Suite) -> Path:
     text = json.dumps([suite.scripts, suite.env_ids, suite.args, suite.grid, suite.words], sort_keys=True)
     scripts = "+".join(Path(script).stem for script in suite.scripts)
     return Path("sweeps") / f"{scripts}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def keep_selection(suite: Suite, directory: Path) -> None:
+    """For reports, which compare in the order in which scripts and values were named."""
+    try:
+        write_atomically(directory / "sweep.json", json.dumps(asdict(suite), indent=2) + "\n")
+    except OSError as error:
+        refuse(f"--output {directory}: {error.strerror}")
+
+
+def selection_of(directory: Path) -> Suite | None:
+    """What the sweep in this folder was to run; none if none was here."""
+    try:
+        return Suite(**json.loads((directory / "sweep.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None

@@ -20,7 +20,7 @@ import tyro
 from benchmark.errors import refuse
 from benchmark.executors import run_locally, run_on_ray
 from benchmark.jobs import Job
-from benchmark.suites import Suite, default_directory, jobs_of, read_suite
+from benchmark.suites import Suite, default_directory, jobs_of, keep_selection, read_suite
 
 
 class Watch:
@@ -241,6 +241,7 @@ def sweep(
     if dry_run:
         print("\n".join(shlex.join(job.command()) for job in jobs if job not in settled))
         return
+    keep_selection(chosen, directory)
     print(f"{len(jobs)} jobs in {directory}" + (f", {len(settled)} of them settled before" if settled else ""))
 
     def execute(todo: list[Job], stop: threading.Event):

@@ -9,7 +9,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from benchmark.figures import COLOURS, STYLE, plt
+from benchmark.figures import COLOURS, STYLE, plt, save
 
 
 def positions(values: list, log: bool) -> tuple[np.ndarray, list[str]]:
@@ -109,6 +109,5 @@ def plot_search(study, logs: set[str], folder: Path) -> None:
                 warnings.simplefilter("ignore")  # some of its evaluators are called experimental
                 made["importances"] = importances(get_param_importances(study))
     for name, figure in made.items():
-        for suffix in ("png", "svg"):
-            figure.savefig(folder / f"{name}.{suffix}")
+        save(figure, folder / name)
         plt.close(figure)

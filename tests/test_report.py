@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 from benchmark import stats
 from benchmark.__main__ import main
 from benchmark.groups import gather
-from benchmark.report import FILMS_LIMIT
+from benchmark.compose import FILMS_LIMIT
 
 
 def make_run(folder: Path, env_id: str, seed: int, script: str = "ppo_x", evaluations: int = 10, **more) -> Path:
@@ -32,6 +32,7 @@ def make_run(folder: Path, env_id: str, seed: int, script: str = "ppo_x", evalua
     rows = [f"{step},{k},{k},{final * step / steps[-1] + k - 0.5},7" for step in steps for k in (0, 1)]
     (run / "evaluations.csv").write_text("step,episode,seed,return,length\n" + "".join(f"{row}\n" for row in rows))
     (run / "progress.csv").write_text("step,wall_time,sps\n" + "".join(f"{s},{s * 6},100\n" for s in steps))
+    (run / "episodes.csv").write_text("step,wall_time,return,length\n" + "".join(f"{s},{s},{s},7\n" for s in steps))
     result = {"evaluation": {"mean": final}, "best": {"mean": final + 1}, "training_return": final - 1}
     (run / "result.json").write_text(json.dumps(result | {"wall_time": 60.0, "steps": steps[-1]}))
     return run
@@ -61,16 +62,14 @@ def test_tables_of_two_scripts_on_two_environments(tmp_path, capsys):
         (env_id, script) for env_id in ("A-v0", "B-v0") for script in ("ppo_x", "sac_x")
     ]
     first = results[0]
-    assert [float(first[name]) for name in ("final mean", "final IQM", "best (optimistic)", "training")] == [
-        2.5,
-        2.5,
-        3.5,
-        1.5,
-    ]
-    assert 1 <= float(first["final mean low"]) < 2.5 < float(first["final mean high"]) <= 4
+    assert [
+        float(first[name])
+        for name in ("final evaluation", "final evaluation IQM", "best evaluation (optimistic)", "training return")
+    ] == [2.5, 2.5, 3.5, 1.5]
+    assert 1 <= float(first["final evaluation low"]) < 2.5 < float(first["final evaluation high"]) <= 4
     (improved,) = rows(tmp_path / "out" / "improvements.csv")
-    assert (improved["method"], improved["is better than"]) == ("ppo_x", "sac_x")
-    assert float(improved["with probability"]) == 0.0
+    assert (improved["method"], improved["is better than"]) == ("sac_x", "ppo_x")
+    assert float(improved["with probability"]) == 1.0
 
     # 12 is reached by seeds 2, 3 and 4, at the first step with (10 + seed) * step / 100 of at least 12.
     asked = {row["method"]: row for row in rows(tmp_path / "out" / "thresholds.csv")}
@@ -86,9 +85,13 @@ def test_tables_of_two_scripts_on_two_environments(tmp_path, capsys):
 
     html = (tmp_path / "out" / "index.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", html)  # works without anything else
-    assert html.count("data:image/png") == 6 and "2.50" in html and "abcdef0" in html
-    assert "| A-v0 | ppo_x | 4 |" in capsys.readouterr().out
-    for name in ("curves-steps", "curves-time", "checkpoints", "boxes", "histograms", "improvements"):
+    assert html.count("data:image/png") == 7 and "2.50" in html and "abcdef0" in html
+    told = capsys.readouterr().out  # a table, not Markdown
+    assert re.search(
+        r"^A-v0\n +method +seeds +steps +final evaluation +training return\n +ppo_x +4 +100 +2.50 \[", told
+    )
+    assert "|" not in told
+    for name in ("curves-steps", "training", "curves-time", "checkpoints", "boxes", "histograms", "improvements"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000 and (tmp_path / "out" / f"{name}.svg").exists()
 
 
@@ -98,9 +101,9 @@ def test_settings_that_differ_set_methods_apart_and_incidental_ones_do_not(tmp_p
     make_run(tmp_path / "runs", "B-v0", 1, settings={"learning_rate": 0.1, "gamma": 0.9})
     assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
     assert [(row["environment"], row["method"], row["seeds"]) for row in rows(tmp_path / "out" / "results.csv")] == [
-        ("A-v0", "ppo_x learning-rate=0.1", "2"),
-        ("A-v0", "ppo_x learning-rate=0.2", "2"),
-        ("B-v0", "ppo_x learning-rate=0.1", "1"),
+        ("A-v0", "lr 0.1", "2"),
+        ("A-v0", "lr 0.2", "2"),
+        ("B-v0", "lr 0.1", "1"),
     ]
 
 
@@ -150,7 +153,7 @@ def test_a_random_policy_and_films_are_shown(tmp_path, monkeypatch):
         for step, content in ((50, b"old"), (100, b"new" if env_id == "A-v0" else bytes(int(FILMS_LIMIT)))):
             (run / "videos" / f"step-{step:09d}.mp4").write_bytes(content)
     assert report(tmp_path / "runs", "-o", tmp_path / "out") == 0
-    assert [row["random"] for row in rows(tmp_path / "out" / "results.csv")] == ["-4.0"] * 4
+    assert [row["random policy"] for row in rows(tmp_path / "out" / "results.csv")] == ["-4.0"] * 4
     reached = [float(row["return"]) for row in rows(tmp_path / "out" / "thresholds.csv")][::2]
     assert reached == pytest.approx([2.0, 6.8] * 2)  # of the way from -4 to 8
     html = (tmp_path / "out" / "index.html").read_text()
@@ -174,8 +177,8 @@ def test_scores_have_no_scale_where_nothing_is_better_than_random(tmp_path, monk
 def test_one_seed_has_no_interval_and_a_repeated_one_is_told(tmp_path, capsys):
     make_run(tmp_path / "runs", "A-v0", 1)
     assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
-    assert [row["final mean low"] for row in rows(tmp_path / "out" / "results.csv")] == ["nan"]
-    assert "| 1.00 | 1.00 | 2.00 |" in capsys.readouterr().out
+    assert [row["final evaluation low"] for row in rows(tmp_path / "out" / "results.csv")] == ["nan"]
+    assert re.search(r"ppo_x +1 +100 +1.00 +0.00\n", capsys.readouterr().out)
     make_run(tmp_path / "runs" / "again", "A-v0", 1)
     assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
     assert "note: A-v0, ppo_x: 2 runs of seed 1 count as 2 seeds" in capsys.readouterr().out
@@ -201,8 +204,8 @@ def test_seeds_evaluated_at_other_steps(tmp_path):
     (run / "evaluations.csv").write_text("step,episode,seed,return,length\n50,0,0,1,7\n100,0,0,2,7\n")
     assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
     assert [(row["method"], row["seeds"]) for row in rows(tmp_path / "out" / "results.csv")] == [
-        ("ppo_x last-step=100", "3"),
-        ("ppo_x last-step=50", "1"),
+        ("50 steps", "1"),
+        ("100 steps", "3"),
     ]
 
 
@@ -232,7 +235,7 @@ def test_a_thousand_runs(tmp_path):
     results = rows(tmp_path / "out" / "results.csv")
     assert [row["seeds"] for row in results] == ["200"] * 5
     for k, row in enumerate(results):
-        assert float(row["final IQM"]) == pytest.approx(trim_mean(np.arange(k, 1000, 5), 0.25))
+        assert float(row["final evaluation IQM"]) == pytest.approx(trim_mean(np.arange(k, 1000, 5), 0.25))
 
 
 @pytest.mark.parametrize(
@@ -279,6 +282,9 @@ def test_statistics_agree_with_rliable():
 
 
 def test_improvement_counts_every_seed_where_environments_have_different_numbers():
-    pairs = [(np.array([1.0, 2.0, 3.0]), np.array([2.0, 0.0])), (np.array([5.0, 5.0]), np.array([4.0, 6.0, 5.0, 5.0]))]
+    pairs = [
+        (np.array([1.0, 2.0, 3.0]), np.array([2.0, 0.0, 4.0])),
+        (np.array([5.0] * 3), np.array([4.0, 6.0, 5.0, 5.0])),
+    ]
     middle, low, high = stats.probability_of_improvement(pairs)
-    assert middle == pytest.approx(np.mean([4.5 / 6, 0.5])) and 0 <= low < middle < high <= 1
+    assert middle == pytest.approx(np.mean([4.5 / 9, 0.5])) and 0 <= low < middle < high <= 1
