@@ -163,7 +163,7 @@ def failure(folder: Path) -> str:
     try:
         told = json.loads((folder / "failed.json").read_text())
         lines = [" ".join(line.strip(FRAME).split()) for line in told["log"]]
-        last = next((line for line in reversed(lines) if line), "")
+        last = next((line for line in reversed(lines) if line and not line.startswith("For full helptext")), "")
         return f"failed: {told['reason']}" + (f": {last[:200]}" if last else "")
     except FileNotFoundError:
         return ""

@@ -14,8 +14,8 @@ pytest.importorskip("matplotlib")
 
 from benchmark import stats
 from benchmark.__main__ import main
-from benchmark.groups import gather
 from benchmark.compose import FILMS_LIMIT
+from benchmark.groups import gather
 
 
 def make_run(folder: Path, env_id: str, seed: int, script: str = "ppo_x", evaluations: int = 10, **more) -> Path:
