@@ -12,10 +12,12 @@ from scipy.stats import trim_mean
 
 pytest.importorskip("matplotlib")
 
-from benchmark import stats
+from benchmark import figures, stats
 from benchmark.__main__ import main
 from benchmark.compose import FILMS_LIMIT
-from benchmark.groups import gather
+from benchmark.groups import gather, methods_of
+from benchmark.report import with_baseline
+from benchmark.suites import Suite, keep_selection
 
 
 def make_run(folder: Path, env_id: str, seed: int, script: str = "ppo_x", evaluations: int = 10, **more) -> Path:
@@ -107,6 +109,57 @@ def test_settings_that_differ_set_methods_apart_and_incidental_ones_do_not(tmp_p
     ]
 
 
+def test_labels_say_what_differs_in_words(tmp_path):
+    settings = [{"learning_rate": 3e-4, "norm_obs": True}, {"learning_rate": 1e-3, "norm_obs": False}]
+    for own in settings:
+        make_run(tmp_path / "rates", "A-v0", 1, settings=own | {"gamma": 0.9})
+        make_run(tmp_path / "both", "A-v0", 1, settings=own)
+    make_run(tmp_path / "both", "A-v0", 1, script="sac_x")
+    assert labels(tmp_path / "rates") == ["lr 3e-4, norm obs", "lr 1e-3, no norm obs"]
+    assert labels(tmp_path / "both") == ["ppo_x, lr 3e-4, norm obs", "ppo_x, lr 1e-3, no norm obs", "sac_x"]
+    for total, last in ((60_000, 59_904), (100_000, 99_840)):
+        run = make_run(tmp_path / "lengths", "A-v0", 1, settings={"total_timesteps": total})
+        (run / "evaluations.csv").write_text(f"step,episode,seed,return,length\n{last},0,0,1,7\n")
+    assert labels(tmp_path / "lengths") == ["60k steps", "100k steps"]  # asked for, and not reached besides
+
+
+def labels(*paths: Path, baseline: str | None = None) -> list[str]:
+    groups = gather([*paths]).groups
+    return methods_of(with_baseline(groups, baseline)[0] if baseline else groups)
+
+
+def test_methods_stand_in_the_order_of_their_sweep_or_behind_the_baseline(tmp_path, capsys):
+    folder = tmp_path / "sweeps" / "rates"
+    for script in ("a_x", "b_x"):
+        for rate, final in ((1e-3, 1.0), (3e-4, 2.0)):
+            job = folder / f"{script}-{rate}"
+            make_run(job, "A-v0", 1, script=script, final=final, settings={"learning_rate": rate})
+    assert labels(folder) == ["a_x, lr 3e-4", "a_x, lr 1e-3", "b_x, lr 3e-4", "b_x, lr 1e-3"]
+    keep_selection(Suite(["b_x", "forks/a_x.py"], ["A-v0"], [1], grid={"learning-rate": ["1e-3", 3e-4]}), folder)
+    ordered = ["b_x, lr 1e-3", "b_x, lr 3e-4", "a_x, lr 1e-3", "a_x, lr 3e-4"]
+    assert labels(folder) == ordered
+    assert labels(folder, baseline="a_x, lr 1e-3") == [ordered[2], *ordered[:2], ordered[3]]
+
+    assert report(folder, "-o", tmp_path / "out", "--no-random", "--baseline", "a_x, lr 1e-3") == 0
+    compared = [(row["method"], row["is better than"]) for row in rows(tmp_path / "out" / "improvements.csv")]
+    assert compared == [(method, ordered[2]) for method in [*ordered[:2], ordered[3]]]
+    shown = (tmp_path / "out" / "curves-steps.svg").read_text()
+    assert re.findall(r">([ab]_x, lr [^<]*)<", shown) == [ordered[2], *ordered[:2], ordered[3]]
+    assert "<h1>rates</h1>" in (tmp_path / "out" / "index.html").read_text()
+    capsys.readouterr()
+    assert report(folder, "--baseline", "a_x") == 2
+    assert "--baseline a_x: 2 methods have this name" in capsys.readouterr().err
+
+
+def test_the_title_is_the_name_of_the_sweep_and_its_date(tmp_path):
+    for seed, day in ((1, 3), (2, 4)):
+        run = make_run(tmp_path / "cartpole-100k", "A-v0", seed)
+        meta = json.loads((run / "meta.json").read_text()) | {"started": f"2026-11-0{day}T12:00:00+00:00"}
+        (run / "meta.json").write_text(json.dumps(meta))
+    assert report(tmp_path / "cartpole-100k", "-o", tmp_path / "out", "--no-random") == 0
+    assert "<h1>cartpole-100k, 2026-11-04</h1>" in (tmp_path / "out" / "index.html").read_text()
+
+
 def test_what_is_left_out_is_named(tmp_path, capsys):
     make_run(tmp_path / "runs", "A-v0", 1)
     (make_run(tmp_path / "runs", "A-v0", 2) / "result.json").unlink()
@@ -123,7 +176,14 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
     for seed in (11, 12):  # the one failed on the way, the other before there was a run
         job = tmp_path / "runs" / f"job-seed={seed}"
         job.mkdir(exist_ok=True)
-        (job / "failed.json").write_text('{"reason": "exit status 1", "log": []}')
+        said = [
+            "╭─ Value error ──╮",
+            "│ --gamma 2: must be at most 1 │",
+            "│ For full helptext, see x --help │",
+            "╰──╯",
+            "",
+        ]
+        (job / "failed.json").write_text(json.dumps({"reason": "exit status 1", "log": said}))
     assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
     assert [row["seeds"] for row in rows(tmp_path / "out" / "results.csv")] == ["1"]
     told, html = capsys.readouterr().out, (tmp_path / "out" / "index.html").read_text()
@@ -138,7 +198,7 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
         (9, "not numbers"),
         (10, "has no config.yaml"),
         (11, "failed: exit status 1"),
-        (12, "failed: exit status 1"),
+        (12, "failed: exit status 1: --gamma 2: must be at most 1"),
     ):
         assert re.search(rf"left out: .*seed={seed}\b.*{why}", told) and why in html
 
@@ -149,7 +209,7 @@ def test_a_random_policy_and_films_are_shown(tmp_path, monkeypatch):
     for env_id in ("A-v0", "B-v0"):
         run = make_run(tmp_path / "runs", env_id, 1)
         make_run(tmp_path / "runs", env_id, 1, script="sac_x", final=8.0)
-        (run / "videos").mkdir()
+        (run / "videos").mkdir()  # the script films the best episode
         for step, content in ((50, b"old"), (100, b"new" if env_id == "A-v0" else bytes(int(FILMS_LIMIT)))):
             (run / "videos" / f"step-{step:09d}.mp4").write_bytes(content)
     assert report(tmp_path / "runs", "-o", tmp_path / "out") == 0
@@ -157,6 +217,7 @@ def test_a_random_policy_and_films_are_shown(tmp_path, monkeypatch):
     reached = [float(row["return"]) for row in rows(tmp_path / "out" / "thresholds.csv")][::2]
     assert reached == pytest.approx([2.0, 6.8] * 2)  # of the way from -4 to 8
     html = (tmp_path / "out" / "index.html").read_text()
+    assert "A-v0, ppo_x, seed 1, step 100: an episode of return 1.5, the best of 2<" in html  # of 0.5 and 1.5
     assert "data:video/mp4;base64,bmV3" in html and "1 more would make this page larger than 40 MB" in html
     assert (tmp_path / "out" / "profiles.png").exists() and (tmp_path / "out" / "aggregates.svg").exists()
 
@@ -182,6 +243,59 @@ def test_one_seed_has_no_interval_and_a_repeated_one_is_told(tmp_path, capsys):
     make_run(tmp_path / "runs" / "again", "A-v0", 1)
     assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
     assert "note: A-v0, ppo_x: 2 runs of seed 1 count as 2 seeds" in capsys.readouterr().out
+
+
+def test_two_seeds_have_no_interval():
+    two, three = np.array([[1.0, 2.0], [3.0, 5.0]]), np.array([[1.0, 2.0], [3.0, 5.0], [4.0, 4.0]])
+    levels = np.array([2.5])
+    improved = [stats.probability_of_improvement([(a[:, 0], b[:, 0])]) for a, b in ((two, three), (three, three))]
+    profiles = [stats.performance_profile(scores, levels) for scores in (two, three)]
+    bands = [stats.mean_band(scores) for scores in (two, three)]
+    means = [stats.with_interval(scores, stats.mean) for scores in (two, three)]
+    for few, enough in (improved, profiles, bands, means):
+        assert np.isfinite(few[0]).all() and np.isnan(few[1:]).all() and np.isfinite(enough[1:]).all()
+    np.testing.assert_array_equal(bands[0][0], [2.0, 3.5])
+
+
+def test_a_certain_improvement_is_a_dot_within_the_figure():
+    figure = figures.intervals({"": [("a", 1.0, 1.0, 1.0), ("b", 0.5, np.nan, np.nan)]}, {}, "", within=(0, 1))
+    (axis,) = figure.axes
+    dots = [line for line in axis.lines if line.get_marker() == "o"]
+    assert [dot.get_xdata()[0] for dot in dots] == [0.5, 1.0] and axis.get_xlim()[1] > 1.0
+
+
+def test_seeds_stand_beside_their_mean_and_nothing_hangs_from_zero(tmp_path):
+    for seed in (1, 2, 3):
+        make_run(tmp_path, "A-v0", seed, final=-1000.0 - seed)
+    (axis,) = figures.checkpoints(gather([tmp_path]).groups, {}, {"ppo_x": "red"}).axes
+    means = [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "o"]
+    seeds = [line.get_xdata() for line in axis.lines if line.get_marker() == "."]
+    assert len(means) == 3 and all((beside > x + 0.05).all() for x, beside in zip(means, seeds, strict=True))
+    assert not axis.patches and axis.get_ylim()[1] < -100
+
+
+def test_figures_are_a_column_wide(tmp_path):
+    for env_id in ("A-v0", "B-v0", "C-v0"):
+        make_run(tmp_path, env_id, 1)
+    figures.save(figures.learning_curves(gather([tmp_path]).groups, {}, {"ppo_x": "red"}, "steps"), tmp_path / "curves")
+    width = int.from_bytes((tmp_path / "curves.png").read_bytes()[16:20])
+    assert width == 200 * 3.4 and 'width="244.8pt"' in (tmp_path / "curves.svg").read_text()
+
+
+def test_training_and_losses_are_drawn_over_steps(tmp_path):
+    run = make_run(tmp_path / "runs", "A-v0", 1, evaluations=6)
+    lines = [f"{step},{step},100,{step / 10},{'nan' if step < 30 else 5}" for step in range(10, 70, 10)]
+    (run / "progress.csv").write_text("\n".join(["step,wall_time,sps,policy_loss,q_loss", *lines]) + "\n")
+    (group,) = gather([tmp_path / "runs"]).groups
+    assert group.quantities() == ["policy_loss", "q_loss"]
+    assert group.quantity("policy_loss")[0, 9::10].tolist() == [1, 2, 3, 4, 5, 6]  # a point a step
+    q_loss = group.quantity("q_loss")[0]
+    assert np.isnan(q_loss[:29]).all() and (q_loss[29:] == 5).all()
+    assert group.returns_in_training[0, 9::10].tolist() == [10, 20, 30, 40, 50, 60]
+    assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
+    shown = (tmp_path / "out" / "losses-A-v0.svg").read_text()
+    assert "policy loss" in shown and "q loss" in shown
+    assert "training return" in (tmp_path / "out" / "training.svg").read_text()
 
 
 def test_figures_show_the_methods_that_rank_best(tmp_path):
