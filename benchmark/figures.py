@@ -34,6 +34,8 @@ STYLE = {
     "axes.axisbelow": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
+    "legend.handlelength": 1.4,
+    "legend.columnspacing": 1.2,
     "svg.fonttype": "none",
     "svg.hashsalt": "",  # the same figure is the same file
     "savefig.dpi": 200,
@@ -61,11 +63,11 @@ def blank(rows: int, columns: int, height: float, **more: object) -> tuple[Figur
     return figure, figure.subplots(rows, columns, squeeze=False, **more)
 
 
-def grid(number: int, height: float = 1.75) -> tuple[Figure, list[Axes]]:
+def grid(number: int, height: float = 1.75, **more: object) -> tuple[Figure, list[Axes]]:
     """One panel, or rows of two."""
     columns = min(2, number)
     rows = -(-number // columns)
-    figure, axes = blank(rows, columns, 2.5 if number == 1 else height * rows)
+    figure, axes = blank(rows, columns, 2.5 if number == 1 else height * rows, **more)
     for axis in axes.flat[number:]:
         axis.set_visible(False)
     return figure, list(axes.flat[:number])
@@ -100,7 +102,7 @@ def legend_below(figure: Figure, axes: list[Axes]) -> None:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if len(handles) < 2:
         return
-    per_row = max(1, int(WIDTH * 16 / (max(map(len, handles)) + 7)))
+    per_row = max(1, int(WIDTH / (0.06 * max(map(len, handles)) + 0.33)))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(per_row, len(handles)))
 
 
@@ -166,7 +168,7 @@ def losses(here: list[Group], colour: Colours) -> Figure:
     """On one environment, a panel for each quantity that a method logged of its learning."""
     names = list(dict.fromkeys(name for group in here for name in group.quantities()))
     with plt.rc_context(STYLE):
-        figure, axes = grid(len(names), height=1.3)
+        figure, axes = grid(len(names), height=1.1, sharex=True)
         for axis, name in zip(axes, names, strict=True):
             for group in here:
                 if name in group.quantities():
@@ -174,6 +176,8 @@ def losses(here: list[Group], colour: Colours) -> Figure:
             axis.set_title(name.replace("_", " "))
             axis.yaxis.set_major_locator(MaxNLocator(4))
             over_steps(axis)
+        for axis in axes[-2:]:
+            axis.tick_params(labelbottom=True)
         label_once(figure, axes)
         legend_below(figure, axes)
     return figure

@@ -291,7 +291,9 @@ def gather(paths: list[Path]) -> Material:
     ]
     wrong = remains(paths, {run.directory for run in states})
     wrong |= {run.directory: state for run, state in states.items() if state not in ("finished", "unfinished")}
-    return Material(in_order(groups), [run for run, state in states.items() if state == "unfinished"], dict(sorted(wrong.items())))
+    return Material(
+        in_order(groups), [run for run, state in states.items() if state == "unfinished"], dict(sorted(wrong.items()))
+    )
 
 
 def in_order(groups: list[Group]) -> list[Group]:
