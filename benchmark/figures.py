@@ -67,7 +67,7 @@ def grid(number: int, height: float = 1.75, **more: object) -> tuple[Figure, lis
     """One panel, or rows of two."""
     columns = min(2, number)
     rows = -(-number // columns)
-    figure, axes = blank(rows, columns, 2.5 if number == 1 else height * rows, **more)
+    figure, axes = blank(rows, columns, 2.2 if number == 1 else height * rows, **more)
     for axis in axes.flat[number:]:
         axis.set_visible(False)
     return figure, list(axes.flat[:number])
@@ -97,12 +97,14 @@ def label_once(figure: Figure, axes: list[Axes], columns: int = 2) -> None:
 
 
 def legend_below(figure: Figure, axes: list[Axes]) -> None:
+    """Of more than one; it takes no room from the panels."""
     handles: dict[str, Artist] = {}
     for axis in axes:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if len(handles) < 2:
         return
     per_row = max(1, int(WIDTH / (0.06 * max(map(len, handles)) + 0.33)))
+    figure.set_figheight(figure.get_figheight() + 0.1 + 0.17 * -(-len(handles) // per_row))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(per_row, len(handles)))
 
 
@@ -239,7 +241,7 @@ def histograms(groups: list[Group], baselines: Baselines, colour: Colours) -> Fi
     """A row per environment, a column per share of the run: returns of all evaluation episodes."""
     environments = environments_of(groups)
     with plt.rc_context(STYLE):
-        figure, axes = blank(len(environments), len(SHARES), 1.4 * len(environments) + 0.5, sharey="row")
+        figure, axes = blank(len(environments), len(SHARES), 1.3 * len(environments) + 0.3, sharey="row")
         for row, env_id in zip(axes, environments, strict=True):
             here = [group for group in groups if group.env_id == env_id]
             shown = {group.method: [group.at_share(share) for share in SHARES] for group in here}

@@ -16,7 +16,8 @@ p { max-width: 46rem } .soft { color: var(--soft) }
 nav a { margin-right: 1rem; white-space: nowrap } a { color: inherit }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
-th { font-weight: 600; color: var(--soft); white-space: normal; vertical-align: bottom } td.text, th.text { text-align: left }
+th { font-weight: 600; color: var(--soft); white-space: normal; vertical-align: bottom }
+td.text, th.text { text-align: left }
 td.text { white-space: normal; overflow-wrap: break-word; max-width: 24rem } td small { color: var(--soft) }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: 1rem }
 figure { margin: 0; max-width: 36rem } figcaption { color: var(--soft); font-size: .88rem; margin-top: .3rem }
