@@ -219,7 +219,7 @@ def boxes(groups: list[Group], baselines: Baselines, colour: Colours) -> Figure:
         width = 0.8 / len(here)
         look = {"flierprops": {"markersize": 2}, "medianprops": {"color": "black"}, "patch_artist": True}
         for returns in first:
-            box = axis.boxplot([returns], positions=[0], widths=min(0.4, width), **look)
+            box = axis.boxplot([returns], positions=[-0.3], widths=min(0.4, width), **look)
             box["boxes"][0].set(facecolor=RANDOM, alpha=0.7)
         for k, group in enumerate(here):
             places = [1 + place + (k - (len(here) - 1) / 2) * width for place in range(len(SHARES))]
@@ -229,7 +229,7 @@ def boxes(groups: list[Group], baselines: Baselines, colour: Colours) -> Figure:
                 patch.set(facecolor=colour[group.method], alpha=0.7)
             axis.plot([], color=colour[group.method], lw=6, alpha=0.7, label=group.method)
         labels = (["random"] if first else []) + [f"{share:.0%}" for share in SHARES]
-        axis.set_xticks(range(1 - len(first), len(SHARES) + 1), labels)
+        axis.set_xticks([-0.3] * len(first) + list(range(1, len(SHARES) + 1)), labels)
         axis.set_xlabel("share of the run")
         axis.set_ylabel("return of an evaluation episode")
         axis.grid(axis="x", visible=False)
