@@ -151,7 +151,7 @@ def plot_values(run: Run, episodes: list[Episode], gamma: float, path: Path) -> 
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{run.script} on {run.config['env_id']}, seed {run.config['seed']}")
     for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix), dpi=150)
+        figure.savefig(path.with_suffix(suffix), dpi=200)
     plt.close(figure)
     with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.writer(file)
