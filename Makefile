@@ -4,7 +4,7 @@ VENV ?= .venv
 SCRIPT ?= ppo_continuous.py
 ARGS ?= --env-id HalfCheetah-v4 --num-envs 16
 
-.PHONY: train test family
+.PHONY: train test docs family
 train: $(VENV)/train
 	$(VENV)/bin/python $(SCRIPT) $(ARGS)
 
@@ -13,12 +13,16 @@ test: $(VENV)/dev
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/python -m pytest -n auto
 
+docs: $(VENV)/docs # the site, in site/
+	$(VENV)/bin/mkdocs build --strict
+
 family: # copies the blocks that scripts share; the tests hold that they are the same
 	$(PYTHON) tools/family.py
 
 $(VENV)/train: EXTRAS =
 $(VENV)/dev: EXTRAS = [dev]
-$(VENV)/train $(VENV)/dev: pyproject.toml constraints.txt
+$(VENV)/docs: EXTRAS = [docs]
+$(VENV)/train $(VENV)/dev $(VENV)/docs: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)'

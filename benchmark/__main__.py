@@ -52,6 +52,8 @@ def wrapped(text: str) -> str:
 def main(arguments: list[str]) -> None:
     at = arguments.index("--") if "--" in arguments else len(arguments)
     arguments, words = arguments[:at], tuple(arguments[at + 1 :])
+    if words and not words[0].startswith("--"):
+        refuse(f"-- {words[0]}: must be an argument of the script, such as --gamma 0.98")
     brief = not {*arguments[:1]} & {*COMMANDS}
     commands = {name: later(function, brief) for name, function in COMMANDS.items()}
     told, printed = io.TextIOWrapper(io.BytesIO(), sys.stdout.encoding), io.StringIO()

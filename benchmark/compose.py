@@ -194,7 +194,8 @@ def make_report(
 ) -> str:
     """Writes everything into `output`; returns the results and what is to be noted, for the terminal."""
     groups, number = material.groups, len(methods_of(material.groups))
-    made, notes = make_tables(material, baselines, wish), tables.repeated_seeds(groups)
+    made = make_tables(material, baselines, wish)
+    notes = tables.repeated_seeds(groups) + tables.mixed_versions(groups)
     chosen = best_methods(groups, wish.baseline)
     colour = figures.colours(chosen)
     drawn = [group for group in groups if group.method in chosen]

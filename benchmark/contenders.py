@@ -1,4 +1,4 @@
-"""Trains another library's PPO or SAC, with the settings given as JSON, and prints its steps per second, last of all.
+"""Trains another library's PPO, SAC, TD3 or DQN, with settings given as JSON, and prints its steps per second, at last.
 
 Run in a process of its own: `python -m benchmark.contenders sb3 '{"env_id": "HalfCheetah-v4", …}'`.
 """
@@ -66,28 +66,30 @@ def games(settings: dict):
 
 
 def main(library: str, settings: dict) -> None:
-    threads, off_policy = settings["threads"], settings["script"] == "sac_continuous"
+    threads, off_policy = settings["threads"], "learning_starts" in settings
     atari = settings["script"] == "ppo_atari_cnn"
     if library == "sbx":
         os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()}"
+    import numpy as np
     import torch
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+    from stable_baselines3.common.noise import NormalActionNoise
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
     if library == "sb3":
-        from stable_baselines3 import PPO, SAC
+        from stable_baselines3 import DQN, PPO, SAC, TD3
 
         policy = {"ortho_init": True}
         policy |= {} if atari else {"activation_fn": torch.nn.Tanh, "net_arch": settings["sizes"]}
     else:
         import flax.linen
-        from sbx import PPO, SAC
+        from sbx import DQN, PPO, SAC, TD3
 
         policy = {"activation_fn": flax.linen.tanh, "net_arch": settings["sizes"]}
 
     class Clock(BaseCallback):
-        """Notes when each rollout begins, and when the last has been learnt from; SAC's are cut from its steps."""
+        """Notes when each rollout begins, and when the last has been learnt from; off policy, every so many steps."""
 
         def _on_training_start(self) -> None:
             self.starts: list[float] = [time.perf_counter()] if off_policy else []
@@ -115,7 +117,13 @@ def main(library: str, settings: dict) -> None:
     else:
         env = make_vec_env(settings["env_id"], settings["num_envs"], seed=1, vec_env_cls=vector)
     if off_policy:
-        model = SAC(
+        algorithm, own = SAC, {}
+        if settings["script"] == "td3_continuous":
+            deviation = np.full(env.action_space.shape, 0.1)
+            algorithm, own = TD3, {"action_noise": NormalActionNoise(np.zeros_like(deviation), deviation)}
+        elif settings["script"] == "dqn":  # whose target is copied at every 500th step
+            algorithm, own = DQN, {"buffer_size": 100_000, "tau": 1.0, "target_update_interval": 500}
+        model = algorithm(
             "MlpPolicy",
             env,
             batch_size=settings["batch_size"],
@@ -125,6 +133,7 @@ def main(library: str, settings: dict) -> None:
             policy_kwargs={"net_arch": settings["sizes"]},
             device="cpu",
             seed=1,
+            **own,
         )
     else:
         model = PPO(

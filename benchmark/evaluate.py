@@ -1,14 +1,14 @@
 """Plays the policies of run directories in the environments of their evaluations."""
 
-import csv
 import inspect
 import json
 import os
 import sys
 from collections.abc import Callable
 from ctypes.util import find_library
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import gymnasium as gym
@@ -17,7 +17,7 @@ import torch
 import tyro
 
 from benchmark.errors import refuse
-from benchmark.runs import Run, find_runs
+from benchmark.runs import Run, find_runs, replacing, write_table
 
 AT_ONCE = 20  # environments played side by side
 
@@ -89,7 +89,8 @@ def film(policy: Callable, env: gym.Env, seed: int, sample: bool, path: Path) ->
     torch.manual_seed(seed)
     (observation, info), over, total = env.reset(seed=seed), False, 0.0
     height, width, _ = render(env)[0].shape
-    with FFMPEG_VideoWriter(str(path), (width, height), env.metadata.get("render_fps", 30)) as video:
+    fps = env.metadata.get("render_fps", 30)
+    with replacing(path) as unfinished, FFMPEG_VideoWriter(str(unfinished), (width, height), fps) as video:
         while not over:
             action = choose(policy, observation[None], [info], sample)[0]
             observation, reward, terminated, truncated, info = env.step(action)
@@ -104,11 +105,10 @@ def to_gif(video: Path) -> Path:
     """Small enough to be shown on a page: at most 10 s, 320 pixels wide, 15 frames a second."""
     from moviepy import VideoFileClip
 
-    with VideoFileClip(str(video)) as clip:
-        clip.subclipped(0, min(clip.duration, 10)).resized(width=320).with_fps(15).write_gif(
-            video.with_suffix(".gif"), logger=None
-        )
-    return video.with_suffix(".gif")
+    gif = video.with_suffix(".gif")
+    with VideoFileClip(str(video)) as clip, replacing(gif) as unfinished:
+        clip.subclipped(0, min(clip.duration, 10)).resized(width=320).with_fps(15).write_gif(unfinished, logger=None)
+    return gif
 
 
 def realised_returns(episode: Episode, gamma: float) -> np.ndarray:
@@ -149,15 +149,15 @@ def plot_values(run: Run, episodes: list[Episode], gamma: float, path: Path) -> 
     for axis in (left, right):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{run.script} on {run.config['env_id']}, seed {run.config['seed']}")
+    figure.suptitle(f"{run.script} on {run.config['env_id']}, seed {run.config['seed']}", parse_math=False)
     for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix), dpi=200)
+        with replacing(path.with_suffix(suffix)) as unfinished:
+            figure.savefig(unfinished, dpi=200)
     plt.close(figure)
-    with path.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["seed", "step", "predicted", "realised"])
-        for episode, values, returns in zip(episodes, predicted, realised, strict=True):
-            writer.writerows(zip([episode.seed] * len(returns), range(len(returns)), values, returns, strict=True))
+    rows = [["seed", "step", "predicted", "realised"]]
+    for episode, values, returns in zip(episodes, predicted, realised, strict=True):
+        rows += zip([episode.seed] * len(returns), range(len(returns)), values, returns, strict=True)
+    write_table(path.with_suffix(".csv"), rows)
     return explained
 
 
@@ -171,13 +171,23 @@ def draw_without_display() -> bool:
     return lacking
 
 
-def find_policy(run: Run, which: str) -> Path:
-    """The file of the policy: "last", "best", or the step of an evaluation."""
+def find_policy(run: Run, which: str) -> Path | None:
+    """The file of the policy, if there is one: "last", "best", or the step of an evaluation."""
     paths = {"last": run.last_checkpoint, "best": run.best_policy} | {str(s): p for s, p in run.policies().items()}
-    if which not in paths or not paths[which].exists():
-        steps = ", ".join(map(str, run.policies())) or "none"
-        refuse(f"--policy {which}: {run.directory} has no such policy; last, best, or a step of these: {steps}")
-    return paths[which]
+    return paths[which] if which in paths and paths[which].exists() else None
+
+
+def load(run: Run) -> tuple[ModuleType, object]:
+    """The run's script and arguments."""
+    if run.damage:
+        refuse(f"{run.directory}: {run.damage}")
+    try:
+        module = run.module()
+        if lacking := {field.name for field in fields(module.Args)} - run.config.keys():
+            refuse(f"{run.directory}: config.yaml is torn, and lacks {', '.join(sorted(lacking))}")
+        return module, module.Args(**run.config)
+    except Exception as error:
+        refuse(f"{run.source}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def evaluate(
@@ -224,12 +234,18 @@ def evaluate(
         refuse(f"--env-kwargs {env_kwargs}: must be a JSON object")
     if draw_without_display() and render:
         refuse("--render: there is no display here; --video makes a film")
+    if seeds and min(seeds) < 0:
+        refuse(f"--seeds {min(seeds)}: must be at least 0")
     seeds = list(seeds or range(10_000, 10_000 + episodes))
+    paths = {run: find_policy(run, policy) for run in found}
+    if not any(paths.values()):
+        steps = ", ".join(map(str, found[0].policies())) or "none"
+        refuse(f"--policy {policy}: {found[0].directory} has no such policy; last, best, or a step of these: {steps}")
     loaded = []
-    for run in found:
-        path = find_policy(run, policy)
-        module = run.module()
-        args = module.Args(**run.config)
+    for run, path in paths.items():
+        module, args = load(run)
+        if path is None:
+            continue
         if kwargs:
             args = replace(args, eval_env_kwargs=json.dumps(json.loads(args.eval_env_kwargs) | kwargs))
         try:
@@ -247,7 +263,7 @@ def evaluate(
     except OSError as error:
         refuse(f"--output {output}: {error.strerror}")
 
-    rows = []
+    rows = [["run", "policy", "seed", "return", "length", "terminated", "at_bounds", "film"]]
     width = max(len(run.directory.name) for run, *_ in loaded)
     print(
         f"{'run':<{width}} {'episodes':>8} {'evaluation return':>22} {'lowest':>10} {'highest':>10}"
@@ -286,8 +302,8 @@ def evaluate(
         if analyze_value:
             path = output / f"{run.directory.name}-value.png"
             print(f"  explained variance {plot_values(run, played, chosen.discount, path):.3f}  {path}")
-    with (output / "episodes.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run", "policy", "seed", "return", "length", "terminated", "at_bounds", "film"])
-        writer.writerows(rows)
+    write_table(output / "episodes.csv", rows)
+    for run, path in paths.items():
+        if path is None:
+            print(f"left out: {run.directory} has no policy {policy}")
     print(f"{output / 'episodes.csv'}")

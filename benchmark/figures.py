@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from benchmark.groups import Group, environments_of
+from benchmark.runs import replacing
 from benchmark.stats import mean, mean_band, with_interval
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
@@ -38,6 +39,7 @@ STYLE = {
     "legend.columnspacing": 1.2,
     "svg.fonttype": "none",
     "svg.hashsalt": "",  # the same figure is the same file
+    "text.parse_math": False,  # a name may hold dollars
     "savefig.dpi": 200,
 }
 
@@ -49,12 +51,14 @@ def colours(methods: list[str]) -> Colours:
     return dict(zip(methods, cycle(COLOURS), strict=False))
 
 
-def save(figure: Figure, path: Path) -> None:
-    """As PNG and SVG."""
-    with plt.rc_context(STYLE):
-        figure.savefig(path.with_suffix(".png"))
+def save(figure: Figure, path: Path, style: dict[str, object] = STYLE) -> None:
+    """As PNG and SVG, behind the path's name, which may hold dots."""
+    with plt.rc_context(style):
+        with replacing(path.with_name(f"{path.name}.png")) as unfinished:
+            figure.savefig(unfinished)
         figure.set_layout_engine("none")  # it stays as it was laid out, which is most of the time this takes
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        with replacing(path.with_name(f"{path.name}.svg")) as unfinished:
+            figure.savefig(unfinished, metadata={"Date": None})
 
 
 def blank(rows: int, columns: int, height: float, **more: object) -> tuple[Figure, np.ndarray]:

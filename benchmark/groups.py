@@ -1,7 +1,6 @@
 """Runs grouped by script, environment and settings that differ: what a report compares."""
 
 import csv
-import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from benchmark.runs import MARKS, Run, find_runs
+from benchmark.runs import MARKS, Run, find_runs, read_json
 from benchmark.suites import Suite, selection_of
 
 # What may differ between runs of one group, as it does not change what is learnt.
@@ -160,15 +159,12 @@ def read(run: Run) -> str:
 
 def failure(folder: Path) -> str:
     """What a sweep wrote about a job that failed in this folder, and the last that the job itself said."""
-    try:
-        told = json.loads((folder / "failed.json").read_text())
-        lines = [" ".join(line.strip(FRAME).split()) for line in told["log"]]
-        last = next((line for line in reversed(lines) if line and not line.startswith("For full helptext")), "")
-        return f"failed: {told['reason']}" + (f": {last[:200]}" if last else "")
-    except FileNotFoundError:
+    told = read_json(folder / "failed.json")
+    if not told:
         return ""
-    except (OSError, ValueError, LookupError, TypeError):
-        return "failed"
+    lines = [" ".join(str(line).strip(FRAME).split()) for line in told.get("log") or []]
+    last = next((line for line in reversed(lines) if line and not line.startswith("For full helptext")), "")
+    return f"failed: {told.get('reason')}" + (f": {last[:200]}" if last else "")
 
 
 def remains(paths: list[Path], runs: set[Path]) -> dict[Path, str]:
@@ -221,7 +217,7 @@ def settings_of(finished: list[Run]) -> dict[Run, dict[str, object]]:
         which, step = (run.script, run.config["env_id"]), int(run.evaluations["step"].max())
         if step > (1 + NEAR) * shortest.get(which, 0):
             shortest[which] = step
-        settings[run]["last_step"] = shortest[which]
+        settings[run] |= {"last_step": shortest[which], "source": run.version}
     return settings
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from benchmark.runs import Run, find_runs
+from benchmark.runs import Run, find_runs, fingerprint, read_json, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBC = ctypes.CDLL(None)
@@ -28,6 +28,7 @@ class Job:
     words: tuple[str, ...]  # all other arguments, as on a command line
     setting: str  # what sets it apart from other jobs, besides script, environment and seed: "learning-rate=0.001"
     directory: str  # its own: holds the run directory, job.json, log.txt and perhaps failed.json
+    version: str  # fingerprint of the script
     threads: int = 1
     started_in: str = "."  # the folder that relative paths among its arguments are meant from
 
@@ -43,15 +44,19 @@ class Job:
     def failure(self) -> Path:
         return Path(self.directory) / "failed.json"
 
+    def runs(self) -> list[Run]:
+        """What can be read of the run directories in its own."""
+        return [run for run in find_runs([Path(self.directory)]) if not run.damage]
+
     def run(self) -> Run | None:
         """The run directory that it made, once there is one."""
-        return next(iter(find_runs([Path(self.directory)])), None)
+        return next((run for run in self.runs() if run.version == self.version), None)
 
     def state(self) -> str:
         run = self.run()
         if run and run.result:
             return "done"
-        if self.failure.exists():
+        if read_json(self.failure):
             return "failed"
         return "interrupted" if run else "new"
 
@@ -64,10 +69,16 @@ class Job:
 
     def describes_itself_as(self) -> dict | None:
         """What an earlier sweep wrote about the job in this directory."""
-        try:
-            return json.loads((Path(self.directory) / "job.json").read_text())
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        return read_json(Path(self.directory) / "job.json")
+
+    def has_changed(self) -> bool:
+        """Whether what is in its directory is from another version of its script."""
+        told = self.describes_itself_as() or {}
+        return {told.get("version", self.version), *(run.version for run in self.runs())} != {self.version}
+
+    def reason(self) -> dict:
+        """What is written about its failure."""
+        return {"reason": "its files cannot be written", "log": []} | (read_json(self.failure) or {})
 
     def description(self) -> dict:
         described = asdict(self) | {"words": list(self.words)}
@@ -108,7 +119,8 @@ def lock(job: Job, stopped: Callable[[], bool] = lambda: False) -> IO | None:
 def run_job(job: Job, stopped: Callable[[], bool] = lambda: False, silence: float = 1800.0) -> str:
     """Runs a job to its end: "done", "failed" or, once `stopped` says so, "interrupted".
 
-    A job that writes nothing for `silence` seconds is ended; that is a failure too.
+    A job that writes nothing for `silence` seconds is ended; that is a failure too. Runs of another version of its
+    script get hidden: who begins the job has asked for that.
     """
     directory = Path(job.directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -116,10 +128,16 @@ def run_job(job: Job, stopped: Callable[[], bool] = lambda: False, silence: floa
     if held is None:
         return "interrupted"
     with held, job.log.open("ab") as log:
+        own = job.run()
+        if not own and fingerprint(Path(job.script)) != job.version:
+            return fail(job, f"{job.script} is not what it was at the start", 0.0)
+        for run in find_runs([directory]):
+            if not own or run.directory != own.directory:
+                run.directory.rename(run.directory.with_name(f".{time.time_ns()}-{run.directory.name}"))
         if job.state() == "done":
             return "done"
         job.failure.unlink(missing_ok=True)
-        (directory / "job.json").write_text(json.dumps(job.description(), indent=2) + "\n")
+        write_atomically(directory / "job.json", json.dumps(job.description(), indent=2) + "\n")
         started = time.monotonic()
         process = subprocess.Popen(
             job.command(),
@@ -153,8 +171,12 @@ def run_job(job: Job, stopped: Callable[[], bool] = lambda: False, silence: floa
         if process.returncode < 0
         else f"exit status {process.returncode}"
     )
-    failure = {"reason": reason, "seconds": time.monotonic() - started, "log": tail(job.log, 20)}
-    job.failure.write_text(json.dumps(failure, indent=2) + "\n")
+    return fail(job, reason, time.monotonic() - started)
+
+
+def fail(job: Job, reason: str, seconds: float) -> str:
+    failure = {"reason": reason, "seconds": seconds, "log": tail(job.log, 20)}
+    write_atomically(job.failure, json.dumps(failure, indent=2) + "\n")
     return "failed"
 
 

@@ -7,6 +7,8 @@ import os
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
@@ -16,7 +18,7 @@ import numpy as np
 import tyro
 
 from benchmark.errors import refuse
-from benchmark.runs import Run, write_atomically
+from benchmark.runs import Run, read_json, write_atomically
 
 
 def cache_folder() -> Path:
@@ -39,9 +41,8 @@ def random_baseline(make_env: Callable[[], gym.Env], key: dict, seeds: list[int]
     key = key | {"seeds": seeds, "gymnasium": gym.__version__}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_folder() / f"{name}.json"
-    if path.exists():
-        remembered = json.loads(path.read_text())
-    else:
+    remembered = read_json(path)
+    if not remembered:
         env = make_env()
         returns, lengths = zip(*(play_at_random(env, seed) for seed in seeds), strict=True)
         env.close()
@@ -93,20 +94,28 @@ def random(
         first_seed: seed of the first; the scripts evaluate with 10000 and those after it
     """
     try:
-        kwargs = dict(json.loads(env_kwargs))
+        kwargs = dict(**json.loads(env_kwargs))
     except (ValueError, TypeError):
         refuse(f"--env-kwargs {env_kwargs}: must be a JSON object")
     if episodes < 1:
         refuse(f"--episodes {episodes}: must be at least 1")
-    for env_id in env_ids:
+    if first_seed < 0:
+        refuse(f"--first-seed {first_seed}: must be at least 0")
+    if not env_ids:
+        refuse("nothing to play: name an environment, such as Hopper-v4")
+    warnings.filterwarnings("ignore", message=".*is out of date")
+    differing = f" with --env-kwargs {env_kwargs}" if kwargs else ""
+    makers = {env_id: partial(gym.make, env_id, disable_env_checker=True, **kwargs) for env_id in env_ids}
+    for env_id, make in makers.items():
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*is out of date")
-                env = gym.make(env_id, disable_env_checker=True, **kwargs)
-        except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
-            refuse(f"{env_id}: {' '.join(str(error).split())}")
+            with closing(make()) as env:
+                env.reset(seed=first_seed)
+                env.step(env.action_space.sample())  # some values are no problem before
+        except Exception as error:
+            refuse(f"{env_id}{differing}: {' '.join(str(error).split())}")
+    for env_id, make in makers.items():
         seeds = list(range(first_seed, first_seed + episodes))
-        played = random_baseline(lambda env=env: env, {"env_id": env_id, "kwargs": kwargs}, seeds)
+        played = random_baseline(make, {"env_id": env_id, "kwargs": kwargs}, seeds)
         returns = played["return"]
         print(
             f"{env_id}: return {returns.mean():.1f} ± {returns.std():.1f} ({returns.min():.1f} to {returns.max():.1f}),"

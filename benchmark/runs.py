@@ -1,11 +1,14 @@
 """Reads run directories. Nothing else in the harness knows their layout."""
 
 import csv
+import hashlib
 import importlib.util
 import io
 import json
 import os
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,8 +35,17 @@ class Run:
     @property
     def result(self) -> dict | None:
         """The summary; none while the run is unfinished."""
-        path = self.directory / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return read_json(self.directory / "result.json")
+
+    @property
+    def damage(self) -> str:
+        """Which of the files that make it a run cannot be read; none, as a rule."""
+        for name, read in (("meta.json", lambda: Path(self.script)), ("config.yaml", lambda: self.config["env_id"])):
+            try:
+                read()
+            except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+                return f"{name} is torn"
+        return ""
 
     @property
     def script(self) -> str:
@@ -51,6 +63,11 @@ class Run:
     @property
     def best_policy(self) -> Path:
         return self.directory / "best.pt"
+
+    @property
+    def version(self) -> str:
+        """Of the script: which source ran."""
+        return fingerprint(self.source)
 
     def policies(self) -> dict[int, Path]:
         """The policy of each evaluation, by its step."""
@@ -113,10 +130,45 @@ def import_script(path: Path) -> ModuleType:
     return module
 
 
+def fingerprint(source: Path) -> str:
+    """Of a script; "unknown" where there is none."""
+    try:
+        return hashlib.sha256(source.read_bytes()).hexdigest()[:8]
+    except OSError:
+        return "unknown"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the other's place once all is on the disk: a full one leaves what was there."""
+    unfinished = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield unfinished
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, newline="")
+
+
+def write_table(path: Path, rows: Iterable[Iterable]) -> None:
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    write_atomically(path, text.getvalue())
+
+
+def read_json(path: Path) -> dict | None:
+    """None for a file that is absent, or torn, which is the same."""
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def find_runs(paths: list[Path]) -> list[Run]:

@@ -16,6 +16,10 @@ from typing import Annotated
 
 import tyro
 
+from benchmark.errors import refuse
+from benchmark.runs import write_atomically
+from benchmark.suites import check
+
 ROOT = Path(__file__).resolve().parent.parent
 WARMUP = 2  # rows of progress left out at the start of every measurement
 
@@ -25,6 +29,8 @@ ENV_IDS = {
     "ppo_discrete": ["CartPole-v1", "LunarLander-v3"],
     "ppo_atari_cnn": ["ALE/Pong-v5"],
     "sac_continuous": ["HalfCheetah-v4"],
+    "td3_continuous": ["HalfCheetah-v4"],
+    "dqn": ["CartPole-v1", "LunarLander-v3"],
 }
 PPO = {
     "16 x 256, minibatch 64": {"num_envs": 16, "num_steps": 256, "num_minibatches": 64},
@@ -40,14 +46,19 @@ CASES = {
     },
     "ppo_atari_cnn": {"8 x 128, minibatch 256": {"num_envs": 8, "num_steps": 128, "num_minibatches": 4}},
     "sac_continuous": {"1 environment": {"num_envs": 1}},
+    "td3_continuous": {"1 environment": {"num_envs": 1}},
+    "dqn": {"1 environment": {"num_envs": 1}, "8 environments": {"num_envs": 8, "num_steps": 125}},
 }
+# Random actions make the first row of progress; an update a step makes all others.
+OFF_POLICY = {"num_steps": 1000, "learning_starts": 1000, "batch_size": 256, "sizes": [256, 256]}
 COMMON = {
     "ppo_continuous": {"update_epochs": 10, "sizes": [64, 64]},
     "ppo_discrete": {"update_epochs": 10, "sizes": [64, 64]},
     "ppo_beta": {"update_epochs": 10, "sizes": [64, 64]},
     "ppo_atari_cnn": {"update_epochs": 4},
-    # Random actions make the first row of progress; an update a step makes all others.
-    "sac_continuous": {"num_steps": 1000, "learning_starts": 1000, "batch_size": 256, "sizes": [256, 256]},
+    "sac_continuous": OFF_POLICY,
+    "td3_continuous": OFF_POLICY,
+    "dqn": OFF_POLICY | {"batch_size": 128, "sizes": [128, 128]},
 }
 OURS = {  # flags of our variants
     "ppo_continuous": {"ours": ["--no-recompute-advantages"]},
@@ -55,6 +66,12 @@ OURS = {  # flags of our variants
     "ppo_beta": {"ours": ["--no-recompute-advantages"]},
     "ppo_atari_cnn": {"ours": ["--precision", "fp32"], "ours, bf16": ["--precision", "bf16"]},
     "sac_continuous": {"ours": ["--precision", "fp32"], "ours, bf16": ["--precision", "bf16"]},
+    "td3_continuous": {"ours": ["--precision", "fp32"], "ours, bf16": ["--precision", "bf16"]},
+    # Others have no double Q-learning; their target is copied at every 500th step.
+    "dqn": {
+        "ours": ["--no-double-q", "--n-step", "1", "--updates-per-step", "1"]
+        + ["--tau", "1", "--target-network-frequency", "500"]
+    },
 }
 VECS = {  # ways of stepping: ours, and others'; for ours processes are slower here
     "ppo_continuous": (["sync", "envpool"], ["sync"]),
@@ -62,6 +79,8 @@ VECS = {  # ways of stepping: ours, and others'; for ours processes are slower h
     "ppo_discrete": (["sync", "envpool"], ["sync", "async"]),
     "ppo_atari_cnn": (["ale", "envpool"], ["sync", "async"]),
     "sac_continuous": (["sync"], ["sync"]),
+    "td3_continuous": (["sync"], ["sync"]),
+    "dqn": (["sync", "envpool"], ["sync"]),
 }
 
 
@@ -100,12 +119,13 @@ def measure(script: str, contender: Contender, settings: dict) -> tuple[float, d
         words += ["--env-id", settings["env_id"], "--total-timesteps", str(total), "--runs-dir", runs]
         words += ["--num-evals", "0"]
         flags = ["num_envs", "num_minibatches", "update_epochs", "learning_starts", "batch_size"]
-        flags += ["num_steps"] if script != "sac_continuous" else []
+        flags += ["num_steps"] if "learning_starts" not in settings else []
         for name in flags:
             if name in settings:
                 words += [f"--{name.replace('_', '-')}", str(settings[name])]
         if sizes := [str(size) for size in settings.get("sizes", [])]:
-            words += ["--actor-sizes", *sizes, "--critic-sizes", *sizes]
+            flags = ["--hidden-sizes"] if script == "dqn" else ["--actor-sizes", "--critic-sizes"]
+            words += [word for name in flags for word in (name, *sizes)]
         words += OURS[script][contender.name]
         output = run(words)
         with next(Path(runs).glob("*/progress.csv")).open() as file:
@@ -151,13 +171,22 @@ def speed(
         json_file: write all figures into this file
     """
     if script not in CASES:
-        print(f"no speed comparison for {script!r}; there is one for: {', '.join(CASES)}", file=sys.stderr)
-        sys.exit(2)
+        refuse(f"no speed comparison for {script!r}; there is one for: {', '.join(CASES)}")
+    if rounds < 1:
+        refuse(f"--rounds {rounds}: must be at least 1")
+    if rollouts <= WARMUP:
+        refuse(f"--rollouts {rollouts}: must be at least {WARMUP + 1}, as the first {WARMUP} are left out")
+    if json_file and not json_file.parent.is_dir():
+        refuse(f"--json {json_file}: there is no folder {json_file.parent}")
+    if env_id:
+        check(ROOT / f"{script}.py", [env_id], [])
     report = {}
     for environment, case in itertools.product([env_id] if env_id else ENV_IDS[script], CASES[script]):
         settings = COMMON[script] | CASES[script][case] | {"env_id": environment, "rollouts": rollouts}
         per_update = (
-            f"{settings['update_epochs']} epochs" if "update_epochs" in settings else "one update of 256 a step"
+            f"{settings['update_epochs']} epochs"
+            if "update_epochs" in settings
+            else f"one update of {settings['batch_size']} a step"
         )
         title = f"{environment}, {case}"
         print(f"\n{title}, {per_update}", flush=True)
@@ -195,4 +224,4 @@ def speed(
         result = {"settings": settings, "ways": ways, "steps_per_second": rates, "shares": shares}
         report[title] = result | {"compile_seconds": compiling}
     if json_file:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+        write_atomically(json_file, json.dumps(report, indent=2) + "\n")

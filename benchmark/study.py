@@ -1,6 +1,5 @@
 """A study of one script and environment from end to end: a sweep of one job, then what the report makes of it."""
 
-import csv
 import json
 import shutil
 import threading
@@ -14,8 +13,8 @@ from benchmark.evaluate import draw_without_display, film, to_gif
 from benchmark.executors import run_locally
 from benchmark.jobs import Job
 from benchmark.report import film_of, find_baselines, need_extra
-from benchmark.runs import Run, write_atomically
-from benchmark.suites import Suite, jobs_of
+from benchmark.runs import Run, replacing, write_atomically, write_table
+from benchmark.suites import Suite, check, jobs_of
 from benchmark.sweep import previous_states, run_sweep, tell_failures
 
 
@@ -28,11 +27,11 @@ def keep_checkpoint(run: Run, share: float, baselines: dict, folder: Path, filme
     step = Group("", run.config["env_id"], [run]).step_at(share)
     at = table["step"] == step
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(run.policies()[int(step)], folder / "policy.pt")
-    with (folder / "evaluations.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(table)
-        writer.writerows(zip(*(column[at].tolist() for column in table.values()), strict=True))
+    with replacing(folder / "policy.pt") as unfinished:
+        shutil.copy(run.policies()[int(step)], unfinished)
+    write_table(
+        folder / "evaluations.csv", [table, *zip(*(column[at].tolist() for column in table.values()), strict=True)]
+    )
     returns = table["return"][at]
     figure = figures.one_checkpoint(
         returns, baselines.get(run.config["env_id"]), f"{run.config['env_id']}, {share:.0%}"
@@ -78,10 +77,17 @@ def run(
         output: the folder; by default studies/ and a name that follows from the others
     """
     need_extra()
+    if threads < 1:
+        refuse(f"--threads {threads}: must be at least 1")
+    if not 0 <= seed < 2**31:
+        refuse(f"--seed {seed}: must be between 0 and 2147483647")
     draw_without_display()
     suite = Suite([script], [env_id], [seed], words=("--num-evals", "20", *words))
     directory = (output or Path("studies") / f"{env_id.replace('/', '-')}__{Path(script).stem}__{seed}").resolve()
     jobs = jobs_of(suite, directory / "run", threads)
+    settled = previous_states(jobs, retry_failed=True, advice="choose another --output")
+    if not settled:
+        check(Path(jobs[0].script), [env_id], jobs[0].words)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -90,8 +96,8 @@ def run(
     def execute(todo: list[Job], stop: threading.Event):
         return run_locally(todo, 1, 1800.0, stop)
 
-    ended = run_sweep(jobs, previous_states(jobs, retry_failed=True), execute)
-    tell_failures(ended)
+    ended = run_sweep(jobs, settled, execute)
+    tell_failures(ended, "the same command tries again")
     if "failed" in ended.values():
         raise SystemExit(1)
     from benchmark.compose import Wish, make_report

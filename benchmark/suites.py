@@ -5,14 +5,17 @@ import hashlib
 import itertools
 import json
 import os
+import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import gymnasium as gym
 import yaml
 
 from benchmark.errors import refuse
 from benchmark.jobs import ROOT, Job
-from benchmark.runs import write_atomically
+from benchmark.runs import fingerprint, import_script, read_json, write_atomically
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,30 @@ def find_script(name: str) -> Path:
         return path.resolve()
     near = difflib.get_close_matches(name, ours, 1)
     refuse(f"script {name}: " + (f"unknown; did you mean {near[0]}?" if near else f"unknown; ours are {sorted(ours)}"))
+
+
+def check(script: Path, env_ids: Iterable[str], words: Iterable[str]) -> None:
+    """Says once, before anything begins, what would end every run of a script: wrong arguments and environments."""
+    sys.path.insert(0, str(script.parent))  # as for `python script.py`
+    try:
+        module = import_script(script)
+        names = [each.name for each in fields(module.Args)]
+    except Exception as error:
+        refuse(f"{script}: {type(error).__name__}: {' '.join(str(error).split())}")
+    finally:
+        sys.path.remove(str(script.parent))
+    for word in words:
+        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        if word.startswith("--") and name not in names and name.removeprefix("no_") not in names:
+            near = [f"; did you mean --{n.replace('_', '-')}?" for n in difflib.get_close_matches(name, names, 1)]
+            refuse(f"{word}: {script.stem} has no such argument{''.join(near)}")
+    for env_id in env_ids if hasattr(module, "make_eval_env") else ():
+        try:
+            module.make_eval_env(module.Args(env_id=env_id)).close()
+        except (gym.error.Error, ImportError) as error:
+            refuse(f"{env_id}: {' '.join(str(error).split())}")
+        except Exception:  # without the other arguments it need not work
+            continue
 
 
 def as_words(name: str, value: object) -> list[str]:
@@ -61,14 +88,20 @@ def read_suite(path: Path) -> Suite:
             near = difflib.get_close_matches(key, known, 1)
             refuse(f"{path}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else f"; there are {known}"))
     seeds = content.get("seeds", 1)
-    content["seeds"] = list(range(1, seeds + 1)) if isinstance(seeds, int) else seeds
-    content = {"scripts": [], "env_ids": []} | content
-    kinds = {"scripts": list, "env_ids": list, "seeds": list, "args": dict, "grid": dict}
+    seeds = list(range(1, seeds + 1)) if type(seeds) is int else seeds
+    content = {"scripts": [], "env_ids": []} | content | {"seeds": seeds}
+    kinds = {"scripts": list, "env_ids": list, "args": dict, "grid": dict}
     for key, kind in kinds.items():
         if not isinstance(content.get(key, kind()), kind):
             refuse(f"{path}: {key} must be a {'list' if kind is list else 'mapping'}")
-    if not all(isinstance(seed, int) for seed in content["seeds"]):
-        refuse(f"{path}: seeds must be a number of seeds, or a list of them")
+    if not isinstance(seeds, list) or not all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds):
+        refuse(f"{path}: seeds must be a number of seeds, or a list of them, from 0 to 2147483647")
+    for key in ("scripts", "env_ids"):
+        if not all(isinstance(each, str) and each for each in content[key]):
+            refuse(f"{path}: {key}: {content[key]} must be names")
+    for key in ("args", "grid"):
+        if not all(isinstance(name, str) for name in content.get(key, {})):
+            refuse(f"{path}: {key}: {list(content[key])} must be names of arguments")
     for name, values in content.get("grid", {}).items():
         if not isinstance(values, list) or not values:
             refuse(f"{path}: grid: {name} must be a list of values")
@@ -83,6 +116,7 @@ def jobs_of(suite: Suite, directory: Path, threads: int) -> list[Job]:
     scripts = [find_script(name) for name in suite.scripts]
     common = [word for name, value in suite.args.items() for word in as_words(name, value)]
     points = [tuple(zip(suite.grid, values, strict=True)) for values in itertools.product(*suite.grid.values())]
+    versions = {script: fingerprint(script) for script in scripts}
     jobs = []
     for seed, script, env_id, point in itertools.product(suite.seeds, scripts, suite.env_ids, points):
         setting = " ".join(f"{name.replace('_', '-')}={str(value).replace(' ', '')}" for name, value in point)
@@ -92,7 +126,8 @@ def jobs_of(suite: Suite, directory: Path, threads: int) -> list[Job]:
         if len(name) > 150:
             name = f"{name[:120]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
         words = (*common, *suite.words, *chosen)
-        jobs.append(Job(str(script), env_id, seed, words, setting, str(directory / name), threads, os.getcwd()))
+        own = (str(directory / name), versions[script])
+        jobs.append(Job(str(script), env_id, seed, words, setting, *own, threads, os.getcwd()))
     if len({job.directory for job in jobs}) < len(jobs):
         refuse("two jobs have the same name: scripts, environments and seeds must differ from each other")
     return jobs
@@ -116,6 +151,6 @@ def keep_selection(suite: Suite, directory: Path) -> None:
 def selection_of(directory: Path) -> Suite | None:
     """What the sweep in this folder was to run; none if none was here."""
     try:
-        return Suite(**json.loads((directory / "sweep.json").read_text()))
-    except (OSError, ValueError, TypeError):
+        return Suite(**(read_json(directory / "sweep.json") or {}))
+    except (OSError, TypeError):
         return None

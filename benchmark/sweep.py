@@ -1,6 +1,5 @@
 """Sweeps: many runs as subprocesses, that go on where they were stopped and hide no failure."""
 
-import json
 import shlex
 import signal
 import statistics
@@ -20,7 +19,7 @@ import tyro
 from benchmark.errors import refuse
 from benchmark.executors import run_locally, run_on_ray
 from benchmark.jobs import Job
-from benchmark.suites import Suite, default_directory, jobs_of, keep_selection, read_suite
+from benchmark.suites import Suite, check, default_directory, jobs_of, keep_selection, read_suite
 
 KINDS = ("evaluation", "training")  # of returns
 
@@ -112,17 +111,27 @@ class Watch:
         return table
 
 
-def previous_states(jobs: list[Job], retry_failed: bool) -> dict[Job, str]:
-    """The jobs that need not run, and why; refuses what belongs to another sweep."""
-    settled = {}
+def previous_states(jobs: list[Job], retry_failed: bool, advice: str | None) -> dict[Job, str]:
+    """The jobs that need not run, and why; refuses what belongs to another sweep.
+
+    Where a script is not what it was, `advice` says what can be done; without it, its jobs are run again.
+    """
+    settled, changed = {}, Counter()
     for job in jobs:
-        earlier = job.describes_itself_as()
-        if earlier not in (None, job.description()):
-            differing = [name for name in earlier if earlier[name] != job.description()[name]]
+        described, earlier = job.description(), job.describes_itself_as()
+        told = described | (earlier or {})
+        differing = [name for name in described if name != "version" and told[name] != described[name]]
+        if differing:
             refuse(f"{job.directory}: holds a job with other {', '.join(differing)}; choose another --output")
+        if job.has_changed():
+            changed[job.script] += 1
+            continue
         state = job.state()
-        if state == "done" or (state == "failed" and not retry_failed):
+        if state == "done" or (state == "failed" and earlier and not retry_failed):  # without a job.json none began
             settled[job] = state
+    if changed and advice:
+        files = ", ".join(f"{script} has changed since {count} of these" for script, count in changed.items())
+        refuse(f"{files} began; {advice}")
     return settled
 
 
@@ -169,16 +178,12 @@ def run_sweep(jobs: list[Job], settled: dict[Job, str], execute) -> dict[Job, st
     return watch.ended
 
 
-def tell_failures(ended: dict[Job, str]) -> None:
+def tell_failures(ended: dict[Job, str], advice: str) -> None:
     failed = [job for job, how in ended.items() if how == "failed"]
     if failed:
-        print(f"\n{len(failed)} of {len(ended)} failed; --retry-failed tries them again:")
+        print(f"\n{len(failed)} of {len(ended)} failed; {advice}:")
     for job in failed:
-        failure = (
-            json.loads(job.failure.read_text())
-            if job.failure.exists()
-            else {"reason": "its files cannot be written", "log": []}
-        )
+        failure = job.reason()
         print(f"\n{job.name}: {failure['reason']}; {job.log}")
         print("\n".join(f"    {line}" for line in failure["log"][-8:]))
 
@@ -193,6 +198,7 @@ def sweep(
     threads: int = 1,
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     retry_failed: bool = False,
+    rerun: bool = False,
     silence: float = 30.0,
     dry_run: bool = False,
     executor: Literal["local", "ray"] = "local",
@@ -220,6 +226,7 @@ def sweep(
         threads: torch threads of each run
         output: folder of the runs and their logs; by default sweeps/ and a name that follows from the selection
         retry_failed: also run again what failed before
+        rerun: run again what an earlier version of its script has run; those runs stay, in hidden folders
         silence: minutes without a sign of life after which a run is ended, as failed
         dry_run: print the commands and end
         executor: this machine, or a Ray cluster
@@ -233,19 +240,26 @@ def sweep(
     for name, value in (("seeds", seeds), ("workers", workers), ("threads", threads)):
         if value < 1:
             refuse(f"--{name} {value}: must be at least 1")
+    if not silence > 0:
+        refuse(f"--silence {silence}: must be above 0")
     chosen = read_suite(suite) if suite else Suite(list(scripts), list(env_ids), list(range(1, seeds + 1)))
     chosen = replace(chosen, words=words)
     directory = output or (Path("sweeps") / suite.stem if suite else default_directory(chosen))
     jobs = jobs_of(chosen, directory.resolve(), threads)
-    if not dry_run:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            refuse(f"--output {directory}: {error.strerror}")
-    settled = previous_states(jobs, retry_failed)
+    advice = None if rerun else "--rerun runs them again, another --output keeps them"
+    settled = previous_states(jobs, retry_failed, advice)
+    todo = [job for job in jobs if job not in settled]
+    for script in dict.fromkeys(job.script for job in todo):
+        own = [job for job in todo if job.script == script]
+        words = dict.fromkeys(word for job in own for word in job.words)
+        check(Path(script), dict.fromkeys(job.env_id for job in own), words)
     if dry_run:
-        print("\n".join(shlex.join(job.command()) for job in jobs if job not in settled))
+        print("\n".join(shlex.join(job.command()) for job in todo))
         return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(f"--output {directory}: {error.strerror}")
     keep_selection(chosen, directory)
     print(f"{len(jobs)} jobs in {directory}" + (f", {len(settled)} of them settled before" if settled else ""))
 
@@ -263,6 +277,6 @@ def sweep(
             f"{script:<16} {env_id:<26} {setting}  {len(finals)} of {len(group)} seeds  final evaluation return {mean}"
         )
     print(f"report: python -m benchmark report {directory}")
-    tell_failures(ended)
+    tell_failures(ended, "--retry-failed tries them again")
     if "failed" in ended.values():
         raise SystemExit(1)

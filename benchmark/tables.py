@@ -1,9 +1,8 @@
 """The tables of a report."""
 
-import csv
 import itertools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from benchmark import page
 from benchmark.groups import Group, Material, environments_of, methods_of
+from benchmark.runs import write_atomically, write_table
 from benchmark.stats import interquartile_mean, mean, probability_of_improvement, with_interval
 
 
@@ -48,9 +48,8 @@ class Table:
 
     def write(self, path: Path) -> None:
         columns = [expanded(name, [row[k] for row in self.rows]) for k, name in enumerate(self.header)]
-        with path.with_suffix(".csv").open("w", newline="") as file:
-            csv.writer(file).writerows(zip(*itertools.chain(*columns), strict=True))
-        path.with_suffix(".md").write_text(self.markdown())
+        write_table(path.with_suffix(".csv"), zip(*itertools.chain(*columns), strict=True))
+        write_atomically(path.with_suffix(".md"), self.markdown())
 
 
 @dataclass(frozen=True)
@@ -202,6 +201,18 @@ def repeated_seeds(groups: list[Group]) -> list[str]:
             if times > 1:
                 notes.append(f"{group.env_id}, {group.method}: {times} runs of seed {seed} count as {times} seeds")
     return notes
+
+
+def mixed_versions(groups: list[Group]) -> list[str]:
+    """Of a script, under one name: within an environment they are methods of their own."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for group in groups:
+        found[group.method][group.env_id] = group.runs[0].version
+    return [
+        f"{method} is not the same script everywhere: " + ", ".join(f"{k} {v}" for k, v in versions.items())
+        for method, versions in found.items()
+        if len({*versions.values()}) > 1
+    ]
 
 
 def provenance(groups: list[Group]) -> Table:

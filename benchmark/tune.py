@@ -1,16 +1,16 @@
 """Searches for better arguments of a script with Optuna: each trial is a few runs, stopped early if they lag behind."""
 
-import csv
 import difflib
 import fcntl
 import json
+import math
 import signal
 import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -21,8 +21,12 @@ import yaml
 
 from benchmark.errors import refuse
 from benchmark.jobs import ROOT, Job, run_job
-from benchmark.runs import import_script, write_atomically
-from benchmark.suites import Suite, as_words, find_script, jobs_of
+from benchmark.runs import fingerprint, import_script, write_atomically, write_table
+from benchmark.suites import Suite, as_words, check, find_script, jobs_of
+
+# What runs are given for the search's sake, and no setting that it finds.
+BUDGET = {"total_timesteps", "num_evals", "eval_episodes", "checkpoint_every", "capture_video", "track", "runs_dir"}
+BUDGET |= {"seed", "threads", "compile", "device"}
 
 KINDS = {"float": float, "log_float": float, "int": int, "log_int": int}
 
@@ -36,6 +40,7 @@ class Search:
     seeds: int
     space: dict[str, dict[str, list]]
     words: tuple[str, ...]
+    version: str  # fingerprint of the script
 
     def description(self) -> dict:
         return {
@@ -44,6 +49,7 @@ class Search:
             "seeds": self.seeds,
             "space": self.space,
             "words": list(self.words),
+            "version": self.version,
         }
 
 
@@ -53,9 +59,7 @@ def read_space(path: Path, script: Path) -> dict[str, dict[str, list]]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         refuse(f"--space {path}: {' '.join(str(error).split())}")
     if not isinstance(content, dict) or not content:
-        refuse(
-            f"--space {path}: must map arguments to their ranges, such as learning_rate: {{log_float: [1e-4, 1e-3]}}"
-        )
+        refuse(f"--space {path}: must map arguments to ranges, such as learning_rate: {{log_float: [1.0e-4, 1.0e-3]}}")
     names, space = [field.name for field in fields(import_script(script).Args)], {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -70,7 +74,9 @@ def read_space(path: Path, script: Path) -> dict[str, dict[str, list]]:
         if not isinstance(range_, list) or not range_:
             refuse(f"--space {path}: {key}: {kind} needs a list")
         if kind in KINDS:
-            numbers = len(range_) == 2 and all(isinstance(end, int | float) for end in range_)
+            if texts := [end for end in range_ if isinstance(end, str)]:
+                refuse(f"--space {path}: {key}: {texts[0]!r} is text; YAML's numbers are written 1.0e-4")
+            numbers = len(range_) == 2 and all(type(end) in (int, float) and math.isfinite(end) for end in range_)
             if (
                 not numbers
                 or not range_[0] < range_[1]
@@ -131,9 +137,11 @@ def evaluation_means(job: Job) -> list[tuple[float, float]]:
 class Tuner:
     """A study and the folder of its runs, in which several of these may work at the same time."""
 
-    def __init__(self, search: Search, study, folder: Path, trials: int, workers: int, threads: int, seed: int):
+    def __init__(
+        self, search: Search, settings: dict, study, folder: Path, trials: int, workers: int, threads: int, seed: int
+    ):
         self.search, self.study, self.folder, self.trials, self.threads = search, study, folder, trials, threads
-        self.seed = seed
+        self.settings, self.seed = settings, seed
         self.slots = threading.Semaphore(workers)
         self.stop = threading.Event()
         self.mutex = threading.Lock()
@@ -199,11 +207,15 @@ class Tuner:
         suite = Suite([self.search.script], [self.search.env_id], list(range(1, self.search.seeds + 1)))
         suite = Suite(suite.scripts, suite.env_ids, suite.seeds, words=(*self.search.words, *words))
         jobs = jobs_of(suite, self.folder / trial.user_attrs["folder"], self.threads)
+        jobs = [replace(job, version=self.search.version) for job in jobs]
         pruned, started = threading.Event(), time.monotonic()
 
         def train(job: Job) -> str:
             with self.slots:
-                return run_job(job, lambda: self.stop.is_set() or pruned.is_set())
+                try:
+                    return run_job(job, lambda: self.stop.is_set() or pruned.is_set())
+                except OSError:
+                    return "failed"
 
         reported = 0
         with ThreadPoolExecutor(len(jobs)) as pool:
@@ -220,7 +232,7 @@ class Tuner:
         trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
         if "failed" in ends:
             job = jobs[ends.index("failed")]
-            trial.set_user_attr("failure", json.loads(job.failure.read_text()) | {"file": str(job.log)})
+            trial.set_user_attr("failure", job.reason() | {"file": str(job.log)})
             self.tell(trial, state=TrialState.FAIL)
         elif all(end == "done" for end in ends):
             finals = [job.run().result["evaluation"].get("mean") for job in jobs]
@@ -255,15 +267,14 @@ class Tuner:
         with self.mutex, locked(self.folder / "study.lock"):
             trials, best = self.counted(), self.best()
             names = list(self.search.space)
-            with (self.folder / "trials.csv").open("w", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(["trial", "state", "value", *names, "seconds", "folder"])
-                for trial in trials:
-                    attributes = [trial.user_attrs.get(name, "") for name in ("seconds", "folder")]
-                    value = "" if trial.value is None else trial.value
-                    writer.writerow(
-                        [trial.number, trial.state.name, value, *(trial.params.get(n, "") for n in names), *attributes]
-                    )
+            rows = [["trial", "state", "value", *names, "seconds", "folder"]]
+            for trial in trials:
+                attributes = [trial.user_attrs.get(name, "") for name in ("seconds", "folder")]
+                value = "" if trial.value is None else trial.value
+                rows.append(
+                    [trial.number, trial.state.name, value, *(trial.params.get(n, "") for n in names), *attributes]
+                )
+            write_table(self.folder / "trials.csv", rows)
             states = [trial.state.name for trial in trials]
             results = self.search.description() | {
                 "trials": {state: states.count(state) for state in sorted({*states})}
@@ -273,7 +284,7 @@ class Tuner:
                     n: json.loads(v) if "categorical" in self.search.space[n] else v for n, v in best.params.items()
                 }
                 results |= {"best": {"trial": best.number, "value": best.value, "parameters": parameters}}
-                config = {"env_id": self.search.env_id} | given(self.search.words) | parameters
+                config = {"env_id": self.search.env_id} | self.settings | parameters
                 write_atomically(self.config(), yaml.safe_dump(config, sort_keys=False))
             write_atomically(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
 
@@ -284,6 +295,18 @@ class Tuner:
         )
 
 
+def settings_of(words: tuple[str, ...]) -> dict[str, object]:
+    """What the arguments of every run set, and the file of their --config; but not what the search is run with."""
+    found, filed = given(words), {}
+    if path := found.pop("config", None):
+        try:
+            filed = dict(**yaml.safe_load(Path(str(path)).read_text()))
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            refuse(f"--config {path}: is no file of arguments: {' '.join(str(error).split())}")
+    settings = filed | {name: value for name, value in found.items() if name not in BUDGET}
+    return {name: value for name, value in settings.items() if name != "env_id"}
+
+
 def given(words: tuple[str, ...]) -> dict[str, object]:
     """The arguments among the words of a command line."""
     found: dict[str, object] = {}
@@ -291,14 +314,21 @@ def given(words: tuple[str, ...]) -> dict[str, object]:
     for word in words:
         if word.startswith("--"):
             name, equals, value = word[2:].replace("-", "_").partition("=")
-            found[name] = yaml.safe_load(value) if equals else True
+            found[name] = value_of(value) if equals else True
             if name.startswith("no_") and not equals:
                 del found[name]
                 found[name[3:]] = False
         else:
-            value = yaml.safe_load(word)
+            value = value_of(word)
             found[name] = value if found[name] is True else [*np.atleast_1d(found[name]).tolist(), value]
     return found
+
+
+def value_of(word: str) -> object:
+    try:
+        return yaml.safe_load(word)
+    except yaml.YAMLError:
+        return word
 
 
 def open_study(search: Search, storage: str | None, folder: Path, prune: bool):
@@ -324,8 +354,7 @@ def open_study(search: Search, storage: str | None, folder: Path, prune: bool):
     described = search.description()
     if earlier is None:
         study.set_user_attr("search", described)
-    elif earlier != described:
-        differing = [name for name in described if earlier[name] != described[name]]
+    elif differing := [name for name in described if earlier.get(name, described[name]) != described[name]]:
         refuse(f"{url}: holds a study with other {', '.join(differing)}; choose another --output or --storage")
     return study
 
@@ -373,11 +402,15 @@ def tune(
     for name, value in (("trials", trials), ("seeds", seeds), ("workers", workers), ("threads", threads)):
         if value < 1:
             refuse(f"--{name} {value}: must be at least 1")
+    if seed < 0:
+        refuse(f"--seed {seed}: must be at least 0")
     for package in ("optuna", "matplotlib"):
         if not find_spec(package):
             refuse(f"{package} is not installed; pip install -e '.[benchmark]'")
     path = find_script(script)
-    search = Search(str(path), env_id, seeds, read_space(space, path), words)
+    check(path, [env_id], words)
+    search = Search(str(path), env_id, seeds, read_space(space, path), words, fingerprint(path))
+    settings = settings_of(words)
     folder = (output or Path("tuning") / f"{path.stem}__{env_id.replace('/', '-')}").resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -385,7 +418,7 @@ def tune(
         refuse(f"--output {folder}: {error.strerror}")
     with locked(folder / "study.lock"):  # two that begin at once would both make the tables
         study = open_study(search, storage, folder, prune)
-    tuner = Tuner(search, study, folder, trials, workers, threads, seed)
+    tuner = Tuner(search, settings, study, folder, trials, workers, threads, seed)
 
     caught: list[int] = []
 

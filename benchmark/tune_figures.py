@@ -11,6 +11,12 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from benchmark.figures import COLOURS, STYLE, plt, save
 
+SEARCH_STYLE = STYLE | {"text.parse_math": True}  # which labels of logarithmic axes are
+
+
+def plain(choice: object) -> str:
+    return str(choice).replace("$", r"\$")  # or two of them would begin mathematics
+
 
 def positions(values: list, log: bool) -> tuple[np.ndarray, list[str]]:
     """Places of the values between 0 and 1, and the labels of both ends, or of every choice."""
@@ -18,8 +24,8 @@ def positions(values: list, log: bool) -> tuple[np.ndarray, list[str]]:
         scaled = np.log(values) if log else np.array(values, float)
         low, high = scaled.min(), scaled.max()
         return (scaled - low) / (high - low if high > low else 1), [f"{min(values):.3g}", f"{max(values):.3g}"]
-    choices = sorted({str(value) for value in values})
-    places = np.array([choices.index(str(value)) for value in values]) / max(1, len(choices) - 1)
+    choices = sorted({plain(value) for value in values})
+    places = np.array([choices.index(plain(value)) for value in values]) / max(1, len(choices) - 1)
     return places, choices
 
 
@@ -78,7 +84,9 @@ def slices(complete: list, names: list[str], logs: set[str]) -> Figure:
         axis.set_visible(False)
     for axis, name in zip(axes.flat, names, strict=False):
         chosen = [trial.params[name] for trial in complete]
-        chosen = chosen if all(isinstance(value, int | float) for value in chosen) else [str(value) for value in chosen]
+        chosen = (
+            chosen if all(isinstance(value, int | float) for value in chosen) else [plain(value) for value in chosen]
+        )
         dots = axis.scatter(chosen, [trial.value for trial in complete], c=numbers, cmap="viridis_r", s=20)
         axis.set_xlabel(name)
         if name in logs:
@@ -99,7 +107,7 @@ def plot_search(study, logs: set[str], folder: Path) -> None:
     if len(complete) < 2:
         return
     names = list(complete[0].params)
-    with plt.rc_context(STYLE):
+    with plt.rc_context(SEARCH_STYLE):
         made = {"history": history(complete, [trial for trial in trials if trial.state.name == "PRUNED"])}
         made["slices"] = slices(complete, names, logs)
         if len(names) > 1:
@@ -109,5 +117,5 @@ def plot_search(study, logs: set[str], folder: Path) -> None:
                 warnings.simplefilter("ignore")  # some of its evaluators are called experimental
                 made["importances"] = importances(get_param_importances(study))
     for name, figure in made.items():
-        save(figure, folder / name)
+        save(figure, folder / name, SEARCH_STYLE)
         plt.close(figure)

@@ -82,6 +82,12 @@ class Turns(Fates):
     action_space = gym.spaces.MultiDiscrete([2, 4], start=[-1, 3])
 
 
+class Lots(Fates):
+    """The same with one of four actions."""
+
+    action_space = gym.spaces.Discrete(4, start=3)
+
+
 class Barred(Turns):
     """The same, but forbids some of it, by a mask in one row, or in a tuple, or of a single part. Nothing at the end.
 
@@ -276,6 +282,7 @@ gym.register("Signs-v0", Signs)
 gym.register("Mirror-v0", Mirror)
 gym.register("Fates-v0", Fates)
 gym.register("Turns-v0", Turns)
+gym.register("Lots-v0", Lots)
 gym.register("Barred-v0", Barred)
 gym.register("Pair-v0", Pair)
 gym.register("Bits-v0", Bits)

@@ -187,9 +187,51 @@ def test_other_arguments_of_the_environment(run, tmp_path):
     assert light != pytest.approx(run.table("evaluations")["return"][-3], rel=1e-3)
 
 
+def test_a_run_without_the_policy_is_left_out_and_named(run, tmp_path, capsys):
+    for name in ("whole", "without"):
+        shutil.copytree(run.directory, tmp_path / "runs" / name)
+    (tmp_path / "runs" / "without" / "best.pt").unlink()
+    assert evaluate(tmp_path / "runs", "--policy", "best", "--episodes", 1, "-o", tmp_path / "out") == 0
+    assert f"left out: {tmp_path}/runs/without has no policy best" in capsys.readouterr().out
+    assert [row["run"] for row in rows(tmp_path / "out" / "episodes.csv")] == ["whole"]
+
+
+@pytest.mark.parametrize("name", ["ppo_continuous.py", "config.yaml", "meta.json"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_torn_run_is_one_line(run, tmp_path, capsys, name, share):
+    torn = tmp_path / "torn"
+    shutil.copytree(run.directory, torn)
+    text = (torn / name).read_text()
+    (torn / name).write_text(text[: text.find("\n", int(share * len(text))) if share else 0])
+    assert evaluate(torn, "-o", tmp_path / "out") == 2
+    printed = capsys.readouterr()
+    assert f"{torn}" in printed.err and printed.err.count("\n") == 1 and not printed.out
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (["CartPole-v1", "--first-seed", "-1"], "--first-seed -1: must be at least 0"),
+        (["CartPole-v1", "--env-kwargs", '{"render_mode": 5}'], "CartPole-v1 with --env-kwargs {"),
+        (["CartPole-v1", "--env-kwargs", '[["g", 1]]'], "must be a JSON object"),
+        (["CartPole-v1", "CartPol-v1"], "Environment `CartPol` doesn't exist"),
+        ([], "name an environment"),
+    ],
+)
+def test_random_policies_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, told):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        main(["random", *arguments])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and told in printed.err and printed.err.count("\n") == 1 and not printed.out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["RUN", "--seeds", "3", "-1"], "--seeds -1: must be at least 0"),
         (["nowhere"], "no run directory in nowhere"),
         (["RUN", "--policy", "77"], "last, best, or a step of these: 1024, 2048"),
         (["RUN", "--episodes", "0"], "--episodes 0: must be at least 1"),
@@ -221,7 +263,12 @@ def test_the_random_baseline_is_played_once(tmp_path, monkeypatch):
     assert len(made) == 1
     random_baseline(make, {"env_id": "Clock-v0"}, [1, 2, 4])
     random_baseline(make, {"env_id": "Clock-v0", "kwargs": {"cut": False}}, [1, 2, 4])
-    assert len(made) == 3 and all(json.loads(path.read_text())["return"] for path in tmp_path.rglob("*.json"))
+    torn = next(tmp_path.rglob("*.json"))
+    torn.write_text("")
+    for seeds in ([1, 2, 3], [1, 2, 4]):
+        random_baseline(make, {"env_id": "Clock-v0"}, seeds)
+        random_baseline(make, {"env_id": "Clock-v0", "kwargs": {"cut": False}}, [1, 2, 4])
+    assert len(made) == 4 and all(json.loads(path.read_text())["return"] for path in tmp_path.rglob("*.json"))
 
 
 def test_a_baseline_belongs_to_all_that_the_evaluation_environment_is_made_from(run):

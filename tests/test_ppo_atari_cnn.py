@@ -508,7 +508,7 @@ def test_a_choice_after_a_lost_life_is_known_as_not_played():
     torch.manual_seed(0)
     agent = ppo.Agent(4).requires_grad_(False)
     with closing(Environments(args)) as envs:
-        rollout = ppo.collect(args, agent, envs, 0, ppo.Stopwatch(dict.fromkeys(ppo.SECONDS, 0.0)))
+        rollout = ppo.collect(args, agent, envs, look_of(agent), 0, ppo.Stopwatch(dict.fromkeys(ppo.SECONDS, 0.0)))
     assert (~rollout.chosen).sum() > 2
     other = torch.where(rollout.chosen, rollout.actions, 3 - rollout.actions)
     with closing(Environments(args)) as envs:

@@ -27,6 +27,7 @@ import torch
 import yaml
 
 from tests.marks import needs_compiler
+from tools import family
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,7 +44,6 @@ class Row:
     mistakes: dict[str, str]  # its own, and what has to be said of them
     length: int = 10  # of the episodes of the small run
     breaks: bool = True  # whether its environments can pay what is no number
-    dear: bool = False  # a run takes seconds: what only shared blocks promise is tested of the others
 
 
 SCRIPTS = {
@@ -96,10 +96,10 @@ SCRIPTS = {
         small={
             "env_id": "ALE/Breakout-v5",
             "env_kwargs": '{"max_num_frames_per_episode": 40}',
-            "eval_env_kwargs": '{"max_num_frames_per_episode": 400}',
-            "total_timesteps": 1024,
+            "eval_env_kwargs": '{"max_num_frames_per_episode": 200}',
+            "total_timesteps": 512,
             "num_envs": 2,
-            "num_steps": 64,
+            "num_steps": 32,
             "num_minibatches": 1,
             "update_epochs": 1,
             "precision": "fp32",
@@ -129,7 +129,6 @@ SCRIPTS = {
             "--precision fp16": "--precision",
         },
         breaks=False,
-        dear=True,
     ),
     "sac_continuous": Row(
         small={
@@ -188,6 +187,63 @@ SCRIPTS = {
             "--buffer-size 100000000000": "--buffer-size 100000000000: takes 10,500,000,000,000 bytes, of ",
             "--buffer-size 10000000000000": "--buffer-size 10000000000000: must be between 1 and 1e12",
             "--target-network-frequency 0": "--target-network-frequency 0",
+            "--learning-starts -1": "--learning-starts -1",
+            "--total-timesteps 100": "--total-timesteps 100: must be above --learning-starts 10000",
+            "--lr-warmup 0.01": "--lr-warmup 0.01: ends at step 10,000, before --learning-starts 10000",
+            "--critic-sizes 64 0": "--critic-sizes",
+        },
+    ),
+    "td3_continuous": Row(
+        small={
+            "env_id": "tests.envs:Mirror-v0",
+            "total_timesteps": 1024,
+            "num_envs": 4,
+            "threads": 1,
+            "learning_starts": 128,
+            "updates_per_step": 0.125,
+            "batch_size": 32,
+            "buffer_size": 600,
+            "actor_sizes": (32, 32),
+            "critic_sizes": (32, 32),
+        },
+        killed={
+            "HalfCheetah-v4": {"num_envs": 1, "policy_frequency": 3, "precision": "bf16"},
+            "Hopper-v4": {"norm_obs": True, "total_timesteps": 3072},
+            "LunarLander-v3": {"env_kwargs": '{"continuous": true}', "total_timesteps": 2048},
+        },
+        played="HalfCheetah-v4",
+        filmed="Pendulum-v1",
+        clock={
+            "total_timesteps": 2400,
+            "buffer_size": 4000,
+            "batch_size": 64,
+            "actor_sizes": (1,),
+            "critic_sizes": (64, 64),
+            "gamma": 0.9,
+            "updates_per_step": 0.25,
+            "learning_rate": 6e-3,
+            "tau": 0.1,
+            "policy_frequency": 1,
+        },
+        mistakes={
+            "--env-id CartPole-v1": "--env-id CartPole-v1: acts in Discrete(2)",
+            "--env-id tests.envs:Whole-v0": "real numbers",
+            "--env-id tests.envs:Endless-v0": "infinite bounds; ppo_continuous.py is for those",
+            '--env-id Ant-v4 --eval-env-kwargs {"use_contact_forces":true}': "the spaces of training",
+            "--num-envs 8 --buffer-size 31": "--buffer-size 31: must be at least 4 x --num-envs, 32",
+            "--precision fp16": "--precision",
+            "--gamma 1.5": "--gamma 1.5: must be between 0 and 1",
+            "--tau -0.1": "--tau",
+            "--batch-size 0": "--batch-size 0",
+            "--updates-per-step 0": "--updates-per-step 0",
+            "--updates-per-step nan": "--updates-per-step nan",
+            "--policy-frequency 0": "--policy-frequency 0: must be between 1 and 65536",
+            "--exploration-noise -0.1": "--exploration-noise -0.1: must be at least 0",
+            "--policy-noise nan": "--policy-noise nan",
+            "--noise-clip -1": "--noise-clip -1.0: must be at least 0",
+            "--batch-size 1000000": "--batch-size 1000000: must be between 1 and 65536",
+            "--actor-sizes 1000000": "--actor-sizes (1000000,): must be between 1 and 65536",
+            "--buffer-size 100000000000": "--buffer-size 100000000000: takes 10,500,000,000,000 bytes, of ",
             "--learning-starts -1": "--learning-starts -1",
             "--total-timesteps 100": "--total-timesteps 100: must be above --learning-starts 10000",
             "--lr-warmup 0.01": "--lr-warmup 0.01: ends at step 10,000, before --learning-starts 10000",
@@ -340,6 +396,58 @@ SCRIPTS = {
         },
         length=8,
     ),
+    "dqn": Row(
+        small={
+            "env_id": "tests.envs:Signs-v0",
+            "total_timesteps": 1024,
+            "num_envs": 4,
+            "learning_starts": 128,
+            "updates_per_step": 0.125,
+            "batch_size": 32,
+            "buffer_size": 600,
+            "epsilon_end": 0.5,
+            "hidden_sizes": (32, 32),
+        },
+        killed={
+            "CartPole-v1": {"num_envs": 1, "target_network_frequency": 3, "tau": 1.0, "total_timesteps": 2048},
+            "LunarLander-v3": {"norm_obs": True, "total_timesteps": 3072},
+            "Taxi-v4": {"total_timesteps": 3072, "eval_episodes": 1},
+        },
+        played="LunarLander-v3",
+        filmed="LunarLander-v3",
+        clock={
+            "env_id": "tests.envs:Ticks-v0",
+            "total_timesteps": 2400,
+            "buffer_size": 4000,
+            "batch_size": 64,
+            "hidden_sizes": (64, 64),
+            "gamma": 0.9,
+            "updates_per_step": 0.5,
+            "learning_rate": 6e-3,
+            "tau": 0.1,
+        },
+        mistakes={
+            "--env-id Pendulum-v1": "--env-id Pendulum-v1: acts in Box(-2.0, 2.0, (1,), float32)",
+            "--env-id tests.envs:Several-v0": "ppo_discrete.py has MultiDiscrete",
+            "--env-id ALE/Pong-v5": "--env-id ALE/Pong-v5: this is an Atari game; ppo_atari_cnn.py plays it",
+            "--env-id tests.envs:Bits-v0": "MultiBinary(3)",
+            "--num-envs 8 --buffer-size 31": "--buffer-size 31: must be at least 4 x --num-envs, 32",
+            "--gamma 1.5": "--gamma 1.5: must be between 0 and 1",
+            "--tau -0.1": "--tau",
+            "--n-step 0": "--n-step 0: must be between 1 and 100",
+            "--epsilon-end 2": "--epsilon-end 2.0: must be between 0 and 1",
+            "--epsilon-start -1": "--epsilon-start",
+            "--exploration-fraction nan": "--exploration-fraction nan",
+            "--batch-size 0": "--batch-size 0",
+            "--updates-per-step 0": "--updates-per-step 0",
+            "--target-network-frequency 0": "--target-network-frequency 0",
+            "--hidden-sizes 64 0": "--hidden-sizes",
+            "--buffer-size 100000000000": "--buffer-size 100000000000: takes 3,700,000,000,000 bytes, of ",
+            "--learning-starts -1": "--learning-starts -1",
+            "--total-timesteps 100": "--total-timesteps 100: must be above --learning-starts 1000",
+            "--lr-warmup 0.001": "--lr-warmup 0.001: ends at step 300, before --learning-starts 1000",
+        },
+    ),
 }
 # Of every script: what is wrong, and what has to be said of it.
 MISTAKES = {
@@ -449,6 +557,13 @@ def those_with(holds: Callable[[Row], bool]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("script", [name for name, row in SCRIPTS.items() if holds(row)], indirect=True)
 
 
+def about(*blocks: str) -> pytest.MarkDecorator:
+    """Runs a test of these blocks with the flagship, and with the scripts of which one is another (tools/family.py)."""
+    others = {path.removesuffix(".py") for path, reasons in family.DIFFERENT.items() if reasons.keys() & set(blocks)}
+    names = [name for name in SCRIPTS if name in {"ppo_continuous"} | others]
+    return pytest.mark.parametrize("script", names, indirect=True)
+
+
 def with_each(field: str) -> pytest.MarkDecorator:
     """Runs a test with each script and each key in that field of its row."""
     cases = [(name, key) for name, row in SCRIPTS.items() for key in getattr(row, field) or ()]
@@ -531,10 +646,11 @@ def test_filming_changes_nothing_and_shows_the_best_episode(script, monkeypatch)
     monkeypatch.setattr(script.module, "play", lambda *arguments: (seeds.append(arguments[-1]), play(*arguments))[1])
     run = script.train(**settings, capture_video=True)
     assert same(run, plain) and rows(run, "evaluations") == rows(plain, "evaluations")
-    assert [path.name for path in (run / "videos").iterdir()] == ["step-000001024.mp4"]
+    (film,) = (run / "videos").iterdir()
+    assert film.name == f"step-{script.args().total_timesteps:09d}.mp4"
     best = max(rows(run, "evaluations"), key=lambda row: float(row["return"]))
     assert len(seeds) == 3 and seeds[-1] == int(best["seed"])
-    with VideoFileClip(str(run / "videos" / "step-000001024.mp4")) as clip:
+    with VideoFileClip(str(film)) as clip:
         assert abs(clip.n_frames - int(best["length"])) <= 1 and clip.get_frame(1).std() > 5
 
 
@@ -623,7 +739,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_were_not(script, k
         assert rows(undisturbed, table) == rows(run, table)
 
 
-@those_with(lambda row: not row.dear)
+@about("Run.begin", "Run.load", "Run.state", "Run.save")
 def test_a_run_may_be_killed_at_any_operation_on_its_files(script, processes):
     settings = {"num_evals": 4, "checkpoint_every": 512}
     undisturbed = script.train(**settings, runs_dir=str(script.runs / "undisturbed"))
@@ -664,6 +780,7 @@ def test_a_run_that_is_stopped_twice_ends_as_if_it_were_not(script, settings, ca
     assert same(undisturbed, script.train("--resume", str(run)))
 
 
+@about("Run.begin", "Run.load", "Run.state", "Run.save")
 def test_a_finished_run_that_is_resumed_is_finished_again(script, finished):
     before = contents(finished)
     assert script.train("--resume", str(finished)) == finished
@@ -674,6 +791,7 @@ def test_a_finished_run_that_is_resumed_is_finished_again(script, finished):
     assert all(new[name] == old[name] for name in ("steps", "evaluation", "best", "training_return"))
 
 
+@about("Run.begin", "Run.load", "Run.state", "Run.save")
 def test_a_finished_run_that_has_lost_its_end_is_unfinished_until_it_is_there_again(script, finished):
     (finished / "checkpoint.previous.pt").replace(finished / "checkpoint.pt")
     script.stop_after_a_rollout("--resume", str(finished))
@@ -723,7 +841,7 @@ DAMAGES = {
 }
 
 
-@those_with(lambda row: not row.dear)
+@about("Run.begin", "Run.load", "Run.state", "Run.save")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(script, finished, damage, capsys):
     undisturbed = Path(shutil.copytree(finished, script.runs / "undisturbed"))
@@ -782,7 +900,7 @@ SPOILT = {
 }
 
 
-@those_with(lambda row: not row.dear)
+@about("Run.begin", "Run.load", "Run.state", "Run.save")
 @pytest.mark.parametrize("case", SPOILT)
 def test_a_spoilt_run_is_refused_and_left_alone(script, finished, case, capsys):
     spoil, told = SPOILT[case]
@@ -862,7 +980,7 @@ def test_a_sample_varies_and_the_policy_does_not(script, finished):
     assert len(np.unique(samples, axis=0)) > 1
 
 
-@those_with(lambda row: not row.dear)
+@about("evaluate")
 @pytest.mark.parametrize(
     ("means", "best"), [([1, 5, 2, 3], 1), ([1, np.nan, 5, np.nan], 2), ([np.nan, 5, 2, 3], 1), ([3, 3, 2, 1], 0)]
 )
@@ -877,7 +995,7 @@ def test_the_best_policy_is_that_of_the_best_evaluation(script, monkeypatch, mea
     assert result["best"]["mean"] == means[best] and result["best"]["step"] == kept["step"]
 
 
-@those_with(lambda row: not row.dear)
+@about("evaluate")
 def test_a_policy_that_was_never_a_number_is_no_best_one(script, monkeypatch):
     monkeypatch.setattr(script.module, "play", lambda policy, env, seed: (float("nan"), 1))
     run = script.train()
@@ -902,24 +1020,28 @@ def test_what_a_run_leaves(script):
     assert list(episodes[0]) == ["step", "return", "length"]
     assert {row["length"] for row in episodes} == {str(script.row.length)}
     steps = args.num_envs * script.row.length  # until the first of each environment ends
-    assert len(episodes) == 1024 // steps * args.num_envs and episodes[0]["step"] == str(steps)
+    total = args.total_timesteps
+    assert len(episodes) == total // steps * args.num_envs and episodes[0]["step"] == str(steps)
     assert list(evaluations[0]) == ["step", "episode", "seed", "return", "length"]
     assert [(row["step"], row["episode"], row["seed"]) for row in evaluations] == [
-        (step, episode, seed) for step in ("512", "1024") for episode, seed in (("0", "10000"), ("1", "10001"))
+        (step, episode, seed)
+        for step in (str(total // 2), str(total))
+        for episode, seed in (("0", "10000"), ("1", "10001"))
     ]
-    assert progress[-1]["step"] == "1024" and len(progress) > 2
+    assert progress[-1]["step"] == str(total) and len(progress) > 2
     assert {"wall_time", "sps", "seconds_stepping", "seconds_acting", "seconds_updating"} <= set(
         (run / "progress.csv").read_text().split("\n")[0].split(",")
     )
     result = json.loads((run / "result.json").read_text())
     last = [float(row["return"]) for row in evaluations[2:]]
-    assert result["steps"] == 1024 and result["evaluation"] == {
-        "step": 1024,
+    assert result["steps"] == total and result["evaluation"] == {
+        "step": total,
         "mean": np.mean(last),
         "std": np.std(last),
     }
     assert result["training_return"] == pytest.approx(np.mean([float(row["return"]) for row in episodes[-100:]]))
-    assert sorted(path.name for path in (run / "policies").iterdir()) == ["step-000000512.pt", "step-000001024.pt"]
+    kept = [f"step-{step:09d}.pt" for step in (total // 2, total)]
+    assert sorted(path.name for path in (run / "policies").iterdir()) == kept
     assert str(run) in (run / "run.log").read_text() and list(run.glob("events.out.tfevents*"))
     assert {"checkpoint.pt", "checkpoint.previous.pt", "best.pt"} <= {path.name for path in run.iterdir()}
     assert not list(run.rglob("*.unfinished")) and not list(run.rglob("*.next*"))
@@ -951,7 +1073,7 @@ def test_a_lone_copy_trains_evaluates_and_resumes_and_says_nothing_on_stderr(scr
 # --------------------------------------------------------------------------------------------- arguments, refusals
 
 
-@those_with(lambda row: not row.dear)
+@about("parse")
 def test_a_runs_config_starts_it_again_and_the_command_line_wins(script, finished):
     config = ["--config", str(finished / "config.yaml"), "--runs-dir", str(script.runs)]
     assert same(finished, script.train(*config))
@@ -961,6 +1083,7 @@ def test_a_runs_config_starts_it_again_and_the_command_line_wins(script, finishe
     assert (new["num_evals"], new["learning_rate"]) == (0, 0.01) and not same(finished, run)
 
 
+@about("parse", "check")
 def test_files_of_arguments(script, tmp_path):
     settings = {"learning-rate": 1e-3, "num_envs": 8, "compile": False, "env_kwargs": {"a": 1}, "total_timesteps": 2e6}
     lists = [name for name, value in vars(script.module.Args()).items() if isinstance(value, tuple)]
@@ -987,6 +1110,7 @@ def test_a_mistake_is_named_and_nothing_is_written(script, mistake, tmp_path, ca
     assert not left and not list(tmp_path.iterdir())
 
 
+@about("parse", "check")
 def test_mistakes_in_a_file_of_arguments(script, tmp_path, capsys):
     path = tmp_path / "file.yaml"
     for text, told in {

@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -50,7 +47,28 @@ def test_a_study_from_the_random_policy_to_the_last(tmp_path, monkeypatch, capsy
     assert len(find_runs([tmp_path / "out"])) == 1
 
 
-def test_a_failing_study_says_so(tmp_path):
-    words = [sys.executable, "-m", "benchmark", "run", "ppo_continuous", "Nowhere-v1", "-o", str(tmp_path / "out")]
-    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=os.environ)
-    assert result.returncode == 1 and "Nowhere" in result.stdout and not (tmp_path / "out" / "report").exists()
+def test_a_failing_study_says_so(tmp_path, capsys):
+    words = ["run", "ppo_continuous", "tests.envs:Mirror-v0", "-o", str(tmp_path / "out"), "--", *SETTINGS]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--env-kwargs", '{"breaks": 40}'])
+    told = capsys.readouterr().out
+    assert stop.value.code == 1 and not (tmp_path / "out" / "report").exists()
+    assert "1 of 1 failed; the same command tries again:" in told and "retry-failed" not in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["Pendulum-v1", "--threads", "0"], "--threads 0: must be at least 1"),
+        (["Pendulum-v1", "--seed", "-1"], "--seed -1: must be between 0 and 2147483647"),
+        (["Pendulu-v1"], "Pendulu-v1: Environment `Pendulu` doesn't exist. Did you mean: `Pendulum`?"),
+        (["Pendulum-v1", "--", "--gama", "1"], "--gama: ppo_continuous has no such argument; did you mean --gamma?"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, told):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "ppo_continuous", *arguments])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and told in printed.err and printed.err.count("\n") == 1 and not printed.out
+    assert not list(tmp_path.iterdir())

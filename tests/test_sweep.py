@@ -1,8 +1,10 @@
 """Sweeps of well-behaved and other scripts."""
 
+import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +15,12 @@ import pytest
 
 from benchmark import jobs
 from benchmark.__main__ import main
-from benchmark.runs import Run, find_runs
+from benchmark.runs import Run, find_runs, write_table
 from benchmark.suites import selection_of
 
 ROOT = Path(__file__).parent.parent
 STANDIN = str(ROOT / "tests" / "scripts.py")
+ONE = ["--scripts", STANDIN, "--env-ids", "A-v0"]
 REAL = ["--total-timesteps", "1024", "--num-envs", "4", "--num-steps", "32", "--num-minibatches", "4", "--no-compile"]
 
 
@@ -73,6 +76,120 @@ def test_help_is_80_columns_wide_and_keeps_examples_on_their_lines(command, caps
     assert sum("python -m benchmark" in line for line in lines) == len(examples) + (2 if not command else 1)
     if command == "sweep":
         assert lines[examples[1] :][1] == "        --env-ids Hopper-v4 --seeds 5 -- --total-timesteps 1_000_000"
+
+
+def fork(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(Path(STANDIN).read_text())
+    return path
+
+
+def edit(script: Path) -> None:
+    script.write_text(script.read_text().replace("args.seed / 1000", "args.seed * 1000"))
+
+
+def final_returns(tmp_path: Path) -> list[float]:
+    return [run.result["evaluation"]["mean"] for run in runs(tmp_path)]
+
+
+def test_an_edited_script_is_never_taken_for_what_it_was(tmp_path, capsys):
+    script = fork(tmp_path)
+    command = [suite(tmp_path, scripts=[str(script)], seeds=2), "-o", tmp_path / "out"]
+    assert sweep(*command) == 0
+    edit(script)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    for more in ([], ["--retry-failed"], ["--dry-run"]):
+        capsys.readouterr()
+        assert sweep(*command, *more) == 2
+        printed = capsys.readouterr()
+        assert f"{script} has changed since 2 of these began; --rerun runs them again" in printed.err
+        assert "another --output" in printed.err and printed.err.count("\n") == 1 and not printed.out
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+
+    assert sweep(*command, "--rerun", "--dry-run") == 0
+    assert "--resume" not in capsys.readouterr().out
+    assert sweep(*command, "--rerun") == 0
+    assert final_returns(tmp_path) == pytest.approx([1000, 2000], abs=1)
+    assert len(list(tmp_path.glob("out/*/.*/result.json"))) == 2  # what was run before is kept
+    assert sweep(*command, "--rerun") == 0
+    assert "2 of them settled before" in capsys.readouterr().out
+
+
+def test_a_job_from_before_scripts_were_told_apart_is_known_by_its_run(tmp_path, capsys):
+    script = fork(tmp_path)
+    command = [suite(tmp_path, scripts=[str(script)]), "-o", tmp_path / "out"]
+    assert sweep(*command) == 0
+    (path,) = tmp_path.glob("out/*/job.json")
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in described.items() if name != "version"}))
+    assert sweep(*command) == 0 and "1 of them settled before" in capsys.readouterr().out
+    edit(script)
+    assert sweep(*command) == 2
+
+
+def test_a_mended_script_is_not_told_of_its_old_failure(tmp_path, capsys):
+    script = fork(tmp_path)
+    right = script.read_text()
+    script.write_text(right.replace("    parser =", "    raise RuntimeError\n    parser ="))
+    command = [suite(tmp_path, scripts=[str(script)]), "-o", tmp_path / "out"]
+    assert sweep(*command) == 1
+    script.write_text(right)
+    assert sweep(*command) == 2 and "has changed" in capsys.readouterr().err
+    assert sweep(*command, "--rerun") == 0
+
+
+def test_a_script_that_is_edited_while_its_sweep_runs_begins_no_more_jobs(tmp_path):
+    script = fork(tmp_path)
+    first, second = jobs_in(tmp_path, scripts=[str(script)], seeds=2)
+    assert jobs.run_job(first) == "done"
+    edit(script)
+    assert jobs.run_job(first) == "done" and jobs.run_job(second) == "failed"
+    assert second.reason()["reason"] == f"{script} is not what it was at the start" and len(runs(tmp_path)) == 1
+    command = [suite(tmp_path, scripts=[str(script)], seeds=2), "-o", tmp_path / "out"]
+    assert sweep(*command) == 2  # because of the first
+    assert sweep(*command, "--rerun") == 0  # the second, too: it has not begun
+    assert final_returns(tmp_path) == pytest.approx([1000, 2000], abs=1)
+
+
+def test_a_full_disk_does_not_break_a_sweep_for_good(tmp_path, capsys, monkeypatch):
+    command = [suite(tmp_path, seeds=2), "-o", tmp_path / "out"]
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        assert sweep(*command) == 2
+        assert f"--output {tmp_path / 'out'}: No space left on device" in capsys.readouterr().err
+        patch.setattr("benchmark.sweep.keep_selection", lambda *_: None)  # it is full only later
+        assert sweep(*command) == 1
+    assert "its files cannot be written" in capsys.readouterr().out
+    assert not list((tmp_path / "out").rglob("*.json"))  # nor halves of them
+    assert sweep(*command) == 0 and len(runs(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("name", ["job.json", "failed.json", "result.json", "meta.json", "config.yaml"])
+@pytest.mark.parametrize("left", [0, 9])
+def test_a_torn_file_counts_as_absent(tmp_path, name, left):
+    (job,) = jobs_in(tmp_path)
+    assert sweep(suite(tmp_path), "-o", tmp_path / "out") == 0
+    if name == "failed.json":
+        shutil.rmtree(job.run().directory)
+        job.failure.write_text('{"reason": "exit status 1"}')
+    (path,) = (tmp_path / "out").rglob(name)
+    os.truncate(path, left)
+    assert sweep(suite(tmp_path), "-o", tmp_path / "out") == 0
+    assert job.run().result and sum(not run.damage for run in runs(tmp_path)) == 1
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "table.csv"
+    write_table(path, [["a", "b"], [1, 2]])
+    for function in ("os.fsync", "pathlib.Path.write_text"):
+        with monkeypatch.context() as patch, pytest.raises(OSError):
+            patch.setattr(function, lambda *_, **__: os.open("/nowhere/x", 0))
+            write_table(path, [["a", "b"], [3, 4]])
+        assert path.read_bytes() == b"a,b\r\n1,2\r\n" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_grid_runs_every_combination(tmp_path):
@@ -178,10 +295,10 @@ def test_who_waits_for_a_job_can_be_stopped(tmp_path):
         assert not runs(tmp_path)
 
 
-def jobs_in(tmp_path: Path) -> list[jobs.Job]:
+def jobs_in(tmp_path: Path, **content: object) -> list[jobs.Job]:
     from benchmark.suites import jobs_of, read_suite
 
-    return jobs_of(read_suite(Path(suite(tmp_path))), tmp_path / "out", 1)
+    return jobs_of(read_suite(Path(suite(tmp_path, **content))), tmp_path / "out", 1)
 
 
 def test_half_a_run_directory_is_not_taken_for_a_run(tmp_path):
@@ -218,27 +335,46 @@ def test_dry_run_prints_the_commands_and_writes_nothing(tmp_path, capsys):
         (["--scripts", STANDIN, "--env-ids", "A-v0", "-o", "/dev/null/x"], "--output /dev/null/x: Not a directory"),
         (["--sedes", "3"], "--sedes"),
         (["nowhere.yaml"], "nowhere.yaml: [Errno 2]"),
+        (["--scripts", STANDIN, "--env-ids", "A-v0", "--silence", "nan"], "--silence nan: must be above 0"),
+        ([*ONE, "--", "--learning_rat", "3"], "--learning_rat: scripts has no such argument; did you mean --learning-"),
+        ([*ONE, "--dry-run", "--", "--mod=well"], "--mod=well: scripts has no such argument; did you mean --mood?"),
+        ([*ONE, "--", "well"], "-- well: must be an argument of the script"),
+        (["--scripts", "ppo_discrete", "--env-ids", "CartPol-v1", "--seeds", "2"], "CartPol-v1: Environment `CartPol`"),
+        (["--scripts", "ppo_discrete", "--env-ids", "nowhere:A-v1"], "nowhere:A-v1: No module named 'nowhere'"),
     ],
 )
-def test_bad_input_is_one_line(capsys, arguments, told):
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, told):
+    monkeypatch.chdir(tmp_path)
     assert sweep(*arguments) == 2
     printed = capsys.readouterr()
-    assert told in printed.err and printed.err.count("\n") == 1 and not printed.out
+    assert told in printed.err and printed.err.count("\n") == 1 and not printed.out and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("content", "told"),
     [
+        ({"env_ids": [1]}, "env_ids: [1] must be names"),
+        ({"scripts": [None]}, "scripts: [None] must be names"),
+        ({"seeds": True}, "seeds must be a number of seeds"),
+        ({"seeds": [1, True]}, "seeds must be a number of seeds, or a list of them"),
+        ({"seeds": [-1]}, "from 0 to 2147483647"),
+        ({"args": {"moood": "well"}}, "--moood: scripts has no such argument; did you mean --mood?"),
+        ({"grid": {"moood": ["well"]}}, "--moood: scripts has no such argument"),
         ({"script": ["x"]}, "unknown key script; did you mean scripts?"),
-        ({"seeds": "many"}, "seeds must be a list"),
+        ({"seeds": "many"}, "seeds must be a number of seeds, or a list of them"),
         ({"grid": {"mood": "crash"}}, "mood must be a list of values"),
         ({"args": ["--mood"]}, "args must be a mapping"),
     ],
 )
 def test_a_wrong_suite_is_one_line(tmp_path, capsys, content, told):
-    assert sweep(suite(tmp_path, **content)) == 2
+    assert sweep(suite(tmp_path, **content), "-o", tmp_path / "out") == 2
     printed = capsys.readouterr()
-    assert told in printed.err and printed.err.count("\n") == 1
+    assert told in printed.err and printed.err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_names_of_arguments_are_names(tmp_path, capsys):
+    (tmp_path / "suite.yaml").write_text(f"{{scripts: [{STANDIN}], env_ids: [A-v0], args: {{1: 2}}}}")
+    assert sweep(tmp_path / "suite.yaml") == 2 and "args: [1] must be names of arguments" in capsys.readouterr().err
 
 
 def test_another_sweep_is_not_mixed_in(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +16,12 @@ pytest.importorskip("optuna")
 pytest.importorskip("matplotlib")
 
 from benchmark.__main__ import main
+from benchmark.tune import settings_of
+from benchmark.tune_figures import plot_search
 
 ROOT = Path(__file__).parent.parent
 STANDIN = str(ROOT / "tests" / "scripts.py")
+CHOICES = ["$x^$", "$yy^$"]
 RATE = {"learning_rate": {"float": [0.0, 1.0]}}
 
 
@@ -61,7 +65,7 @@ def test_the_best_argument_is_found(tmp_path, capsys):
     assert best["value"] == pytest.approx(-((best["parameters"]["learning_rate"] - 0.3) ** 2) + 0.0015)  # of 2 seeds
     assert [row["state"] for row in trials(tmp_path)] == ["COMPLETE"] * 14
     config = yaml.safe_load((tmp_path / "out" / "scripts__Nowhere-v0.yaml").read_text())
-    assert config == {"env_id": "Nowhere-v0", "total_timesteps": 100} | best["parameters"]
+    assert config == {"env_id": "Nowhere-v0"} | best["parameters"]
     for name in ("history", "slices", "importances"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
     assert capsys.readouterr().out.count("\ntrial ") == 13
@@ -127,25 +131,88 @@ def test_the_flagship_is_tuned_and_its_file_trains(tmp_path):
     config = tmp_path / "out" / "ppo_continuous__tests.envs-Mirror-v0.yaml"
     assert yaml.safe_load(config.read_text())["actor_sizes"] in ([8], [8, 8])
     trained = [sys.executable, "ppo_continuous.py", "--config", str(config), "--runs-dir", str(tmp_path / "runs")]
+    trained += ["--total-timesteps", "512", "--num-evals", "0", "--no-compile"]
     result = subprocess.run(trained, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and "512 steps" in result.stdout
+
+
+def test_the_file_holds_what_was_set_but_not_what_the_search_is_run_with(tmp_path):
+    base = tmp_path / "base.yaml"
+    base.write_text("{total_timesteps: 4e6, gamma: 0.9, compile: true, env_kwargs: {g: 1}}")
+    words = ["--config", str(base), "--total-timesteps", "20_000", "--no-compile", "--threads=2", "--num-evals", "4"]
+    words += ["--gamma", "0.95", "--no-norm-obs", "--actor-sizes", "8", "16"]
+    assert settings_of(tuple(words)) == {
+        "total_timesteps": "4e6",
+        "gamma": 0.95,
+        "compile": True,
+        "env_kwargs": {"g": 1},
+        "norm_obs": False,
+        "actor_sizes": [8, 16],
+    }
+
+
+def test_another_source_is_not_mixed_into_a_search(tmp_path, capsys):
+    script = tmp_path / "mine.py"
+    script.write_text(Path(STANDIN).read_text())
+    words = [str(script) if word == STANDIN else word for word in command(tmp_path, RATE, "--trials", 1)]
+    assert tune(words) == 0
+    script.write_text(script.read_text() + "\n")
+    assert tune(words) == 2
+    assert "holds a study with other version; choose another --output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("space", "told"),
     [
+        ({"learning_rate": {"float": [0.0, float("inf")]}}, "learning_rate: float needs two numbers, the lower first"),
+        ({"learning_rate": {"float": [float("nan"), 1.0]}}, "learning_rate: float needs two numbers"),
+        ({"learning_rate": {"int": [True, 3]}}, "learning_rate: int needs two whole numbers"),
+        ({"learning_rate": {"log_float": ["1e-4", 1]}}, "'1e-4' is text; YAML's numbers are written 1.0e-4"),
         ({"learning_rat": {"float": [0, 1]}}, "scripts has no argument learning_rat; did you mean learning_rate?"),
         ({"learning_rate": {"float": [1, 0]}}, "learning_rate: float needs two numbers, the lower first"),
         ({"learning_rate": {"log_float": [0, 1]}}, "learning_rate: log_float needs numbers above 0"),
         ({"total_timesteps": {"int": [1.5, 3]}}, "total_timesteps: int needs two whole numbers"),
         ({"mood": {"choice": ["a"]}}, "mood: must be one of float, log_float, int, log_int or categorical"),
-        ({}, "must map arguments to their ranges"),
+        ({}, "must map arguments to ranges"),
     ],
 )
 def test_a_wrong_space_is_one_line(tmp_path, capsys, space, told):
     assert tune(command(tmp_path, space)) == 2
     printed = capsys.readouterr()
     assert told in printed.err and printed.err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_choices_with_dollars_are_no_mathematics_but_powers_of_ten_are(tmp_path):
+    import optuna
+
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=1))
+    study.optimize(
+        lambda trial: trial.suggest_float("rate", 1e-5, 1e-1, log=True) + len(trial.suggest_categorical("m", CHOICES)),
+        n_trials=8,
+    )
+    plot_search(study, {"rate"}, tmp_path)
+    text = (tmp_path / "slices.svg").read_text()
+    assert all(choice in text for choice in CHOICES) and "{10^{-3}}" not in re.sub("<!--.*?-->", "", text)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--seed", "-1"], "--seed -1: must be at least 0"),
+        (["--", "--mod", "well"], "--mod: scripts has no such argument; did you mean --mood?"),
+        (["--", "--resume", "x", "--config", "nowhere.yaml"], "--config: scripts has no such argument"),
+    ],
+)
+def test_wrong_arguments_are_one_line(tmp_path, capsys, words, told):
+    assert tune(command(tmp_path, RATE, *words)) == 2
+    printed = capsys.readouterr()
+    assert told in printed.err and printed.err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_advice_is_what_yaml_reads_as_numbers(tmp_path, capsys):
+    assert tune(command(tmp_path, {})) == 2
+    ends = re.search(r"log_float: (\[.*?\])", capsys.readouterr().err)[1]
+    assert yaml.safe_load(ends) == [1e-4, 1e-3]
 
 
 def test_another_search_is_not_mixed_in(tmp_path, capsys):

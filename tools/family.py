@@ -99,6 +99,39 @@ DIFFERENT = {
         "Run.write": "nothing is measured before it learns",
         "Run.show": "its pace is another once it learns",
     },
+    "td3_continuous.py": OWN
+    | {
+        "Run.announce": "updates per step",
+        "MEASURES": "its own losses",
+        "update": "two learners and their targets",
+        "in_numpy": "its networks lie side by side",
+        "Policy._choose": "deterministic, but for noise",
+        "Policy.value": "the lower of two critics",
+        "load_policy": "no returns normalised",
+        "Run.__init__": "a replay buffer",
+        "Run.state": "a replay buffer",
+        "Run.begin": "a replay buffer",
+        "Run.write": "nothing is measured before it learns",
+        "Run.show": "its pace is another once it learns",
+    },
+    "dqn.py": OWN
+    | {
+        "Run.announce": "updates per step; masks",
+        "TrainEnv.__init__": "masks",
+        "TrainEnv.reset": "masks",
+        "TrainEnv.step": "masks",
+        "MEASURES": "its own losses",
+        "update": "a target network",
+        "in_numpy": "it learns between one step and the next",
+        "Policy": "greedy; masks",
+        "play": "masks",
+        "load_policy": "a target network",
+        "Run.__init__": "a replay buffer",
+        "Run.state": "a replay buffer",
+        "Run.begin": "a replay buffer",
+        "Run.write": "nothing is measured before it learns",
+        "Run.show": "its pace is another once it learns",
+    },
 }
 
 

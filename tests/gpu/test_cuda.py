@@ -15,18 +15,17 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 ROOT = Path(__file__).parent.parent.parent
 PPO = {"num_envs": 8, "num_steps": 64, "total_timesteps": 2048, "num_minibatches": 8, "update_epochs": 3}
+OFF_POLICY = {"total_timesteps": 1500, "learning_starts": 500, "buffer_size": 2000}
 RUNS = {
     "ppo_continuous": PPO | {"env_id": "HalfCheetah-v4"},
     "ppo_beta": PPO | {"env_id": "HalfCheetah-v4"},
     "ppo_discrete": PPO | {"env_id": "CartPole-v1"},
     "grpo": {"env_id": "CartPole-v1", "num_groups": 4, "group_size": 4, "total_timesteps": 2000},
     "ppo_atari_cnn": PPO | {"env_id": "ALE/Pong-v5", "num_steps": 32, "total_timesteps": 1024},
-    "sac_continuous": {
-        "env_id": "HalfCheetah-v4",
-        "total_timesteps": 1500,
-        "learning_starts": 500,
-        "buffer_size": 2000,
-    },
+    "sac_continuous": OFF_POLICY | {"env_id": "HalfCheetah-v4"},
+    "td3_continuous": OFF_POLICY | {"env_id": "HalfCheetah-v4"},
+    "dqn": OFF_POLICY
+    | {"env_id": "CartPole-v1", "num_envs": 1, "updates_per_step": 1.0, "target_network_frequency": 5},
 }
 ONCE = {"num_evals": 1, "eval_episodes": 1, "device": "cuda", "checkpoint_every": 500}
 
@@ -94,7 +93,7 @@ def test_a_run_that_was_stopped_and_resumed_learns_the_same(script, tmp_path):
     _, whole = run(module, tmp_path, **settings)
     args = module.Args(runs_dir=str(tmp_path / "stopped"), **settings)
     with pytest.raises(SystemExit):
-        module.train(args, interrupts=After(900 if script == "sac_continuous" else 2))
+        module.train(args, interrupts=After(900 if "learning_starts" in settings else 2))
     (directory,) = (path for path in (tmp_path / "stopped").iterdir() if path.is_dir())
     assert not (directory / "result.json").exists()
     _, resumed = run(module, tmp_path, **settings | {"resume": str(directory)})
@@ -130,8 +129,9 @@ def test_epochs_never_wait_for_the_device(script, tmp_path, monkeypatch):
     assert len(updates) == settings["num_minibatches"] * settings["update_epochs"] >= 100
 
 
-def test_updates_of_sac_never_wait_for_the_device(tmp_path, monkeypatch):
-    module, captured = importlib.import_module("sac_continuous"), []
+@pytest.mark.parametrize("script", [script for script in RUNS if "learning_starts" in RUNS[script]])
+def test_updates_from_a_buffer_never_wait_for_the_device(script, tmp_path, monkeypatch):
+    module, captured = importlib.import_module(script), []
 
     class Watched(module.Captured):
         def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -143,7 +143,7 @@ def test_updates_of_sac_never_wait_for_the_device(tmp_path, monkeypatch):
                 torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(module, "Captured", Watched)
-    run(module, tmp_path, **RUNS["sac_continuous"] | ONCE)
+    run(module, tmp_path, **RUNS[script] | ONCE)
     assert len(captured) >= 2000 and sum(graph is None for graph in captured) <= 3
 
 
