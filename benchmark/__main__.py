@@ -32,7 +32,7 @@ COMMANDS = {
 WITH_WORDS = ["run", "sweep", "tune"]  # what stands after -- goes to the scripts that these run
 
 
-def later(function: Callable, brief: bool) -> Callable:
+def later(function: Callable, brief: bool = False) -> Callable:
     @wraps(function)
     def chosen(*args, **kwargs) -> Callable:
         return partial(function, *args, **kwargs)

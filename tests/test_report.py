@@ -184,8 +184,8 @@ def test_a_name_with_dollars_is_no_mathematics(tmp_path):
         make_run(tmp_path / "runs", "A$x^$-v0", seed, settings={"schedule": rate})
     groups = gather([tmp_path / "runs"]).groups
     drawn = figures.learning_curves(groups, {}, figures.colours(methods_of(groups)), "steps")
-    figures.save(drawn, tmp_path / "curves")
-    shown = (tmp_path / "curves.svg").read_text()
+    figures.save(drawn, tmp_path / "curves-v0.1")
+    shown = (tmp_path / "curves-v0.1.svg").read_text()
     assert all(f">{name}<" in shown for name in ("A$x^$-v0", "schedule $x^$", "schedule $y^$"))
 
 
