@@ -2,10 +2,12 @@
 
 import io
 import re
+import shutil
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial, wraps
+from textwrap import fill
 
 import tyro
 
@@ -30,12 +32,21 @@ COMMANDS = {
 WITH_WORDS = ["run", "sweep", "tune"]  # what stands after -- goes to the scripts that these run
 
 
-def later(function: Callable) -> Callable:
+def later(function: Callable, brief: bool = False) -> Callable:
     @wraps(function)
     def chosen(*args, **kwargs) -> Callable:
         return partial(function, *args, **kwargs)
 
+    if brief:
+        chosen.__doc__ = function.__doc__.split("\n")[0]
     return chosen
+
+
+def wrapped(text: str) -> str:
+    """Paragraphs, which tyro leaves in one line each, are wrapped; the boxes below them are so already."""
+    width = min(80, shutil.get_terminal_size().columns)
+    lines = [fill(line, width) if line[:1].isalpha() else line for line in text.rstrip().splitlines()]
+    return re.sub("\n{3,}", "\n\n", "\n".join(lines))
 
 
 def main(arguments: list[str]) -> None:
@@ -43,15 +54,18 @@ def main(arguments: list[str]) -> None:
     arguments, words = arguments[:at], tuple(arguments[at + 1 :])
     if words and not words[0].startswith("--"):
         refuse(f"-- {words[0]}: must be an argument of the script, such as --gamma 0.98")
-    commands = {name: later(function) for name, function in COMMANDS.items()}
-    printed = io.StringIO()
+    brief = not {*arguments[:1]} & {*COMMANDS}
+    commands = {name: later(function, brief) for name, function in COMMANDS.items()}
+    told, printed = io.TextIOWrapper(io.BytesIO(), sys.stdout.encoding), io.StringIO()
     try:
-        with redirect_stderr(printed):
+        with redirect_stdout(told), redirect_stderr(printed):
             chosen = tyro.extras.subcommand_cli_from_dict(
                 commands, args=arguments, prog="python -m benchmark", description=__doc__
             )
     except SystemExit as stop:
         if not stop.code:
+            told.seek(0)
+            print(wrapped(told.read()) if {"-h", "--help"} & {*arguments} else told.read())
             raise
         text = re.sub(r"\033\[[\d;]*m|[│╭╮╰╯]", " ", printed.getvalue())  # tyro's box of several parts
         _, *parts = (" ".join(part.split()) for part in re.split("─{5,}|-{5,}", text))

@@ -49,7 +49,11 @@ def choose(policy: Callable, observations: np.ndarray, infos: list[dict], sample
 
 
 def play(policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool, values: bool) -> list[Episode]:
-    """An episode in each environment. Values go on after the ends that the policy bootstraps from."""
+    """An episode in each environment. Values go on after the ends that the policy bootstraps from.
+
+    Sampled actions, too, are the same each time.
+    """
+    torch.manual_seed(seeds[0])
     started = [env.reset(seed=seed) for env, seed in zip(envs, seeds, strict=True)]
     observations, infos = (list(column) for column in zip(*started, strict=True))
     episodes = [Episode(seed) for seed in seeds]
@@ -78,20 +82,23 @@ def render(env: gym.Env) -> list[np.ndarray]:
     return images if isinstance(images, list) else [images]
 
 
-def film(policy: Callable, env: gym.Env, seed: int, sample: bool, path: Path) -> None:
-    """Plays an episode into an mp4."""
+def film(policy: Callable, env: gym.Env, seed: int, sample: bool, path: Path) -> float:
+    """Plays an episode into an mp4, as `play` does one by itself; its return."""
     from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
 
-    (observation, info), over = env.reset(seed=seed), False
+    torch.manual_seed(seed)
+    (observation, info), over, total = env.reset(seed=seed), False, 0.0
     height, width, _ = render(env)[0].shape
     fps = env.metadata.get("render_fps", 30)
     with replacing(path) as unfinished, FFMPEG_VideoWriter(str(unfinished), (width, height), fps) as video:
         while not over:
             action = choose(policy, observation[None], [info], sample)[0]
-            observation, _, terminated, truncated, info = env.step(action)
+            observation, reward, terminated, truncated, info = env.step(action)
+            total += float(reward)
             for image in render(env):
                 video.write_frame(image)
             over = terminated or truncated
+    return total
 
 
 def to_gif(video: Path) -> Path:
@@ -145,7 +152,7 @@ def plot_values(run: Run, episodes: list[Episode], gamma: float, path: Path) -> 
     figure.suptitle(f"{run.script} on {run.config['env_id']}, seed {run.config['seed']}", parse_math=False)
     for suffix in (".png", ".svg"):
         with replacing(path.with_suffix(suffix)) as unfinished:
-            figure.savefig(unfinished, dpi=150)
+            figure.savefig(unfinished, dpi=200)
     plt.close(figure)
     rows = [["seed", "step", "predicted", "realised"]]
     for episode, values, returns in zip(episodes, predicted, realised, strict=True):
@@ -256,15 +263,16 @@ def evaluate(
     except OSError as error:
         refuse(f"--output {output}: {error.strerror}")
 
-    rows = [["run", "policy", "seed", "return", "length", "terminated", "at_bounds"]]
+    rows = [["run", "policy", "seed", "return", "length", "terminated", "at_bounds", "film"]]
     width = max(len(run.directory.name) for run, *_ in loaded)
     print(
-        f"{'run':<{width}} {'episodes':>8} {'return':>22} {'lowest':>10} {'highest':>10} {'length':>8} {'at bounds':>9}"
+        f"{'run':<{width}} {'episodes':>8} {'evaluation return':>22} {'lowest':>10} {'highest':>10}"
+        f" {'length':>8} {'at bounds':>9}"
     )
     for run, module, args, chosen in loaded:
-        torch.manual_seed(seeds[0])  # stochastic episodes, too, are the same each time
         played: list[Episode] = []
-        side_by_side = 1 if render else AT_ONCE
+        # Actions that are sampled depend on those beside them; a film plays its episode by itself.
+        side_by_side = 1 if render or stochastic else AT_ONCE
         for first in range(0, len(seeds), side_by_side):
             some = seeds[first : first + side_by_side]
             envs = [module.make_eval_env(args, "human" if render else None) for _ in some]
@@ -279,14 +287,18 @@ def evaluate(
             f"{run.directory.name:<{width}} {len(played):>8} {f'{returns.mean():,.1f} ± {returns.std():,.1f}':>22}"
             f" {returns.min():>10,.1f} {returns.max():>10,.1f} {lengths.mean():>8,.1f} {share:>9}"
         )
-        for episode, value, length, bounds in zip(played, returns, lengths, at_bounds, strict=True):
-            rows.append([run.directory.name, policy, episode.seed, value, length, int(episode.terminated), bounds])
+        films = [""] * len(played)
         if video or gif:
-            path = output / f"{run.directory.name}.mp4"
+            path, best = output / f"{run.directory.name}.mp4", int(returns.argmax())
             env = module.make_eval_env(args, "rgb_array")
-            film(chosen, env, seeds[int(returns.argmax())], stochastic, path)
+            returns[best], films[best] = film(chosen, env, seeds[best], stochastic, path), path.name
             env.close()
+            print(f"  film of the best, seed {seeds[best]}, evaluation return {returns[best]:,.1f}")
             print(f"  {path}" + (f"  {to_gif(path)}" if gif else ""))
+        for episode, *told in zip(played, returns, lengths, at_bounds, films, strict=True):
+            value, length, bounds, name = told
+            ended = int(episode.terminated)
+            rows.append([run.directory.name, policy, episode.seed, value, length, ended, bounds, name])
         if analyze_value:
             path = output / f"{run.directory.name}-value.png"
             print(f"  explained variance {plot_values(run, played, chosen.discount, path):.3f}  {path}")

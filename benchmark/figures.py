@@ -1,7 +1,8 @@
-"""The figures of a report. Colours are Okabe and Ito's, one per method throughout."""
+"""The figures of a report, one column of a paper wide. Colours are Okabe and Ito's, one per method throughout."""
 
 from collections.abc import Callable
 from itertools import cycle
+from pathlib import Path
 from textwrap import fill
 
 import matplotlib
@@ -12,66 +13,102 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from benchmark.groups import Group
+from benchmark.groups import Group, environments_of
+from benchmark.runs import replacing
 from benchmark.stats import mean, mean_band, with_interval
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
 RANDOM = "#8A8A8A"
-NORMALISED = "normalised score (0: random policy, 1: best method's mean)"
+NORMALISED = "normalised score (0: random policy, 1: best mean)"
 SHARES = (0.25, 0.5, 1.0)
+WIDTH = 3.4  # inches: a column of a paper
 STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
+    "legend.handlelength": 1.4,
+    "legend.columnspacing": 1.2,
     "svg.fonttype": "none",
+    "svg.hashsalt": "",  # the same figure is the same file
     "text.parse_math": False,  # a name may hold dollars
-    "savefig.dpi": 160,
+    "savefig.dpi": 200,
 }
 
 Baselines = dict[str, np.ndarray]  # returns of the random policy, by environment
+Colours = dict[str, str]  # by method, in the order of the legend
 
 
-def colours(methods: list[str]) -> dict[str, str]:
+def colours(methods: list[str]) -> Colours:
     return dict(zip(methods, cycle(COLOURS), strict=False))
 
 
-def methods_of(groups: list[Group]) -> list[str]:
-    return sorted({group.method for group in groups})
+def save(figure: Figure, path: Path, style: dict[str, object] = STYLE) -> None:
+    """As PNG and SVG, behind the path's name, which may hold dots."""
+    with plt.rc_context(style):
+        with replacing(path.with_name(f"{path.name}.png")) as unfinished:
+            figure.savefig(unfinished)
+        figure.set_layout_engine("none")  # it stays as it was laid out, which is most of the time this takes
+        with replacing(path.with_name(f"{path.name}.svg")) as unfinished:
+            figure.savefig(unfinished, metadata={"Date": None})
 
 
-def environments_of(groups: list[Group]) -> list[str]:
-    return sorted({group.env_id for group in groups})
+def blank(rows: int, columns: int, height: float, **more: object) -> tuple[Figure, np.ndarray]:
+    """A figure that pyplot does not hold on to, and its axes (rows, columns)."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **more)
 
 
-def panels(groups: list[Group], draw: Callable[[Axes, str, list[Group]], None], legend: bool = True) -> Figure:
+def grid(number: int, height: float = 1.75, **more: object) -> tuple[Figure, list[Axes]]:
+    """One panel, or rows of two."""
+    columns = min(2, number)
+    rows = -(-number // columns)
+    figure, axes = blank(rows, columns, 2.2 if number == 1 else height * rows, **more)
+    for axis in axes.flat[number:]:
+        axis.set_visible(False)
+    return figure, list(axes.flat[:number])
+
+
+def panels(groups: list[Group], draw: Callable[[Axes, str, list[Group]], None]) -> Figure:
     """A panel per environment, and one legend below them."""
     environments = environments_of(groups)
-    columns = min(3, len(environments))
-    rows = -(-len(environments) // columns)
-    size = (5.6, 3.6) if len(environments) == 1 else (3.3 * columns, 2.6 * rows)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-        for axis in axes.flat[len(environments) :]:
-            axis.set_visible(False)
-        for axis, env_id in zip(axes.flat, environments, strict=False):
+        figure, axes = grid(len(environments))
+        for axis, env_id in zip(axes, environments, strict=True):
             draw(axis, env_id, [group for group in groups if group.env_id == env_id])
-            axis.set_title(fill(env_id, 34))
-        handles = {}
-        for axis in axes.flat:
-            handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-        if legend and len(handles) > 1:
-            legend_below(figure, handles)
+            axis.set_title(fill(env_id, 48 if len(environments) == 1 else 26))
+        label_once(figure, axes)
+        legend_below(figure, axes)
     return figure
 
 
-def legend_below(figure: Figure, handles: dict[str, Artist]) -> None:
-    per_row = max(1, int(figure.get_figwidth() * 11 / (max(map(len, handles)) + 6)))
+def label_once(figure: Figure, axes: list[Axes], columns: int = 2) -> None:
+    """Labels that all panels share stand once on the left, and below the last panel of each column."""
+    if len(axes) > 1:
+        figure.supylabel(axes[0].get_ylabel(), fontsize=STYLE["font.size"])
+        for axis in axes:
+            axis.set_ylabel("")
+        for axis in axes[:-columns]:
+            axis.set_xlabel("")
+
+
+def legend_below(figure: Figure, axes: list[Axes]) -> None:
+    """Of more than one; it takes no room from the panels."""
+    handles: dict[str, Artist] = {}
+    for axis in axes:
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if len(handles) < 2:
+        return
+    per_row = max(1, int(WIDTH / (0.06 * max(map(len, handles)) + 0.33)))
+    figure.set_figheight(figure.get_figheight() + 0.1 + 0.17 * -(-len(handles) // per_row))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(per_row, len(handles)))
 
 
@@ -83,48 +120,94 @@ def draw_random(axis: Axes, baselines: Baselines, env_id: str) -> None:
         axis.axhline(returns.mean(), color=RANDOM, lw=1, ls=":", label="random policy")
 
 
+def draw_band(axis: Axes, x: np.ndarray, curves: np.ndarray, colour: str, label: str) -> None:
+    """The mean of the seeds and its interval; where they are too few to have one, each of them in dots."""
+    middle, low, high = mean_band(curves)
+    alone = np.isfinite(middle).sum() == 1
+    axis.plot(x, middle, color=colour, lw=1.4, marker="o" if alone else None, ms=3, label=label)
+    if np.isnan(low).all():
+        if len(curves) > 1:
+            axis.plot(x, curves.T, color=colour, ls="", marker=".", ms=4, alpha=0.6, mew=0)
+    else:
+        axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+
+
 def thousands(value: float, _: object) -> str:
     return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
 
 
-def learning_curves(groups: list[Group], baselines: Baselines, over: str) -> Figure:
-    """Mean evaluation return over "steps" or "minutes", with the 95% interval of the mean over seeds."""
-    colour = colours(methods_of(groups))
+def over_steps(axis: Axes) -> None:
+    axis.set_xlabel("environment steps")
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.xaxis.set_major_formatter(FuncFormatter(thousands))
+
+
+def learning_curves(groups: list[Group], baselines: Baselines, colour: Colours, over: str) -> Figure:
+    """Mean evaluation return over "steps" or "minutes"."""
 
     def draw(axis: Axes, env_id: str, here: list[Group]) -> None:
         draw_random(axis, baselines, env_id)
         for group in here:
             steps, curves = group.curves
             x = steps if over == "steps" else group.seconds.mean(0) / 60
-            middle, low, high = mean_band(curves)
-            axis.plot(x, middle, color=colour[group.method], lw=1.6, label=group.method)
-            axis.fill_between(x, low, high, color=colour[group.method], alpha=0.2, lw=0)
-        axis.set_xlabel("environment steps" if over == "steps" else "minutes of training")
+            draw_band(axis, x, curves, colour[group.method], group.method)
+        over_steps(axis) if over == "steps" else axis.set_xlabel("minutes of training")
         axis.set_ylabel("evaluation return")
-        if over == "steps":
-            axis.xaxis.set_major_formatter(FuncFormatter(thousands))
 
     return panels(groups, draw)
 
 
-def checkpoint_bars(groups: list[Group], baselines: Baselines) -> Figure:
-    """Mean return at shares of the run, with its 95% interval, and every seed as a dot."""
-    colour = colours(methods_of(groups))
+def training_curves(groups: list[Group], baselines: Baselines, colour: Colours) -> Figure:
+    """Mean return of the episodes that training played, over steps."""
+
+    def draw(axis: Axes, env_id: str, here: list[Group]) -> None:
+        draw_random(axis, baselines, env_id)
+        for group in here:
+            draw_band(axis, group.spans, group.returns_in_training, colour[group.method], group.method)
+        over_steps(axis)
+        axis.set_ylabel("training return")
+
+    return panels(groups, draw)
+
+
+def losses(here: list[Group], colour: Colours) -> Figure:
+    """On one environment, a panel for each quantity that a method logged of its learning."""
+    names = list(dict.fromkeys(name for group in here for name in group.quantities()))
+    with plt.rc_context(STYLE):
+        figure, axes = grid(len(names), height=1.1, sharex=True)
+        for axis, name in zip(axes, names, strict=True):
+            for group in here:
+                if name in group.quantities():
+                    draw_band(axis, group.spans, group.quantity(name), colour[group.method], group.method)
+            axis.set_title(name.replace("_", " "))
+            axis.yaxis.set_major_locator(MaxNLocator(4))
+            over_steps(axis)
+        for axis in axes[-2:]:
+            axis.tick_params(labelbottom=True)
+        label_once(figure, axes)
+        legend_below(figure, axes)
+    return figure
+
+
+def checkpoints(groups: list[Group], baselines: Baselines, colour: Colours) -> Figure:
+    """Mean return at shares of the run with its interval, and beside it every seed as a dot."""
 
     def draw(axis: Axes, env_id: str, here: list[Group]) -> None:
         draw_random(axis, baselines, env_id)
         width = 0.8 / len(here)
         for k, group in enumerate(here):
-            steps, curves = group.curves
+            shade, (steps, curves) = colour[group.method], group.curves
             for place, share in enumerate(SHARES):
                 returns = curves[:, steps == group.step_at(share)]
                 middle, low, high = with_interval(returns, mean)
                 x = place + (k - (len(here) - 1) / 2) * width
-                label = group.method if place == 0 else None
-                axis.bar(x, middle, width * 0.9, color=colour[group.method], alpha=0.75, label=label)
-                axis.errorbar(x, middle, [[middle - low], [high - middle]], color="0.15", lw=1, capsize=2)
-                axis.scatter(np.full(len(returns), x), returns[:, 0], s=6, color="0.15", alpha=0.5, lw=0, zorder=3)
+                axis.plot([x, x], [low, high], color=shade, lw=1.4)
+                axis.plot(x, middle, "o", color=shade, ms=4.5, label=None if place else group.method)
+                if len(returns) > 1:
+                    beside = np.full(len(returns), x + min(0.12, width / 3))
+                    axis.plot(beside, returns[:, 0], ".", color=shade, ms=4, alpha=0.55, mew=0)
         axis.set_xticks(range(len(SHARES)), [f"{share:.0%}" for share in SHARES])
+        axis.set_xlim(-0.5, len(SHARES) - 0.5)
         axis.set_xlabel("share of the run")
         axis.set_ylabel("evaluation return")
         axis.grid(axis="x", visible=False)
@@ -132,76 +215,70 @@ def checkpoint_bars(groups: list[Group], baselines: Baselines) -> Figure:
     return panels(groups, draw)
 
 
-def boxes(groups: list[Group], baselines: Baselines) -> Figure:
+def boxes(groups: list[Group], baselines: Baselines, colour: Colours) -> Figure:
     """All evaluation episodes at shares of the run, beside the random policy's."""
-    colour = colours(methods_of(groups))
 
     def draw(axis: Axes, env_id: str, here: list[Group]) -> None:
         first = [baselines[env_id]] if env_id in baselines else []
         width = 0.8 / len(here)
-        whiskers = {"flierprops": {"markersize": 2}, "medianprops": {"color": "black"}, "patch_artist": True}
+        look = {"flierprops": {"markersize": 2}, "medianprops": {"color": "black"}, "patch_artist": True}
         for returns in first:
-            box = axis.boxplot([returns], positions=[0], widths=min(0.4, width), **whiskers)
+            box = axis.boxplot([returns], positions=[-0.3], widths=min(0.4, width), **look)
             box["boxes"][0].set(facecolor=RANDOM, alpha=0.7)
         for k, group in enumerate(here):
             places = [1 + place + (k - (len(here) - 1) / 2) * width for place in range(len(SHARES))]
             returns = [group.at_share(share) for share in SHARES]
-            box = axis.boxplot(returns, positions=places, widths=min(0.4, width * 0.9), **whiskers)
+            box = axis.boxplot(returns, positions=places, widths=min(0.4, width * 0.9), **look)
             for patch in box["boxes"]:
                 patch.set(facecolor=colour[group.method], alpha=0.7)
             axis.plot([], color=colour[group.method], lw=6, alpha=0.7, label=group.method)
         labels = (["random"] if first else []) + [f"{share:.0%}" for share in SHARES]
-        axis.set_xticks(range(1 - len(first), len(SHARES) + 1), labels)
-        axis.set_ylabel("return of an episode")
+        axis.set_xticks([-0.3] * len(first) + list(range(1, len(SHARES) + 1)), labels)
+        axis.set_xlabel("share of the run")
+        axis.set_ylabel("return of an evaluation episode")
         axis.grid(axis="x", visible=False)
 
     return panels(groups, draw)
 
 
-def histograms(groups: list[Group], baselines: Baselines) -> Figure:
+def histograms(groups: list[Group], baselines: Baselines, colour: Colours) -> Figure:
     """A row per environment, a column per share of the run: returns of all evaluation episodes."""
-    colour, environments = colours(methods_of(groups)), environments_of(groups)
+    environments = environments_of(groups)
     with plt.rc_context(STYLE):
-        size = (3.2 * len(SHARES), 2.3 * len(environments) + 0.5)
-        figure, axes = plt.subplots(len(environments), len(SHARES), figsize=size, squeeze=False, layout="constrained")
-        handles = {}
+        figure, axes = blank(len(environments), len(SHARES), 1.3 * len(environments) + 0.3, sharey="row")
         for row, env_id in zip(axes, environments, strict=True):
             here = [group for group in groups if group.env_id == env_id]
-            returns = [group.at_share(share) for group in here for share in SHARES]
-            edges = np.histogram_bin_edges(np.concatenate([*returns, baselines.get(env_id, returns[0])]), 24)
-            for axis, share in zip(row, SHARES, strict=True):
-                if env_id in baselines:
-                    random = baselines[env_id]
-                    axis.hist(
-                        random,
-                        edges,
-                        weights=np.full(len(random), 1 / len(random)),
-                        color=RANDOM,
-                        alpha=0.6,
-                        label="random policy",
-                    )
-                for group in here:
-                    values = group.at_share(share)
-                    weights = np.full(len(values), 1 / len(values))
-                    shown = {"color": colour[group.method], "label": group.method}
-                    axis.hist(values, edges, weights=weights, alpha=0.25, **shown)
-                    axis.hist(values, edges, weights=weights, histtype="step", lw=1.2, color=shown["color"])
-                axis.set_title(fill(f"{env_id}, {share:.0%}", 34))
-                axis.set_xlabel("return of an episode")
-                handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-            row[0].set_ylabel("share of episodes")
-            top = max(axis.get_ylim()[1] for axis in row)
-            for axis in row:
-                axis.set_ylim(0, top)
-        legend_below(figure, handles)
+            shown = {group.method: [group.at_share(share) for share in SHARES] for group in here}
+            random = baselines.get(env_id)
+            every = [values for returns in shown.values() for values in returns] + ([] if random is None else [random])
+            edges = np.histogram_bin_edges(np.concatenate(every), 24)
+            for k, (axis, share) in enumerate(zip(row, SHARES, strict=True)):
+                if random is not None:
+                    axis.hist(random, edges, **shares_of(random), color=RANDOM, alpha=0.6, label="random policy")
+                for method, returns in shown.items():
+                    shade, weights = colour[method], shares_of(returns[k])
+                    axis.hist(returns[k], edges, **weights, alpha=0.25, color=shade, label=method)
+                    axis.hist(returns[k], edges, **weights, histtype="step", lw=1.2, color=shade)
+                axis.set_title(f"{share:.0%}")
+                axis.xaxis.set_major_locator(MaxNLocator(2))
+            row[1].set_title(fill(f"{env_id}, {SHARES[1]:.0%}", 26))
+        axes[-1, 1].set_xlabel("return of an evaluation episode")
+        axes[0, 0].set_ylabel("share of episodes")
+        label_once(figure, list(axes.flat), columns=len(SHARES))
+        legend_below(figure, list(axes.flat))
     return figure
+
+
+def shares_of(values: np.ndarray) -> dict[str, np.ndarray]:
+    """What makes a histogram's heights shares."""
+    return {"weights": np.full(len(values), 1 / len(values))}
 
 
 def one_checkpoint(returns: np.ndarray, random: np.ndarray | None, title: str) -> Figure:
     """Box and histogram of some episodes' returns, beside the random policy's."""
     shown = {"policy": (returns, COLOURS[0])} | ({} if random is None else {"random policy": (random, RANDOM)})
     with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.0), layout="constrained")
+        figure, ((left, right),) = blank(1, 2, 1.9)
         edges = np.histogram_bin_edges(np.concatenate([values for values, _ in shown.values()]), 24)
         for place, (name, (values, shade)) in enumerate(shown.items()):
             box = left.boxplot(
@@ -219,43 +296,40 @@ def one_checkpoint(returns: np.ndarray, random: np.ndarray | None, title: str) -
 
 
 def profiles(
-    levels: np.ndarray, found: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], colour: dict[str, str]
+    levels: np.ndarray, found: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], colour: Colours
 ) -> Figure:
     """Share of runs above each normalised score, with its interval."""
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
-        for method, (shares, low, high) in sorted(found.items()):
-            axis.plot(levels, shares, color=colour[method], lw=1.6, label=method)
+        figure, (axis,) = grid(1)
+        for method, (shares, low, high) in found.items():
+            axis.plot(levels, shares, color=colour[method], lw=1.4, label=method)
             axis.fill_between(levels, low, high, color=colour[method], alpha=0.2, lw=0)
         axis.set(xlabel=NORMALISED, ylabel="share of runs above", ylim=(0, 1.03))
-        legend_below(figure, dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True)))
+        legend_below(figure, [axis])
     return figure
 
 
 def intervals(
     rows: dict[str, list[tuple[str, float, float, float]]],
-    colour: dict[str, str],
+    colour: Colours,
     unit: str,
     within: tuple[float, float] | None = None,
 ) -> Figure:
-    """Named estimates with their intervals, a panel for each title."""
+    """Named estimates as dots on their intervals, a panel below the other for each title."""
     with plt.rc_context(STYLE):
-        names = [name for estimates in rows.values() for name, *_ in estimates]
-        lines = sum(name.count("\n") + 1 for name in names) / len(rows)
-        longest = max(len(line) for name in names for line in name.split("\n"))
-        size = ((2.6 + 0.075 * longest) * len(rows), 0.28 * lines + 1.1)
-        figure, axes = plt.subplots(1, len(rows), figsize=size, squeeze=False, layout="constrained")
-        for axis, (title, estimates) in zip(axes[0], rows.items(), strict=True):
-            axis.use_sticky_edges = False  # an interval that ends at the axis would look cut
+        lines = [sum(name.count("\n") + 1 for name, *_ in estimates) for estimates in rows.values()]
+        figure, axes = blank(len(rows), 1, 0.6 + sum(0.19 * n + 0.35 for n in lines), height_ratios=lines)
+        for axis, (title, estimates) in zip(axes[:, 0], rows.items(), strict=True):
             for place, (name, middle, low, high) in enumerate(reversed(estimates)):
                 shade = colour.get(name, "#444444")
-                if np.isfinite([low, high]).all():
-                    axis.barh(place, high - low, left=low, height=0.5, color=shade, alpha=0.35)
-                axis.plot([middle, middle], [place - 0.25, place + 0.25], color=shade, lw=2)
+                axis.plot([low, high], [place, place], color=shade, lw=5, alpha=0.35, solid_capstyle="butt")
+                axis.plot(middle, place, "o", color=shade, ms=4.5, clip_on=False, zorder=3)
             axis.set_yticks(range(len(estimates)), [name for name, *_ in reversed(estimates)])
+            axis.set_ylim(-0.6, len(estimates) - 0.4)
             axis.set_title(title)
             if within:
-                axis.set_xlim(*within)
+                margin = 0.03 * (within[1] - within[0])
+                axis.set_xlim(within[0] - margin, within[1] + margin)
                 axis.axvline(sum(within) / 2, color="0.4", lw=1, ls="--")
             axis.grid(axis="y", visible=False)
         figure.supxlabel(unit, fontsize=STYLE["font.size"])

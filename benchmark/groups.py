@@ -1,6 +1,7 @@
 """Runs grouped by script, environment and settings that differ: what a report compares."""
 
 import csv
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,19 +11,36 @@ import numpy as np
 import yaml
 
 from benchmark.runs import MARKS, Run, find_runs, read_json
+from benchmark.suites import Suite, selection_of
 
 # What may differ between runs of one group, as it does not change what is learnt.
 INCIDENTAL = {"env_id", "seed", "threads", "compile", "device", "num_evals", "eval_episodes", "checkpoint_every"}
-INCIDENTAL |= {"runs_dir", "resume", "config", "capture_video", "track", "wandb_project_name"}
+INCIDENTAL |= {"runs_dir", "resume", "config", "capture_video", "track", "wandb_project_name", "wandb_entity"}
 
 NEAR = 0.1  # of a run's steps: evaluations that lie so near to each other are compared
+FRAME = " \t│╭╮╰╯─|"  # of the boxes in which messages stand
+SHORT = {"learning_rate": "lr"}
+SPANS = 60  # in which what is measured in training is averaged
+
+
+def along(table: dict[str, np.ndarray], name: str, last: float) -> np.ndarray:
+    """A column's mean in equal spans of the run (SPANS,): NaN before its first number, a line over spans without."""
+    known = np.isfinite(table[name])
+    span = np.clip(np.ceil(table["step"][known] * SPANS / last) - 1, 0, SPANS - 1).astype(int)
+    counts = np.bincount(span, minlength=SPANS)
+    if not len(span):
+        return np.full(SPANS, np.nan)
+    filled = np.flatnonzero(counts)
+    means = np.bincount(span, table[name][known], SPANS)[filled] / counts[filled]
+    return np.interp(np.arange(SPANS), filled, means, left=np.nan)
 
 
 @dataclass(frozen=True)
 class Group:
-    method: str  # script, and settings that set it apart
+    method: str  # in words: the script, and the settings that set it apart
     env_id: str
     runs: list[Run]
+    place: int = 0  # of the method among the others
 
     @cached_property
     def evaluations(self) -> list[dict[str, np.ndarray]]:
@@ -67,6 +85,26 @@ class Group:
         returns = [run.result["training_return"] for run in self.runs]
         return np.array([np.nan if value is None else value for value in returns])
 
+    @cached_property
+    def spans(self) -> np.ndarray:
+        """Steps at the middle of what `along` averages over."""
+        return (np.arange(SPANS) + 0.5) / SPANS * self.curves[0][-1]
+
+    @cached_property
+    def returns_in_training(self) -> np.ndarray:
+        """Mean return of the training episodes that ended in each span (seeds, SPANS)."""
+        return np.array([along(run.episodes, "return", self.curves[0][-1]) for run in self.runs])
+
+    def quantities(self) -> list[str]:
+        """What all seeds logged of their learning, apart from times."""
+        every = [name for name in self.runs[0].progress if name not in ("step", "wall_time", "sps")]
+        every = [name for name in every if not name.startswith("seconds_")]
+        return [name for name in every if all(name in run.progress for run in self.runs)]
+
+    def quantity(self, name: str) -> np.ndarray:
+        """(seeds, SPANS)"""
+        return np.array([along(run.progress, name, self.curves[0][-1]) for run in self.runs])
+
     def at_share(self, share: float) -> np.ndarray:
         """Returns of all evaluation episodes at the evaluation nearest to a share of the run, over all seeds."""
         step, found = self.step_at(share), []
@@ -107,9 +145,12 @@ def read(run: Run) -> str:
         numbers = [result["evaluation"]["mean"], result["best"]["mean"], result["wall_time"]]
         if not np.isfinite([*numbers, result["training_return"] or 0.0]).all():
             return "result.json has returns that are not numbers"
-        for name, table in (("evaluations", run.evaluations), ("progress", run.progress)):
-            needed = {"step", "return"} if name == "evaluations" else {"step", "wall_time"}
-            if not needed <= table.keys() or not len(table["step"]):
+        for name, table, needed in (
+            ("evaluations", run.evaluations, {"step", "return"}),
+            ("progress", run.progress, {"step", "wall_time"}),
+            ("episodes", run.episodes, {"step", "return"}),  # of which none may have ended
+        ):
+            if not needed <= table.keys() or not (len(table["step"]) or name == "episodes"):
                 return f"{name}.csv has no rows of {', '.join(sorted(needed))}"
     except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error, yaml.YAMLError) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
@@ -117,9 +158,13 @@ def read(run: Run) -> str:
 
 
 def failure(folder: Path) -> str:
-    """What a sweep wrote about a job that failed in this folder."""
+    """What a sweep wrote about a job that failed in this folder, and the last that the job itself said."""
     told = read_json(folder / "failed.json")
-    return f"failed: {told.get('reason')}" if told else ""
+    if not told:
+        return ""
+    lines = [" ".join(str(line).strip(FRAME).split()) for line in told.get("log") or []]
+    last = next((line for line in reversed(lines) if line and not line.startswith("For full helptext")), "")
+    return f"failed: {told.get('reason')}" + (f": {last[:200]}" if last else "")
 
 
 def remains(paths: list[Path], runs: set[Path]) -> dict[Path, str]:
@@ -139,37 +184,121 @@ def remains(paths: list[Path], runs: set[Path]) -> dict[Path, str]:
     return found
 
 
-def short(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+def number(value: float) -> str:
+    """Steps in thousands and millions if they are round, small rates as 3e-4."""
+    if float(value).is_integer():
+        size, unit = next(((s, u) for s, u in ((10**6, "M"), (10**3, "k")) if value and value % s == 0), (1, ""))
+        return f"{int(value) // size:,}{unit}"
+    if abs(value) >= 0.01 or not math.isfinite(value):
+        return f"{value:g}"
+    mantissa, _, exponent = f"{value:e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def gather(paths: list[Path]) -> Material:
-    states = {run: read(run) for run in find_runs(paths)}
-    finished = [run for run, state in states.items() if state == "finished"]
+def in_words(name: str, value: object) -> str:
+    """A setting as a label says it: "lr 1e-3", "100k steps", "no norm obs"."""
+    flag = SHORT.get(name, name.replace("_", " "))
+    if isinstance(value, bool) or value is None:
+        return flag if value else f"no {flag}"
+    if name in ("total_timesteps", "last_step"):
+        return f"{number(value)} steps"
+    values = value if isinstance(value, list | tuple) else [value]
+    return " ".join([flag, *(number(v) if isinstance(v, int | float) else str(v) for v in values)])
+
+
+def settings_of(finished: list[Run]) -> dict[Run, dict[str, object]]:
+    """What may set runs apart, how far they went among it.
+
+    Returns after different numbers of steps are no repetitions of each other; but iterations may be whole episodes.
+    """
     settings = {run: {k: v for k, v in run.config.items() if k not in INCIDENTAL} for run in finished}
-    # Returns after different numbers of steps are no repetitions of each other; but iterations may be whole episodes.
     shortest: dict[tuple[str, str], int] = {}  # of those that lie beside each other
     for run in sorted(finished, key=lambda run: run.evaluations["step"].max()):
         which, step = (run.script, run.config["env_id"]), int(run.evaluations["step"].max())
         if step > (1 + NEAR) * shortest.get(which, 0):
             shortest[which] = step
         settings[run] |= {"last_step": shortest[which], "source": run.version}
+    return settings
 
-    # A setting sets methods apart if it varies between runs of one script on one environment.
+
+def differences(settings: dict[Run, dict[str, object]]) -> dict[Run, dict[str, object]]:
+    """Of the settings those that set methods apart: they vary between runs of one script on one environment."""
     seen: dict[tuple, set[str]] = defaultdict(set)
-    for run in finished:
-        for name, value in settings[run].items():
+    for run, own in settings.items():
+        for name, value in own.items():
             seen[run.script, run.config["env_id"], name].add(repr(value))
     apart = {(script, name) for (script, _, name), values in seen.items() if len(values) > 1}
+    ends: dict[tuple, set[int]] = defaultdict(set)  # where runs ended that were to go equally far
+    for run, own in settings.items():
+        ends[run.script, run.config["env_id"], own.get("total_timesteps")].add(own["last_step"])
+    found = {}
+    for run, own in settings.items():
+        found[run] = {name: value for name, value in own.items() if (run.script, name) in apart}
+        alike = ends[run.script, run.config["env_id"], own.get("total_timesteps")]
+        if "total_timesteps" in found[run] and len(alike) == 1:  # which then says it
+            found[run].pop("last_step", None)
+    return found
+
+
+def rank(run: Run, own: dict[str, object], selection: Suite | None) -> tuple:
+    """Orders methods as their sweep did: by its scripts and the values of its grid; what it does not say, by value."""
+    scripts = [Path(script).stem for script in selection.scripts] if selection else []
+    grid = {name.replace("-", "_"): values for name, values in selection.grid.items()} if selection else {}
+    names = [*(name for name in grid if name in own), *sorted(own.keys() - grid.keys())]
+    settings = [(name, *place(own[name], grid.get(name, []))) for name in names]
+    return scripts.index(run.script) if run.script in scripts else math.inf, run.script, settings
+
+
+def place(value: object, values: list) -> tuple[int, float, str]:
+    value, values = as_number(value), [as_number(one) for one in values]
+    if value in values:
+        return 0, values.index(value), ""
+    return (1, value, "") if isinstance(value, float) else (2, 0, str(value))
+
+
+def as_number(value: object) -> object:
+    """YAML takes 1e-3 for a text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def gather(paths: list[Path]) -> Material:
+    states = {run: read(run) for run in find_runs(paths)}
+    finished = [run for run, state in states.items() if state == "finished"]
+    apart = differences(settings_of(finished))
+    folders = {run.directory.parent.parent for run in finished}
+    selections = {folder: selection_of(folder) for folder in folders}
+    several = len({run.script for run in finished}) > 1
+    labels: dict[Run, str] = {}
+    for run, own in apart.items():
+        script = [run.script] if several or not own else []
+        labels[run] = ", ".join([*script, *(in_words(name, value) for name, value in own.items())])
+    ordered = sorted(finished, key=lambda run: rank(run, apart[run], selections[run.directory.parent.parent]))
+    places = {label: k for k, label in enumerate(dict.fromkeys(labels[run] for run in ordered))}
 
     grouped: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in finished:
-        own = [f"{k.replace('_', '-')}={short(v)}" for k, v in settings[run].items() if (run.script, k) in apart]
-        grouped[" ".join([run.script, *own]), run.config["env_id"]].append(run)
+        grouped[run.config["env_id"], labels[run]].append(run)
     groups = [
-        Group(method, env_id, sorted(runs, key=lambda run: run.config["seed"]))
-        for (method, env_id), runs in sorted(grouped.items(), key=lambda item: (item[0][1], item[0][0]))
+        Group(method, env_id, sorted(runs, key=lambda run: run.config["seed"]), places[method])
+        for (env_id, method), runs in grouped.items()
     ]
     wrong = remains(paths, {run.directory for run in states})
     wrong |= {run.directory: state for run, state in states.items() if state not in ("finished", "unfinished")}
-    return Material(groups, [run for run, state in states.items() if state == "unfinished"], wrong)
+    return Material(
+        in_order(groups), [run for run, state in states.items() if state == "unfinished"], dict(sorted(wrong.items()))
+    )
+
+
+def in_order(groups: list[Group]) -> list[Group]:
+    return sorted(groups, key=lambda group: (group.env_id, group.place))
+
+
+def methods_of(groups: list[Group]) -> list[str]:
+    return list(dict.fromkeys(group.method for group in sorted(groups, key=lambda group: group.place)))
+
+
+def environments_of(groups: list[Group]) -> list[str]:
+    return sorted({group.env_id for group in groups})

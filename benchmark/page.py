@@ -16,10 +16,13 @@ p { max-width: 46rem } .soft { color: var(--soft) }
 nav a { margin-right: 1rem; white-space: nowrap } a { color: inherit }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
-th { font-weight: 600; color: var(--soft) } td.text, th.text { text-align: left }
+th { font-weight: 600; color: var(--soft); white-space: normal; vertical-align: bottom }
+td.text, th.text { text-align: left }
 td.text { white-space: normal; overflow-wrap: break-word; max-width: 24rem } td small { color: var(--soft) }
-figure { margin: 1rem 0; background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: .75rem }
-figure img { display: block; max-width: 100%; height: auto; margin: 0 auto }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: 1rem }
+figure { margin: 0; max-width: 36rem } figcaption { color: var(--soft); font-size: .88rem; margin-top: .3rem }
+figure img { display: block; box-sizing: border-box; width: 100%; background: #fff; padding: .5rem;
+  border: 1px solid var(--line); border-radius: 8px }
 video { width: 100%; border-radius: 8px; background: #000 }
 .films { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 1rem }
 code { background: var(--tint); padding: .1rem .3rem; border-radius: 4px; font-size: .85em; overflow-wrap: anywhere }
@@ -50,8 +53,14 @@ def paragraph(text: str, soft: bool = False) -> str:
     return f"<p{' class=soft' if soft else ''}>{escape(text)}</p>"
 
 
-def picture(path: Path, about: str) -> str:
-    return f'<figure><img src="{embed(path, "image/png")}" alt="{escape(about)}"></figure>'
+def pictures(about: dict[Path, str]) -> str:
+    """Side by side where there is room, each with its caption."""
+    shown = (
+        f'<figure><img src="{embed(path, "image/png")}" alt="{escape(caption)}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        for path, caption in about.items()
+    )
+    return f'<div class="figures">{"".join(shown)}</div>'
 
 
 def films(videos: dict[str, Path]) -> str:

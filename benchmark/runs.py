@@ -95,6 +95,10 @@ class Run:
     def progress(self) -> dict[str, np.ndarray]:
         return self.table("progress")
 
+    @cached_property
+    def episodes(self) -> dict[str, np.ndarray]:
+        return self.table("episodes")
+
     def last_rows(self, name: str, most: int) -> list[dict[str, float]]:
         """The last rows of a table that may be long and is still being written."""
         try:

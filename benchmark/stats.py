@@ -12,6 +12,7 @@ import numpy as np
 from scipy.stats import trim_mean
 
 RESAMPLES = 2000
+FEWEST = 3  # seeds that have an interval: a bootstrap of two gives back their range
 
 
 def resample(scores: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -35,8 +36,8 @@ def mean(scores: np.ndarray) -> np.ndarray:
 
 
 def with_interval(scores: np.ndarray, estimator: Callable) -> tuple[float, float, float]:
-    """An estimate and its 95% interval; of a single seed nothing is known about the spread."""
-    if len(scores) == 1:
+    """An estimate and its 95% interval, NaN where there are too few seeds to know the spread."""
+    if len(scores) < FEWEST:
         return float(estimator(scores)), np.nan, np.nan
     low, high = interval(estimator(resample(scores)))
     return float(estimator(scores)), float(low), float(high)
@@ -51,9 +52,9 @@ def weights(seeds: int, stream: int = 0) -> np.ndarray:
 
 def mean_band(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean of the curves (seeds, points), and the ends of its interval at every point; seeds are drawn as a whole."""
-    if len(curves) == 1:
+    if len(curves) < FEWEST:
         unknown = np.full(curves.shape[1], np.nan)
-        return curves[0], unknown, unknown
+        return curves.mean(0), unknown, unknown
     return curves.mean(0), *interval(weights(len(curves)) @ curves)
 
 
@@ -68,7 +69,7 @@ def probability_of_improvement(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tu
         middles.append(wins.mean())
         drawn = weights(len(one), 2 * k) @ wins
         draws.append((drawn * weights(len(other), 2 * k + 1)).sum(1))
-    if min(len(scores) for pair in pairs for scores in pair) == 1:
+    if min(len(scores) for pair in pairs for scores in pair) < FEWEST:
         return float(np.mean(middles)), np.nan, np.nan
     low, high = interval(np.mean(draws, axis=0))
     return float(np.mean(middles)), float(low), float(high)
@@ -77,7 +78,7 @@ def probability_of_improvement(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tu
 def performance_profile(scores: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Share of runs whose score is above each level, and the ends of its interval."""
     share = np.array([(scores > level).mean() for level in levels])
-    if len(scores) == 1:
+    if len(scores) < FEWEST:
         return share, np.full(len(levels), np.nan), np.full(len(levels), np.nan)
     drawn = resample(scores)
     shares = np.stack([(drawn > level).mean((1, 2)) for level in levels], axis=1)

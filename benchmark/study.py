@@ -12,7 +12,7 @@ from benchmark.errors import refuse
 from benchmark.evaluate import draw_without_display, film, to_gif
 from benchmark.executors import run_locally
 from benchmark.jobs import Job
-from benchmark.report import find_baselines, make_report, need_extra
+from benchmark.report import film_of, find_baselines, need_extra
 from benchmark.runs import Run, replacing, write_atomically, write_table
 from benchmark.suites import Suite, check, jobs_of
 from benchmark.sweep import previous_states, run_sweep, tell_failures
@@ -36,23 +36,17 @@ def keep_checkpoint(run: Run, share: float, baselines: dict, folder: Path, filme
     figure = figures.one_checkpoint(
         returns, baselines.get(run.config["env_id"]), f"{run.config['env_id']}, {share:.0%}"
     )
-    for suffix in ("png", "svg"):
-        with replacing(folder / f"returns.{suffix}") as unfinished:
-            figure.savefig(unfinished)
-    figures.plt.close(figure)
+    figures.save(figure, folder / "returns")
+    best = int(returns.argmax())
+    shown = {"seed": int(table["seed"][at][best]), "return": float(returns[best])}
     if filmed and not (folder / "episode.gif").exists():
         module = run.module()
         env = module.make_eval_env(module.Args(**run.config), "rgb_array")
-        film(
-            module.load_policy(folder / "policy.pt"),
-            env,
-            int(table["seed"][at][returns.argmax()]),
-            False,
-            folder / "episode.mp4",
-        )
+        film(module.load_policy(folder / "policy.pt"), env, shown["seed"], False, folder / "episode.mp4")
         env.close()
         to_gif(folder / "episode.mp4")
     meta = {"step": int(step), "run": str(run.directory), "mean": float(returns.mean()), "std": float(returns.std())}
+    meta |= {"film": shown} if filmed else {}
     meta |= {name: run.meta.get(name) for name in ("script", "git_commit", "packages")}
     write_atomically(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
     return meta
@@ -106,6 +100,7 @@ def run(
     tell_failures(ended, "the same command tries again")
     if "failed" in ended.values():
         raise SystemExit(1)
+    from benchmark.compose import Wish, make_report
     from benchmark.groups import gather
 
     (trained,) = (job.run() for job in jobs)
@@ -116,7 +111,9 @@ def run(
     for share in (0.25, 0.5, 1.0):
         folder = directory / "checkpoints" / f"{round(100 * share):03d}"
         meta = keep_checkpoint(trained, share, baselines, folder, video)
-        print(f"{share:>4.0%}  step {meta['step']:>10,}  return {meta['mean']:,.1f} ± {meta['std']:,.1f}  {folder}")
-        films |= {f"{share:.0%} of the run, return {meta['mean']:,.1f}": folder / "episode.mp4"} if video else {}
-    print(make_report(material, {}, baselines, films, directory / "report").markdown())
+        earned = f"evaluation return {meta['mean']:,.1f} ± {meta['std']:,.1f}"
+        print(f"{share:>4.0%}  step {meta['step']:>10,}  {earned}  {folder}")
+        films |= {f"{share:.0%} of the run: {film_of(trained, meta['step'])}": folder / "episode.mp4"} if video else {}
+    wish = Wish(f"{Path(script).stem} on {env_id}")
+    print(make_report(material, wish, baselines, films, directory / "report"))
     print(directory / "report" / "index.html")

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import gymnasium as gym
@@ -15,7 +15,7 @@ import yaml
 
 from benchmark.errors import refuse
 from benchmark.jobs import ROOT, Job
-from benchmark.runs import fingerprint, import_script
+from benchmark.runs import fingerprint, import_script, read_json, write_atomically
 
 
 @dataclass(frozen=True)
@@ -138,3 +138,19 @@ def default_directory(suite: Suite) -> Path:
     text = json.dumps([suite.scripts, suite.env_ids, suite.args, suite.grid, suite.words], sort_keys=True)
     scripts = "+".join(Path(script).stem for script in suite.scripts)
     return Path("sweeps") / f"{scripts}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def keep_selection(suite: Suite, directory: Path) -> None:
+    """For reports, which compare in the order in which scripts and values were named."""
+    try:
+        write_atomically(directory / "sweep.json", json.dumps(asdict(suite), indent=2) + "\n")
+    except OSError as error:
+        refuse(f"--output {directory}: {error.strerror}")
+
+
+def selection_of(directory: Path) -> Suite | None:
+    """What the sweep in this folder was to run; none if none was here."""
+    try:
+        return Suite(**(read_json(directory / "sweep.json") or {}))
+    except (OSError, TypeError):
+        return None

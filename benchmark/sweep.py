@@ -19,7 +19,9 @@ import tyro
 from benchmark.errors import refuse
 from benchmark.executors import run_locally, run_on_ray
 from benchmark.jobs import Job
-from benchmark.suites import Suite, check, default_directory, jobs_of, read_suite
+from benchmark.suites import Suite, check, default_directory, jobs_of, keep_selection, read_suite
+
+KINDS = ("evaluation", "training")  # of returns
 
 
 class Watch:
@@ -29,7 +31,7 @@ class Watch:
         self.jobs, self.ended = jobs, ended
         self.began, self.started = time.monotonic(), time.time()
         self.first: dict[Job, float] = {}  # share of each job that was done before it ran here
-        self.returns: dict[Job, float] = {}  # final ones
+        self.finals: dict[Job, dict[str, float]] = {}  # the last return of a kind: "evaluation" or "training"
 
     def end(self, job: Job, how: str) -> None:
         self.ended[job] = how
@@ -52,11 +54,14 @@ class Watch:
             self.first.setdefault(job, found[job]["share"])
         return found
 
-    def final_return(self, job: Job) -> float | None:
-        if job not in self.returns and self.ended.get(job) == "done":
+    def final(self, job: Job) -> dict[str, float]:
+        """The final evaluation's return, or training's where nothing was evaluated."""
+        if job not in self.finals and self.ended.get(job) == "done":
             result = job.run().result
-            self.returns[job] = (result["evaluation"] or {}).get("mean", result["training_return"])
-        return self.returns.get(job)
+            evaluation, training = (result["evaluation"] or {}).get("mean"), result["training_return"]
+            both = {"evaluation": evaluation} if evaluation is not None else {"training": training}
+            self.finals[job] = {kind: value for kind, value in both.items() if value is not None}
+        return self.finals.get(job, {})
 
     def left(self, running: dict[Job, dict]) -> str:
         """Time to the end, from what was done since the start."""
@@ -88,21 +93,20 @@ class Watch:
         from rich.text import Text
 
         table = Table(title=Text(self.headline(running)), title_justify="left", title_style="bold", box=None)
-        for column, side in (("", "left"), ("done", "right"), ("failed", "right"), ("return", "right")):
-            table.add_column(column, justify=side, overflow="fold" if column == "" else "ellipsis")
-        for column in ("steps/s", "progress"):
+        table.add_column("", overflow="fold")
+        for column in ("done", "failed", "evaluation\nreturn", "training\nreturn", "steps/s", "progress"):
             table.add_column(column, justify="right")
         for (script, env_id, setting), jobs in self.groups().items():
-            finals = [value for job in jobs if (value := self.final_return(job)) is not None]
             counts = Counter(self.ended.get(job) for job in jobs)
-            mean = f"{statistics.fmean(finals):,.1f}" if finals else "-"
+            finals = [[v for job in jobs for k, v in self.final(job).items() if k == kind] for kind in KINDS]
+            means = [f"{statistics.fmean(values):,.1f}" if values else "-" for values in finals]
             failed = Text(str(counts["failed"]), style="bold red" if counts["failed"] else "")
             done = f"{counts['done']}/{len(jobs)}"
-            table.add_row(Text(f"{script}  {env_id}  {setting}"), done, failed, mean, "", "")
+            table.add_row(Text(f"{script}  {env_id}  {setting}"), done, failed, *means, "", "")
             for job in jobs:
                 if progress := running.get(job):
                     now = "-" if progress["return"] is None else f"{progress['return']:,.1f}"
-                    row = Text(f"  seed {job.seed}", style="dim"), "", "", now, f"{progress['sps']:,.0f}"
+                    row = Text(f"  seed {job.seed}", style="dim"), "", "", "", now, f"{progress['sps']:,.0f}"
                     table.add_row(*row, f"{progress['share']:.0%}")
         return table
 
@@ -156,8 +160,8 @@ def run_sweep(jobs: list[Job], settled: dict[Job, str], execute) -> dict[Job, st
                 if event:
                     watch.end(*event)
                     if event[1] != "interrupted":
-                        value = watch.final_return(event[0])
-                        line = f"{event[1]}: {event[0].name}" + ("" if value is None else f"  return {value:,.1f}")
+                        told = "".join(f"  {k} return {v:,.1f}" for k, v in watch.final(event[0]).items())
+                        line = f"{event[1]}: {event[0].name}{told}"
                         screen.console.print(line, highlight=False) if screen else print(line, flush=True)
                 running = watch.running()
                 if screen:
@@ -203,14 +207,15 @@ def sweep(
     gpus: float = 0.0,
     words: Annotated[tuple[str, ...], tyro.conf.Suppress] = (),
 ) -> None:
-    """Train many runs. Started again, it skips what is finished and resumes what was interrupted.
+    r"""Train many runs. Started again, it skips what is finished and resumes what was interrupted.
 
-    python -m benchmark sweep --scripts ppo_continuous --env-ids HalfCheetah-v4 Hopper-v4 --seeds 5 --workers 2
-        -- --total-timesteps 1_000_000
-    python -m benchmark sweep suites/mujoco-1m.yaml
+    Arguments after -- go to every run. A suite is a YAML file with scripts, env_ids, seeds, args and grid: seeds is how
+    many or a list, args are the same for all, grid has a list of values for each argument, every combination of
+    which is run.
 
-    Arguments after -- go to every run. A suite is a YAML file with scripts, env_ids, seeds (how many, or a list), args
-    (the same for all) and grid (a list of values for each argument; every combination is run).
+        python -m benchmark sweep suites/mujoco-1m.yaml
+        python -m benchmark sweep --scripts ppo_continuous my_fork.py \
+            --env-ids Hopper-v4 --seeds 5 -- --total-timesteps 1_000_000
 
     Args:
         suite: a suite, instead of --scripts, --env-ids and --seeds
@@ -255,6 +260,7 @@ def sweep(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         refuse(f"--output {directory}: {error.strerror}")
+    keep_selection(chosen, directory)
     print(f"{len(jobs)} jobs in {directory}" + (f", {len(settled)} of them settled before" if settled else ""))
 
     def execute(todo: list[Job], stop: threading.Event):
@@ -267,7 +273,9 @@ def sweep(
         finals = [run.result["evaluation"].get("mean") for job in group if ended[job] == "done" and (run := job.run())]
         finals = [value for value in finals if value is not None]
         mean = f"{statistics.fmean(finals):,.1f}" if finals else "-"
-        print(f"{script:<16} {env_id:<26} {setting}  {len(finals)} of {len(group)} seeds  final return {mean}")
+        print(
+            f"{script:<16} {env_id:<26} {setting}  {len(finals)} of {len(group)} seeds  final evaluation return {mean}"
+        )
     print(f"report: python -m benchmark report {directory}")
     tell_failures(ended, "--retry-failed tries them again")
     if "failed" in ended.values():

@@ -374,12 +374,13 @@ def tune(
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     words: Annotated[tuple[str, ...], tyro.conf.Suppress] = (),
 ) -> None:
-    """Search for the arguments with the highest final evaluation, in the mean over seeds.
+    r"""Search for the arguments with the highest final evaluation, in the mean over seeds.
 
     For example, 20 trials of two runs of 30,000 steps, the arguments of every run standing after --:
 
-    python -m benchmark tune ppo_continuous HalfCheetah-v4 --space configs/search/ppo_continuous.yaml --workers 2
-    -- --total-timesteps 30_000 --num-evals 4
+        python -m benchmark tune ppo_continuous HalfCheetah-v4 \
+            --space configs/search/ppo_continuous.yaml --workers 2 \
+            -- --total-timesteps 30_000 --num-evals 4
 
     A trial whose evaluations fall behind the median of those before it is ended early. Started again, the search goes
     on; several processes or machines may share it, by the same output folder and storage.

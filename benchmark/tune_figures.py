@@ -9,8 +9,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from benchmark.figures import COLOURS, STYLE, plt
-from benchmark.runs import replacing
+from benchmark.figures import COLOURS, STYLE, plt, save
+
+SEARCH_STYLE = STYLE | {"text.parse_math": True}  # which labels of logarithmic axes are
 
 
 def plain(choice: object) -> str:
@@ -106,7 +107,7 @@ def plot_search(study, logs: set[str], folder: Path) -> None:
     if len(complete) < 2:
         return
     names = list(complete[0].params)
-    with plt.rc_context(STYLE | {"text.parse_math": True}):  # which labels of logarithmic axes are
+    with plt.rc_context(SEARCH_STYLE):
         made = {"history": history(complete, [trial for trial in trials if trial.state.name == "PRUNED"])}
         made["slices"] = slices(complete, names, logs)
         if len(names) > 1:
@@ -116,7 +117,5 @@ def plot_search(study, logs: set[str], folder: Path) -> None:
                 warnings.simplefilter("ignore")  # some of its evaluators are called experimental
                 made["importances"] = importances(get_param_importances(study))
     for name, figure in made.items():
-        for suffix in ("png", "svg"):
-            with replacing(folder / f"{name}.{suffix}") as unfinished:
-                figure.savefig(unfinished)
+        save(figure, folder / name, SEARCH_STYLE)
         plt.close(figure)

@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+import benchmark.evaluate
 import ppo_atari_cnn
 import ppo_continuous as ppo
 from benchmark.__main__ import main
@@ -95,6 +96,26 @@ def test_share_at_bounds(run, tmp_path, capsys):
         observation = env.step(action)[0]
     assert float(rows(tmp_path / "episodes.csv")[0]["at_bounds"]) == pytest.approx(np.mean(at_bounds))
     assert f"{np.mean(at_bounds):>9.0%}" in capsys.readouterr().out
+
+
+def test_a_film_its_caption_and_its_row_are_of_one_episode(run, tmp_path, monkeypatch, capsys):
+    filmed = []
+
+    def film(*arguments: object) -> float:
+        filmed.append((arguments[2], original(*arguments)))
+        return filmed[-1][1]
+
+    original = benchmark.evaluate.film
+    monkeypatch.setattr("benchmark.evaluate.film", film)
+    assert evaluate(run.directory, "--episodes", 3, "--stochastic", "--video", "-o", tmp_path) == 0
+    ((seed, earned),) = filmed
+    played = rows(tmp_path / "episodes.csv")
+    (shown,) = [row for row in played if row["film"]]
+    assert shown["film"] == f"{run.directory.name}.mp4" and int(shown["seed"]) == seed
+    assert float(shown["return"]) == earned == max(float(row["return"]) for row in played)
+    assert f"film of the best, seed {seed}, evaluation return {earned:,.1f}\n" in capsys.readouterr().out
+    assert evaluate(run.directory, "--episodes", 3, "--stochastic", "-o", tmp_path) == 0  # not filmed, it is the same
+    assert [row["return"] for row in rows(tmp_path / "episodes.csv")] == [row["return"] for row in played]
 
 
 def test_films_and_animations(run, tmp_path):

@@ -14,8 +14,11 @@ pytest.importorskip("matplotlib")
 
 from benchmark import figures, stats
 from benchmark.__main__ import main
-from benchmark.groups import gather
-from benchmark.report import FILMS_LIMIT, mixed_versions
+from benchmark.compose import FILMS_LIMIT
+from benchmark.groups import gather, methods_of
+from benchmark.report import with_baseline
+from benchmark.suites import Suite, keep_selection
+from benchmark.tables import mixed_versions
 
 
 def make_run(folder: Path, env_id: str, seed: int, script: str = "ppo_x", evaluations: int = 10, **more) -> Path:
@@ -32,6 +35,7 @@ def make_run(folder: Path, env_id: str, seed: int, script: str = "ppo_x", evalua
     rows = [f"{step},{k},{k},{final * step / steps[-1] + k - 0.5},7" for step in steps for k in (0, 1)]
     (run / "evaluations.csv").write_text("step,episode,seed,return,length\n" + "".join(f"{row}\n" for row in rows))
     (run / "progress.csv").write_text("step,wall_time,sps\n" + "".join(f"{s},{s * 6},100\n" for s in steps))
+    (run / "episodes.csv").write_text("step,wall_time,return,length\n" + "".join(f"{s},{s},{s},7\n" for s in steps))
     result = {"evaluation": {"mean": final}, "best": {"mean": final + 1}, "training_return": final - 1}
     (run / "result.json").write_text(json.dumps(result | {"wall_time": 60.0, "steps": steps[-1]}))
     return run
@@ -61,16 +65,14 @@ def test_tables_of_two_scripts_on_two_environments(tmp_path, capsys):
         (env_id, script) for env_id in ("A-v0", "B-v0") for script in ("ppo_x", "sac_x")
     ]
     first = results[0]
-    assert [float(first[name]) for name in ("final mean", "final IQM", "best (optimistic)", "training")] == [
-        2.5,
-        2.5,
-        3.5,
-        1.5,
-    ]
-    assert 1 <= float(first["final mean low"]) < 2.5 < float(first["final mean high"]) <= 4
+    assert [
+        float(first[name])
+        for name in ("final evaluation", "final evaluation IQM", "best evaluation (optimistic)", "training return")
+    ] == [2.5, 2.5, 3.5, 1.5]
+    assert 1 <= float(first["final evaluation low"]) < 2.5 < float(first["final evaluation high"]) <= 4
     (improved,) = rows(tmp_path / "out" / "improvements.csv")
-    assert (improved["method"], improved["is better than"]) == ("ppo_x", "sac_x")
-    assert float(improved["with probability"]) == 0.0
+    assert (improved["method"], improved["is better than"]) == ("sac_x", "ppo_x")
+    assert float(improved["with probability"]) == 1.0
 
     # 12 is reached by seeds 2, 3 and 4, at the first step with (10 + seed) * step / 100 of at least 12.
     asked = {row["method"]: row for row in rows(tmp_path / "out" / "thresholds.csv")}
@@ -86,9 +88,13 @@ def test_tables_of_two_scripts_on_two_environments(tmp_path, capsys):
 
     html = (tmp_path / "out" / "index.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", html)  # works without anything else
-    assert html.count("data:image/png") == 6 and "2.50" in html and "abcdef0" in html
-    assert "| A-v0 | ppo_x | 4 |" in capsys.readouterr().out
-    for name in ("curves-steps", "curves-time", "checkpoints", "boxes", "histograms", "improvements"):
+    assert html.count("data:image/png") == 7 and "2.50" in html and "abcdef0" in html
+    told = capsys.readouterr().out  # a table, not Markdown
+    assert re.search(
+        r"^A-v0\n +method +seeds +steps +final evaluation +training return\n +ppo_x +4 +100 +2.50 \[", told
+    )
+    assert "|" not in told
+    for name in ("curves-steps", "training", "curves-time", "checkpoints", "boxes", "histograms", "improvements"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000 and (tmp_path / "out" / f"{name}.svg").exists()
 
 
@@ -98,10 +104,61 @@ def test_settings_that_differ_set_methods_apart_and_incidental_ones_do_not(tmp_p
     make_run(tmp_path / "runs", "B-v0", 1, settings={"learning_rate": 0.1, "gamma": 0.9})
     assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
     assert [(row["environment"], row["method"], row["seeds"]) for row in rows(tmp_path / "out" / "results.csv")] == [
-        ("A-v0", "ppo_x learning-rate=0.1", "2"),
-        ("A-v0", "ppo_x learning-rate=0.2", "2"),
-        ("B-v0", "ppo_x learning-rate=0.1", "1"),
+        ("A-v0", "lr 0.1", "2"),
+        ("A-v0", "lr 0.2", "2"),
+        ("B-v0", "lr 0.1", "1"),
     ]
+
+
+def test_labels_say_what_differs_in_words(tmp_path):
+    settings = [{"learning_rate": 3e-4, "norm_obs": True}, {"learning_rate": 1e-3, "norm_obs": False}]
+    for own in settings:
+        make_run(tmp_path / "rates", "A-v0", 1, settings=own | {"gamma": 0.9})
+        make_run(tmp_path / "both", "A-v0", 1, settings=own)
+    make_run(tmp_path / "both", "A-v0", 1, script="sac_x")
+    assert labels(tmp_path / "rates") == ["lr 3e-4, norm obs", "lr 1e-3, no norm obs"]
+    assert labels(tmp_path / "both") == ["ppo_x, lr 3e-4, norm obs", "ppo_x, lr 1e-3, no norm obs", "sac_x"]
+    for total, last in ((60_000, 59_904), (100_000, 99_840)):
+        run = make_run(tmp_path / "lengths", "A-v0", 1, settings={"total_timesteps": total})
+        (run / "evaluations.csv").write_text(f"step,episode,seed,return,length\n{last},0,0,1,7\n")
+    assert labels(tmp_path / "lengths") == ["60k steps", "100k steps"]  # asked for, and not reached besides
+
+
+def labels(*paths: Path, baseline: str | None = None) -> list[str]:
+    groups = gather([*paths]).groups
+    return methods_of(with_baseline(groups, baseline)[0] if baseline else groups)
+
+
+def test_methods_stand_in_the_order_of_their_sweep_or_behind_the_baseline(tmp_path, capsys):
+    folder = tmp_path / "sweeps" / "rates"
+    for script in ("a_x", "b_x"):
+        for rate, final in ((1e-3, 1.0), (3e-4, 2.0)):
+            job = folder / f"{script}-{rate}"
+            make_run(job, "A-v0", 1, script=script, final=final, settings={"learning_rate": rate})
+    assert labels(folder) == ["a_x, lr 3e-4", "a_x, lr 1e-3", "b_x, lr 3e-4", "b_x, lr 1e-3"]
+    keep_selection(Suite(["b_x", "forks/a_x.py"], ["A-v0"], [1], grid={"learning-rate": ["1e-3", 3e-4]}), folder)
+    ordered = ["b_x, lr 1e-3", "b_x, lr 3e-4", "a_x, lr 1e-3", "a_x, lr 3e-4"]
+    assert labels(folder) == ordered
+    assert labels(folder, baseline="a_x, lr 1e-3") == [ordered[2], *ordered[:2], ordered[3]]
+
+    assert report(folder, "-o", tmp_path / "out", "--no-random", "--baseline", "a_x, lr 1e-3") == 0
+    compared = [(row["method"], row["is better than"]) for row in rows(tmp_path / "out" / "improvements.csv")]
+    assert compared == [(method, ordered[2]) for method in [*ordered[:2], ordered[3]]]
+    shown = (tmp_path / "out" / "curves-steps.svg").read_text()
+    assert re.findall(r">([ab]_x, lr [^<]*)<", shown) == [ordered[2], *ordered[:2], ordered[3]]
+    assert "<h1>rates</h1>" in (tmp_path / "out" / "index.html").read_text()
+    capsys.readouterr()
+    assert report(folder, "--baseline", "a_x") == 2
+    assert "--baseline a_x: 2 methods have this name" in capsys.readouterr().err
+
+
+def test_the_title_is_the_name_of_the_sweep_and_its_date(tmp_path):
+    for seed, day in ((1, 3), (2, 4)):
+        run = make_run(tmp_path / "cartpole-100k", "A-v0", seed)
+        meta = json.loads((run / "meta.json").read_text()) | {"started": f"2026-11-0{day}T12:00:00+00:00"}
+        (run / "meta.json").write_text(json.dumps(meta))
+    assert report(tmp_path / "cartpole-100k", "-o", tmp_path / "out", "--no-random") == 0
+    assert "<h1>cartpole-100k, 2026-11-04</h1>" in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_two_sources_of_a_script_are_not_one_method(tmp_path):
@@ -109,7 +166,7 @@ def test_two_sources_of_a_script_are_not_one_method(tmp_path):
         (make_run(tmp_path / "runs", "A-v0", seed) / "ppo_x.py").write_text(text)
     groups = gather([tmp_path / "runs"]).groups
     assert sorted(len(group.runs) for group in groups) == [1, 2] and not mixed_versions(groups)
-    assert all(re.fullmatch(r"ppo_x source=[0-9a-f]{8}", group.method) for group in groups)
+    assert all(re.fullmatch(r"source [0-9a-f]{8}", group.method) for group in groups)
 
 
 def test_it_is_told_where_environments_were_trained_on_by_different_sources(tmp_path, capsys):
@@ -125,8 +182,11 @@ def test_it_is_told_where_environments_were_trained_on_by_different_sources(tmp_
 def test_a_name_with_dollars_is_no_mathematics(tmp_path):
     for seed, rate in ((1, "$x^$"), (2, "$y^$")):
         make_run(tmp_path / "runs", "A$x^$-v0", seed, settings={"schedule": rate})
-    figures.learning_curves(gather([tmp_path / "runs"]).groups, {}, "steps").savefig(tmp_path / "curves.svg")
-    assert "A$x^$-v0" in (tmp_path / "curves.svg").read_text()
+    groups = gather([tmp_path / "runs"]).groups
+    drawn = figures.learning_curves(groups, {}, figures.colours(methods_of(groups)), "steps")
+    figures.save(drawn, tmp_path / "curves-v0.1")
+    shown = (tmp_path / "curves-v0.1.svg").read_text()
+    assert all(f">{name}<" in shown for name in ("A$x^$-v0", "schedule $x^$", "schedule $y^$"))
 
 
 def test_what_is_left_out_is_named(tmp_path, capsys):
@@ -145,7 +205,14 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
     for seed in (11, 12):  # the one failed on the way, the other before there was a run
         job = tmp_path / "runs" / f"job-seed={seed}"
         job.mkdir(exist_ok=True)
-        (job / "failed.json").write_text('{"reason": "exit status 1", "log": []}')
+        said = [
+            "╭─ Value error ──╮",
+            "│ --gamma 2: must be at most 1 │",
+            "│ For full helptext, see x --help │",
+            "╰──╯",
+            "",
+        ]
+        (job / "failed.json").write_text(json.dumps({"reason": "exit status 1", "log": said}))
     assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
     assert [row["seeds"] for row in rows(tmp_path / "out" / "results.csv")] == ["1"]
     told, html = capsys.readouterr().out, (tmp_path / "out" / "index.html").read_text()
@@ -160,7 +227,7 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
         (9, "not numbers"),
         (10, "has no config.yaml"),
         (11, "failed: exit status 1"),
-        (12, "failed: exit status 1"),
+        (12, "failed: exit status 1: --gamma 2: must be at most 1"),
     ):
         assert re.search(rf"left out: .*seed={seed}\b.*{why}", told) and why in html
 
@@ -171,14 +238,15 @@ def test_a_random_policy_and_films_are_shown(tmp_path, monkeypatch):
     for env_id in ("A-v0", "B-v0"):
         run = make_run(tmp_path / "runs", env_id, 1)
         make_run(tmp_path / "runs", env_id, 1, script="sac_x", final=8.0)
-        (run / "videos").mkdir()
+        (run / "videos").mkdir()  # the script films the best episode
         for step, content in ((50, b"old"), (100, b"new" if env_id == "A-v0" else bytes(int(FILMS_LIMIT)))):
             (run / "videos" / f"step-{step:09d}.mp4").write_bytes(content)
     assert report(tmp_path / "runs", "-o", tmp_path / "out") == 0
-    assert [row["random"] for row in rows(tmp_path / "out" / "results.csv")] == ["-4.0"] * 4
+    assert [row["random policy"] for row in rows(tmp_path / "out" / "results.csv")] == ["-4.0"] * 4
     reached = [float(row["return"]) for row in rows(tmp_path / "out" / "thresholds.csv")][::2]
     assert reached == pytest.approx([2.0, 6.8] * 2)  # of the way from -4 to 8
     html = (tmp_path / "out" / "index.html").read_text()
+    assert "A-v0, ppo_x, seed 1, step 100: an episode of return 1.5, the best of 2<" in html  # of 0.5 and 1.5
     assert "data:video/mp4;base64,bmV3" in html and "1 more would make this page larger than 40 MB" in html
     assert (tmp_path / "out" / "profiles.png").exists() and (tmp_path / "out" / "aggregates.svg").exists()
 
@@ -199,11 +267,64 @@ def test_scores_have_no_scale_where_nothing_is_better_than_random(tmp_path, monk
 def test_one_seed_has_no_interval_and_a_repeated_one_is_told(tmp_path, capsys):
     make_run(tmp_path / "runs", "A-v0", 1)
     assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
-    assert [row["final mean low"] for row in rows(tmp_path / "out" / "results.csv")] == ["nan"]
-    assert "| 1.00 | 1.00 | 2.00 |" in capsys.readouterr().out
+    assert [row["final evaluation low"] for row in rows(tmp_path / "out" / "results.csv")] == ["nan"]
+    assert re.search(r"ppo_x +1 +100 +1.00 +0.00\n", capsys.readouterr().out)
     make_run(tmp_path / "runs" / "again", "A-v0", 1)
     assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
     assert "note: A-v0, ppo_x: 2 runs of seed 1 count as 2 seeds" in capsys.readouterr().out
+
+
+def test_two_seeds_have_no_interval():
+    two, three = np.array([[1.0, 2.0], [3.0, 5.0]]), np.array([[1.0, 2.0], [3.0, 5.0], [4.0, 4.0]])
+    levels = np.array([2.5])
+    improved = [stats.probability_of_improvement([(a[:, 0], b[:, 0])]) for a, b in ((two, three), (three, three))]
+    profiles = [stats.performance_profile(scores, levels) for scores in (two, three)]
+    bands = [stats.mean_band(scores) for scores in (two, three)]
+    means = [stats.with_interval(scores, stats.mean) for scores in (two, three)]
+    for few, enough in (improved, profiles, bands, means):
+        assert np.isfinite(few[0]).all() and np.isnan(few[1:]).all() and np.isfinite(enough[1:]).all()
+    np.testing.assert_array_equal(bands[0][0], [2.0, 3.5])
+
+
+def test_a_certain_improvement_is_a_dot_within_the_figure():
+    figure = figures.intervals({"": [("a", 1.0, 1.0, 1.0), ("b", 0.5, np.nan, np.nan)]}, {}, "", within=(0, 1))
+    (axis,) = figure.axes
+    dots = [line for line in axis.lines if line.get_marker() == "o"]
+    assert [dot.get_xdata()[0] for dot in dots] == [0.5, 1.0] and axis.get_xlim()[1] > 1.0
+
+
+def test_seeds_stand_beside_their_mean_and_nothing_hangs_from_zero(tmp_path):
+    for seed in (1, 2, 3):
+        make_run(tmp_path, "A-v0", seed, final=-1000.0 - seed)
+    (axis,) = figures.checkpoints(gather([tmp_path]).groups, {}, {"ppo_x": "red"}).axes
+    means = [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "o"]
+    seeds = [line.get_xdata() for line in axis.lines if line.get_marker() == "."]
+    assert len(means) == 3 and all((beside > x + 0.05).all() for x, beside in zip(means, seeds, strict=True))
+    assert not axis.patches and axis.get_ylim()[1] < -100
+
+
+def test_figures_are_a_column_wide(tmp_path):
+    for env_id in ("A-v0", "B-v0", "C-v0"):
+        make_run(tmp_path, env_id, 1)
+    figures.save(figures.learning_curves(gather([tmp_path]).groups, {}, {"ppo_x": "red"}, "steps"), tmp_path / "curves")
+    width = int.from_bytes((tmp_path / "curves.png").read_bytes()[16:20])
+    assert width == 200 * 3.4 and 'width="244.8pt"' in (tmp_path / "curves.svg").read_text()
+
+
+def test_training_and_losses_are_drawn_over_steps(tmp_path):
+    run = make_run(tmp_path / "runs", "A-v0", 1, evaluations=6)
+    lines = [f"{step},{step},100,{step / 10},{'nan' if step < 30 else 5}" for step in range(10, 70, 10)]
+    (run / "progress.csv").write_text("\n".join(["step,wall_time,sps,policy_loss,q_loss", *lines]) + "\n")
+    (group,) = gather([tmp_path / "runs"]).groups
+    assert group.quantities() == ["policy_loss", "q_loss"]
+    assert group.quantity("policy_loss")[0, 9::10].tolist() == [1, 2, 3, 4, 5, 6]  # a point a step
+    q_loss = group.quantity("q_loss")[0]
+    assert np.isnan(q_loss[:29]).all() and (q_loss[29:] == 5).all()
+    assert group.returns_in_training[0, 9::10].tolist() == [10, 20, 30, 40, 50, 60]
+    assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
+    shown = (tmp_path / "out" / "losses-A-v0.svg").read_text()
+    assert "policy loss" in shown and "q loss" in shown
+    assert "training return" in (tmp_path / "out" / "training.svg").read_text()
 
 
 def test_figures_show_the_methods_that_rank_best(tmp_path):
@@ -226,8 +347,8 @@ def test_seeds_evaluated_at_other_steps(tmp_path):
     (run / "evaluations.csv").write_text("step,episode,seed,return,length\n50,0,0,1,7\n100,0,0,2,7\n")
     assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
     assert [(row["method"], row["seeds"]) for row in rows(tmp_path / "out" / "results.csv")] == [
-        ("ppo_x last-step=100", "3"),
-        ("ppo_x last-step=50", "1"),
+        ("50 steps", "1"),
+        ("100 steps", "3"),
     ]
 
 
@@ -257,7 +378,7 @@ def test_a_thousand_runs(tmp_path):
     results = rows(tmp_path / "out" / "results.csv")
     assert [row["seeds"] for row in results] == ["200"] * 5
     for k, row in enumerate(results):
-        assert float(row["final IQM"]) == pytest.approx(trim_mean(np.arange(k, 1000, 5), 0.25))
+        assert float(row["final evaluation IQM"]) == pytest.approx(trim_mean(np.arange(k, 1000, 5), 0.25))
 
 
 @pytest.mark.parametrize(
@@ -304,6 +425,9 @@ def test_statistics_agree_with_rliable():
 
 
 def test_improvement_counts_every_seed_where_environments_have_different_numbers():
-    pairs = [(np.array([1.0, 2.0, 3.0]), np.array([2.0, 0.0])), (np.array([5.0, 5.0]), np.array([4.0, 6.0, 5.0, 5.0]))]
+    pairs = [
+        (np.array([1.0, 2.0, 3.0]), np.array([2.0, 0.0, 4.0])),
+        (np.array([5.0] * 3), np.array([4.0, 6.0, 5.0, 5.0])),
+    ]
     middle, low, high = stats.probability_of_improvement(pairs)
-    assert middle == pytest.approx(np.mean([4.5 / 6, 0.5])) and 0 <= low < middle < high <= 1
+    assert middle == pytest.approx(np.mean([4.5 / 9, 0.5])) and 0 <= low < middle < high <= 1

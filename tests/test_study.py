@@ -21,6 +21,7 @@ def test_a_study_from_the_random_policy_to_the_last(tmp_path, monkeypatch, capsy
     command = ["run", "ppo_continuous", "Pendulum-v1", "-o", str(tmp_path / "out"), "--", *SETTINGS]
     main(command)
     (run,) = find_runs([tmp_path / "out"])
+    films = []
     for share, step in (("025", 1024), ("050", 2048), ("100", 4096)):
         folder = tmp_path / "out" / "checkpoints" / share
         meta = json.loads((folder / "meta.json").read_text())
@@ -30,10 +31,14 @@ def test_a_study_from_the_random_policy_to_the_last(tmp_path, monkeypatch, capsy
             returns = [float(row["return"]) for row in csv.DictReader(file)]
         table = run.table("evaluations")
         assert returns == table["return"][table["step"] == step].tolist() and len(returns) == 3
+        best = returns.index(max(returns))
+        assert meta["film"] == {"seed": 10_000 + best, "return": returns[best]}
+        films.append(f"{int(share)}% of the run: an episode of return {returns[best]:,.1f}, the best of 3<")
         for name in ("returns.png", "returns.svg", "episode.mp4", "episode.gif"):
             assert (folder / name).stat().st_size > 2000
     html = (tmp_path / "out" / "report" / "index.html").read_text()
     assert html.count("data:video/mp4") == 3 and "random policy" in html
+    assert all(film in html for film in films) and "<h1>ppo_continuous on Pendulum-v1, 20" in html
     assert "100%  step      4,096" in capsys.readouterr().out
 
     made = (tmp_path / "out" / "checkpoints" / "100" / "episode.gif").stat().st_mtime_ns

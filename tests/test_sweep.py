@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from benchmark import jobs
 from benchmark.__main__ import main
 from benchmark.runs import Run, find_runs, write_table
+from benchmark.suites import selection_of
 
 ROOT = Path(__file__).parent.parent
 STANDIN = str(ROOT / "tests" / "scripts.py")
@@ -50,6 +52,30 @@ def test_real_runs_and_their_repetition(tmp_path, capsys):
     assert sweep(*command) == 0
     assert "4 of them settled before" in capsys.readouterr().out
     assert made == {run.directory: run.last_checkpoint.stat().st_mtime_ns for run in find_runs([tmp_path / "out"])}
+
+
+def test_it_keeps_what_it_was_to_run_and_says_whose_return_it_shows(tmp_path, capsys):
+    grid = {"learning-rate": [0.2, 0.1]}
+    assert sweep(suite(tmp_path, grid=grid), "-o", tmp_path / "out") == 0
+    kept = selection_of(tmp_path / "out")
+    assert (kept.scripts, kept.seeds, kept.grid) == ([STANDIN], [1], grid)
+    assert re.search(
+        r"done: Nowhere-v0__scripts__learning-rate=0.2__1  evaluation return -?\d", capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("command", ["", "run", "sweep", "tune", "evaluate", "report", "random", "speed"])
+def test_help_is_80_columns_wide_and_keeps_examples_on_their_lines(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([*([command] if command else []), "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    examples = [k for k, line in enumerate(lines) if line.startswith("    python -m benchmark")]
+    assert len(examples) == {"sweep": 2, "tune": 1, "report": 3}.get(command, 0)
+    assert sum("python -m benchmark" in line for line in lines) == len(examples) + (2 if not command else 1)
+    if command == "sweep":
+        assert lines[examples[1] :][1] == "        --env-ids Hopper-v4 --seeds 5 -- --total-timesteps 1_000_000"
 
 
 def fork(tmp_path: Path) -> Path:
@@ -133,6 +159,9 @@ def test_a_full_disk_does_not_break_a_sweep_for_good(tmp_path, capsys, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
+        assert sweep(*command) == 2
+        assert f"--output {tmp_path / 'out'}: No space left on device" in capsys.readouterr().err
+        patch.setattr("benchmark.sweep.keep_selection", lambda *_: None)  # it is full only later
         assert sweep(*command) == 1
     assert "its files cannot be written" in capsys.readouterr().out
     assert not list((tmp_path / "out").rglob("*.json"))  # nor halves of them

@@ -1,0 +1,234 @@
+"""The tables of a report."""
+
+import itertools
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmark import page
+from benchmark.groups import Group, Material, environments_of, methods_of
+from benchmark.runs import write_atomically, write_table
+from benchmark.stats import interquartile_mean, mean, probability_of_improvement, with_interval
+
+
+@dataclass(frozen=True)
+class Table:
+    header: list[str]
+    rows: list[list]  # numbers as they are
+
+    def cells(self) -> list[list[str]]:
+        return [[cell(value) for value in row] for row in self.rows]
+
+    def textual(self) -> set[str]:
+        return {name for k, name in enumerate(self.header) if all(isinstance(row[k], str) for row in self.rows)}
+
+    def text(self) -> str:
+        """For the terminal."""
+        lines = [self.header, *self.cells()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        left = [name in self.textual() for name in self.header]
+        padded = [
+            [
+                text.ljust(width) if to_left else text.rjust(width)
+                for text, width, to_left in zip(line, widths, left, strict=True)
+            ]
+            for line in lines
+        ]
+        return "\n".join("  ".join(line).rstrip() for line in padded)
+
+    def markdown(self) -> str:
+        rule = [":--" if name in self.textual() else "--:" for name in self.header]
+        return "".join("| " + " | ".join(line) + " |\n" for line in (self.header, rule, *self.cells()))
+
+    def html(self) -> str:
+        return page.table(self.header, self.cells(), self.textual())
+
+    def write(self, path: Path) -> None:
+        columns = [expanded(name, [row[k] for row in self.rows]) for k, name in enumerate(self.header)]
+        write_table(path.with_suffix(".csv"), zip(*itertools.chain(*columns), strict=True))
+        write_atomically(path.with_suffix(".md"), self.markdown())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    middle: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if math.isnan(self.low):
+            return cell(self.middle)
+        return f"{cell(self.middle)} [{cell(self.low)}, {cell(self.high)}]"
+
+
+def expanded(name: str, values: list) -> list[list]:
+    """A column, or the three of estimates with intervals, each under its name."""
+    if not any(isinstance(value, Estimate) for value in values):
+        return [[name, *values]]
+    parts = zip(*((value.middle, value.low, value.high) for value in values), strict=True)
+    return [[title, *part] for title, part in zip((name, f"{name} low", f"{name} high"), parts, strict=True)]
+
+
+def cell(value: object) -> str:
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    if not math.isfinite(value):
+        return "-" if math.isnan(value) else "not reached"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def estimates(scores: np.ndarray) -> tuple[Estimate, Estimate]:
+    """Mean and interquartile mean over seeds."""
+    means, middles = (with_interval(scores[:, None], estimator) for estimator in (mean, interquartile_mean))
+    return Estimate(*means), Estimate(*middles)
+
+
+def results(groups: list[Group], baselines: dict[str, np.ndarray]) -> Table:
+    header = ["environment", "method", "seeds", "steps", "final evaluation", "final evaluation IQM"]
+    header += ["best evaluation (optimistic)", "training return", "random policy", "minutes"]
+    rows = []
+    for group in groups:
+        best, training = estimates(group.best)[0], estimates(group.training)[0]
+        random = float(baselines[group.env_id].mean()) if group.env_id in baselines else math.nan
+        minutes = float(np.mean([run.result["wall_time"] for run in group.runs]) / 60)
+        steps = int(group.curves[0][-1])
+        first = [group.env_id, group.method, len(group.runs), steps]
+        rows.append([*first, *estimates(group.final), best, training, random, minutes])
+    return Table(header, rows)
+
+
+def in_short(table: Table) -> str:
+    """The results for a terminal: a table under each environment's name."""
+    columns = ["method", "seeds", "steps", "final evaluation", "training return"]
+    rows = [dict(zip(table.header, row, strict=True)) for row in table.rows]
+    parts = []
+    for env_id in dict.fromkeys(row["environment"] for row in rows):
+        here = [row for row in rows if row["environment"] == env_id]
+        random = here[0]["random policy"]
+        heading = env_id if math.isnan(random) else f"{env_id}, where a random policy's return is {cell(random)}"
+        lines = Table(columns, [[row[name] for name in columns] for row in here]).text().splitlines()
+        parts.append("\n".join([heading, *(f"  {line}" for line in lines)]))
+    return "\n\n".join(parts)
+
+
+def all_returns(groups: list[Group]) -> Table:
+    """Both estimates of all three returns."""
+    rows = []
+    for group in groups:
+        three = {"final evaluation": group.final, "best evaluation (optimistic)": group.best}
+        for name, scores in (three | {"training": group.training}).items():
+            rows.append([group.env_id, group.method, name, len(scores), *estimates(scores)])
+    return Table(["environment", "method", "return", "seeds", "mean", "IQM"], rows)
+
+
+def per_seed(groups: list[Group]) -> Table:
+    header = [
+        "environment",
+        "method",
+        "seed",
+        "final evaluation",
+        "best evaluation",
+        "training return",
+        "minutes",
+        "run",
+    ]
+    rows = []
+    for group in groups:
+        for run, *numbers in zip(group.runs, group.final, group.best, group.training, strict=True):
+            numbers = [*map(float, numbers), run.result["wall_time"] / 60]
+            rows.append([group.env_id, group.method, run.config["seed"], *numbers, run.directory.name])
+    return Table(header, rows)
+
+
+def thresholds(
+    groups: list[Group], baselines: dict[str, np.ndarray], asked: dict[str, list[float]]
+) -> tuple[Table, Table]:
+    """Steps and seconds to thresholds, of the median seed and of every seed.
+
+    Where none is asked for: half and nine tenths of the way from the random policy to the best mean.
+    """
+    first = ["environment", "threshold", "return", "method"]
+    medians, seeds = [], []
+    for env_id in environments_of(groups):
+        here = [group for group in groups if group.env_id == env_id]
+        named = [("asked for", value) for value in asked.get(env_id, [])]
+        if not named and (ends := scale(here, baselines)):
+            bottom, top = ends
+            named = [(f"{share:.0%} of the way", bottom + share * (top - bottom)) for share in (0.5, 0.9)]
+        for (name, value), group in itertools.product(named, here):
+            row = [env_id, name, float(value), group.method]
+            steps, seconds = group.reached(value)
+            reached = f"{int(np.isfinite(steps).sum())} of {len(steps)}"
+            medians.append([*row, reached, float(np.median(steps)), float(np.median(seconds))])
+            for run, *numbers in zip(group.runs, steps, seconds, strict=True):
+                seeds.append([*row, run.config["seed"], *map(float, numbers)])
+    return (
+        Table([*first, "reached by", "median steps", "median seconds"], medians),
+        Table([*first, "seed", "steps", "seconds"], seeds),
+    )
+
+
+def scale(here: list[Group], baselines: dict[str, np.ndarray]) -> tuple[float, float] | None:
+    """The random policy's mean and the best group's on one environment; none if nothing is better than random."""
+    top = max(group.final.mean() for group in here)
+    if here[0].env_id in baselines and (bottom := baselines[here[0].env_id].mean()) < top:
+        return float(bottom), float(top)
+    return None
+
+
+def improvements(groups: list[Group], baseline: str | None) -> Table:
+    """Of all methods over the baseline, or of each over those before it, on the environments that they share."""
+    final: dict[str, dict[str, np.ndarray]] = {method: {} for method in methods_of(groups)}
+    for group in groups:
+        final[group.method][group.env_id] = group.final
+    pairs = [(one, baseline) for one in final if one != baseline]
+    rows = []
+    for one, other in pairs if baseline else [(b, a) for a, b in itertools.combinations(final, 2)]:
+        if shared := sorted(final[one].keys() & final[other].keys()):
+            scores = [(final[one][env_id], final[other][env_id]) for env_id in shared]
+            rows.append([one, other, ", ".join(shared), Estimate(*probability_of_improvement(scores))])
+    return Table(["method", "is better than", "on", "with probability"], rows)
+
+
+def repeated_seeds(groups: list[Group]) -> list[str]:
+    """Runs of one seed are no independent samples: intervals over them are too narrow."""
+    notes = []
+    for group in groups:
+        for seed, times in Counter(run.config["seed"] for run in group.runs).items():
+            if times > 1:
+                notes.append(f"{group.env_id}, {group.method}: {times} runs of seed {seed} count as {times} seeds")
+    return notes
+
+
+def mixed_versions(groups: list[Group]) -> list[str]:
+    """Of a script, under one name: within an environment they are methods of their own."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for group in groups:
+        found[group.method][group.env_id] = group.runs[0].version
+    return [
+        f"{method} is not the same script everywhere: " + ", ".join(f"{k} {v}" for k, v in versions.items())
+        for method, versions in found.items()
+        if len({*versions.values()}) > 1
+    ]
+
+
+def provenance(groups: list[Group]) -> Table:
+    header = ["environment", "method", "seeds", "commit", "versions", "host", "device", "command of the first"]
+    rows = []
+    for group in groups:
+        metas = [run.meta for run in group.runs]
+        commits = {f"{(m.get('git_commit') or 'none')[:7]}{' (dirty)' if m.get('git_dirty') else ''}" for m in metas}
+        versions = {" ".join(f"{k} {v}" for k, v in m.get("packages", {}).items()) for m in metas}
+        places = [", ".join(sorted({str(m.get(name, "-")) for m in metas})) for name in ("host", "device")]
+        seeds = " ".join(str(run.config["seed"]) for run in group.runs)
+        told = [", ".join(sorted(commits)), "; ".join(sorted(versions)), *places, metas[0].get("command", "-")]
+        rows.append([group.env_id, group.method, seeds, *told])
+    return Table(header, rows)
+
+
+def left_out(material: Material) -> Table:
+    rows = [[str(run.directory), "unfinished"] for run in material.unfinished]
+    return Table(["directory", "why"], rows + [[str(path), why] for path, why in material.unreadable.items()])
