@@ -148,10 +148,8 @@ class TrainEnv(gym.Wrapper):
         if self.worn:
             self.env.close()
             self.env = self.make()
-        world, self.last_mask = (
-            getattr(self.unwrapped, "world", None),
-            copy.copy(self.mask),
-        )  # it may be changed in place
+        world = getattr(self.unwrapped, "world", None)
+        self.last_mask = copy.copy(self.mask)  # which an environment may change in place
         observation, info = self.env.reset(seed=seed)
         self.mask = info.get("action_mask")
         self.worn = world is not None and self.unwrapped.world is world  # a Box2D world keeps traces of its past
