@@ -50,7 +50,7 @@ COMMON = {
     "ppo_atari_cnn": {"update_epochs": 4},
     # Random actions make the first row of progress; an update a step makes all others.
     "sac_continuous": {"num_steps": 1000, "learning_starts": 1000, "batch_size": 256, "sizes": [256, 256]},
-    "dqn": {"num_steps": 1000, "learning_starts": 1000, "batch_size": 128, "sizes": [128, 128]},
+    "dqn": {"num_steps": 1000, "learning_starts": 1000, "batch_size": 64, "sizes": [128, 128]},
 }
 OURS = {  # flags of our variants
     "ppo_continuous": {"ours": ["--no-recompute-advantages"]},
