@@ -86,7 +86,7 @@ class Args:
     lr_warmup: float = 0.0  # share of the run over which the learning rate first rises from 0
     buffer_size: int = 100_000  # observations in the replay buffer; the last one of an episode counts too
     learning_starts: int = 1000  # steps with random actions before the first update
-    updates_per_step: float = 0.5  # updates per step, however many environments there are
+    updates_per_step: float = 1.0  # updates per step, however many environments there are
     batch_size: int = 64  # transitions per update
     gamma: float = 0.99  # discount
     n_step: int = 3  # rewards in a return, before the target network's value
