@@ -73,7 +73,7 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
     env_kwargs: str = "{}"  # arguments of the environment, as JSON: '{"enable_wind": true}'
     eval_env_kwargs: str = "{}"  # arguments of the evaluation environment that differ, as JSON
-    num_envs: int = 1  # environments stepped together
+    num_envs: int = 8  # environments stepped together
     vec: Literal["sync", "async", "envpool"] = "sync"  # how: in turn, in a process each, or by EnvPool
     total_timesteps: int | float = 300_000  # steps over all environments
     seed: int = 1  # seed of everything random
@@ -81,13 +81,13 @@ class Args:
     threads: int = 1  # torch threads; small networks are fastest with one
     compile: bool = True  # compile the update (needs a C++ compiler)
 
-    learning_rate: float = 5e-4  # Adam's step size at the start
+    learning_rate: float = 1e-3  # Adam's step size at the start
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how the rate falls; the last two end at 0
     lr_warmup: float = 0.0  # share of the run over which the learning rate first rises from 0
     buffer_size: int = 100_000  # observations in the replay buffer; the last one of an episode counts too
     learning_starts: int = 1000  # steps with random actions before the first update
     updates_per_step: float = 1.0  # updates per step, however many environments there are
-    batch_size: int = 128  # transitions per update
+    batch_size: int = 64  # transitions per update
     gamma: float = 0.99  # discount
     n_step: int = 3  # rewards in a return, before the target network's value
     double_q: bool = True  # the network chooses the action by which the target network values what comes next
@@ -98,7 +98,7 @@ class Args:
     exploration_fraction: float = 0.1  # share of the run over which it falls
     action_masks: bool = True  # where `info` has an `action_mask`, what it forbids is not done
     norm_obs: bool = False  # normalise observations by their running mean and deviation
-    hidden_sizes: tuple[int, ...] = (256, 256)  # hidden layers of the network
+    hidden_sizes: tuple[int, ...] = (128, 128)  # hidden layers of the network
 
     num_evals: int = 10  # evaluations during the run, evenly spaced, the last at its end; 0 for none
     eval_episodes: int = 10  # episodes per evaluation: deterministic, with the same seeds each time
@@ -148,10 +148,8 @@ class TrainEnv(gym.Wrapper):
         if self.worn:
             self.env.close()
             self.env = self.make()
-        world, self.last_mask = (
-            getattr(self.unwrapped, "world", None),
-            copy.copy(self.mask),
-        )  # it may be changed in place
+        world = getattr(self.unwrapped, "world", None)
+        self.last_mask = copy.copy(self.mask)  # which an environment may change in place
         observation, info = self.env.reset(seed=seed)
         self.mask = info.get("action_mask")
         self.worn = world is not None and self.unwrapped.world is world  # a Box2D world keeps traces of its past

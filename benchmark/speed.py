@@ -58,7 +58,7 @@ COMMON = {
     "ppo_atari_cnn": {"update_epochs": 4},
     "sac_continuous": OFF_POLICY,
     "td3_continuous": OFF_POLICY,
-    "dqn": OFF_POLICY | {"batch_size": 128, "sizes": [128, 128]},
+    "dqn": OFF_POLICY | {"batch_size": 64, "sizes": [128, 128]},
 }
 OURS = {  # flags of our variants
     "ppo_continuous": {"ours": ["--no-recompute-advantages"]},

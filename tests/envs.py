@@ -179,6 +179,15 @@ class Signs(Echo):
         return self.shown.astype(np.float32)
 
 
+class Opposites(Signs):
+    """The same, shown beside its opposite."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1, 2))
+
+    def _show(self):
+        return np.array([[1, -1]], np.float32) * super()._show()
+
+
 class Filmed(Clock):
     """The clock as an image: a bright line that falls by a row a step. Pays for the second half of an episode.
 
@@ -279,6 +288,7 @@ gym.register("Clock-v0", Clock)
 gym.register("Ticks-v0", Ticks)
 gym.register("Echo-v0", Echo)
 gym.register("Signs-v0", Signs)
+gym.register("Opposites-v0", Opposites)
 gym.register("Mirror-v0", Mirror)
 gym.register("Fates-v0", Fates)
 gym.register("Turns-v0", Turns)

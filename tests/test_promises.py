@@ -398,7 +398,7 @@ SCRIPTS = {
     ),
     "dqn": Row(
         small={
-            "env_id": "tests.envs:Signs-v0",
+            "env_id": "tests.envs:Opposites-v0",
             "total_timesteps": 1024,
             "num_envs": 4,
             "learning_starts": 128,
