@@ -146,7 +146,6 @@ SCRIPTS = {
         killed={
             "HalfCheetah-v4": {"num_envs": 1, "policy_frequency": 2, "precision": "bf16"},
             "Hopper-v4": {"norm_obs": True, "total_timesteps": 3072},
-            "LunarLander-v3": {"env_kwargs": '{"continuous": true}', "total_timesteps": 2048},
         },
         played="HalfCheetah-v4",
         filmed="Pendulum-v1",
@@ -207,9 +206,7 @@ SCRIPTS = {
             "critic_sizes": (32, 32),
         },
         killed={
-            "HalfCheetah-v4": {"num_envs": 1, "policy_frequency": 3, "precision": "bf16"},
             "Hopper-v4": {"norm_obs": True, "total_timesteps": 3072},
-            "LunarLander-v3": {"env_kwargs": '{"continuous": true}', "total_timesteps": 2048},
         },
         played="HalfCheetah-v4",
         filmed="Pendulum-v1",
@@ -409,7 +406,6 @@ SCRIPTS = {
             "hidden_sizes": (32, 32),
         },
         killed={
-            "CartPole-v1": {"num_envs": 1, "target_network_frequency": 3, "tau": 1.0, "total_timesteps": 2048},
             "LunarLander-v3": {"norm_obs": True, "total_timesteps": 3072},
             "Taxi-v4": {"total_timesteps": 3072, "eval_episodes": 1},
         },
