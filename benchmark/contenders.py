@@ -1,4 +1,4 @@
-"""Trains another library's PPO, SAC, TD3 or DQN, with settings given as JSON, and prints its steps per second, at last.
+"""Trains another library's PPO, SAC, TD3 or DQN, with settings given as JSON; prints its steps per second at the end.
 
 Run in a process of its own: `python -m benchmark.contenders sb3 '{"env_id": "HalfCheetah-v4", …}'`.
 """
