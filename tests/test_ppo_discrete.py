@@ -438,6 +438,7 @@ def test_an_environment_that_allows_nothing_is_named(small, capsys):
 
 
 def test_masks_that_evaluation_lacks_or_envpool_does_not_give_are_refused(small, capsys, monkeypatch):
+    monkeypatch.setattr(ppo, "find_spec", lambda name: True)
     with pytest.raises(SystemExit, match="2"):
         train(replace(small, env_id="Taxi-v4", vec="envpool"))
     assert "--env-id Taxi-v4 --vec envpool: EnvPool gives no action masks" in capsys.readouterr().err
