@@ -146,6 +146,7 @@ SCRIPTS = {
         killed={
             "HalfCheetah-v4": {"num_envs": 1, "policy_frequency": 2, "precision": "bf16"},
             "Hopper-v4": {"norm_obs": True, "total_timesteps": 3072},
+            "LunarLander-v3": {"env_kwargs": '{"continuous": true}', "total_timesteps": 2048},
         },
         played="HalfCheetah-v4",
         filmed="Pendulum-v1",
