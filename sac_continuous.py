@@ -815,28 +815,43 @@ def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) ->
 def compile_update(
     args: Args, agent: Agent, learners: Learners, buffer: ReplayBuffer, run: "Run", interrupts: Sequence[int]
 ) -> Callable:
-    """Compiles by calls on copies of what changes. Where that is impossible, says so and returns what there is."""
-    started, device = time.perf_counter(), learners.target.device
-    D, A, B = agent.moments.mean.numel(), agent.low.numel(), args.batch_size
-    sizes = (2, D), (1 + args.policy_frequency, B, A)
-    scale, noise = (torch.ones(size, device=device) for size in sizes)
+    device, D, A, B = learners.target.device, agent.moments.mean.numel(), agent.low.numel(), args.batch_size
+    scale, noise = (torch.ones(size, device=device) for size in ((2, D), (1 + args.policy_frequency, B, A)))
     slots = torch.zeros(B, dtype=torch.int64, device=device)
     numbers = 1, args.policy_frequency, args.target_network_frequency
-    config = {}
+    calls = [
+        (agent, args, copy.deepcopy(learners), buffer.rings, scale, slots, noise, *parts)
+        for parts in {parts_of(args, number) for number in (*numbers, math.lcm(*numbers))}
+    ]
+    return compile_by(calls, update, device, run, interrupts)
+
+
+def compile_by(
+    calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run", interrupts: Sequence[int]
+) -> Callable:
+    """The function, compiled by calls on copies of what changes; as it is, where that is impossible."""
+    started = time.perf_counter()
+    torch.compiler.reset()
+
+    def compared(guards: Sequence) -> list[bool]:
+        """At every call: flags and shapes. Settings and the agent stay, and would take a fifth of the time."""
+        return [g.name.isidentifier() or g.guard_type == "TENSOR_MATCH" and "agent" not in g.name for g in guards]
+
+    config = {"guard_filter_fn": compared}
     if device.type == "cpu":
         # Compiling is quicker without a test of the vector instructions, a header for later, the debugger's lines.
-        config = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
+        config |= {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
         config |= {"aot_inductor.enable_line_tables": False, "cpp_wrapper": True}  # no kernel is called from Python
     run.say("compiling the update …")
     gc.disable()  # the compiler makes many objects, and keeps them
     try:
-        fast = torch.compile(update, fullgraph=True, dynamic=False, options=config)
-        for parts in {parts_of(args, number) for number in (*numbers, math.lcm(*numbers))}:
-            fast(agent, args, copy.deepcopy(learners), buffer.rings, scale, slots, noise, *parts)
+        fast = torch.compile(function, fullgraph=True, dynamic=False, options=config)
+        for call in calls:
+            fast(*call)
     except Exception as error:
         if not interrupts:  # which the compiler hears too
             run.say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
-        return update
+        return function
     finally:
         gc.enable()
     run.say(f"compiled in {time.perf_counter() - started:.1f} s")

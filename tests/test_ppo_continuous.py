@@ -262,8 +262,9 @@ def test_an_update_stops_at_the_gradient_norm():
 
 
 @needs_compiler
-def test_the_compiled_update_is_the_update():
-    args = replace(SMALL, num_envs=4, num_steps=16, num_minibatches=2)
+@pytest.mark.parametrize("vf_coef", [0.25, 2.0])  # the second is not taken for the first, which this process compiled
+def test_the_compiled_update_is_the_update(vf_coef):
+    args = replace(SMALL, num_envs=4, num_steps=16, num_minibatches=2, vf_coef=vf_coef)
     agent = agent_of(args)
     batch, learner = random_batch(agent), learner_of(agent, rate=1e-3)
     said = []
@@ -276,6 +277,10 @@ def test_the_compiled_update_is_the_update():
         tensor.copy_(value)
     torch.testing.assert_close(ppo.update(agent, args, learner, batch, indices), measures)
     torch.testing.assert_close(learner.theta, compiled)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        fast(agent, args, learner, batch, indices)
+        with pytest.raises(RuntimeError):  # an array of another size is not read by code for this one
+            fast(agent, args, learner, ppo.Batch(*(column[:60] for column in batch)), indices)
 
 
 def test_learning_rate_schedules():
