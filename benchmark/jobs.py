@@ -1,7 +1,6 @@
 """Jobs: one training run each, as a subprocess that can be stopped, found again and resumed."""
 
 import ctypes
-import fcntl
 import json
 import os
 import signal
@@ -9,14 +8,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from filelock import lock_descriptor
+
 from benchmark.runs import Run, find_runs, fingerprint, read_json, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBC = ctypes.CDLL(None)
+POSIX = os.name == "posix"
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PATIENCE = 60  # seconds in which a job that is told to stop may write its checkpoint
 
 
@@ -98,29 +101,37 @@ def tail(path: Path, lines: int) -> list[str]:
 
 def die_with_parent() -> None:
     """In the child: the kernel ends it with the process that began it, however that ends (Linux)."""
-    if sys.platform == "linux":
+    if LIBC:
         LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def lock(job: Job, stopped: Callable[[], bool] = lambda: False) -> IO | None:
-    """Held by the job's process too, so nobody begins the job elsewhere while it is alive; None once `stopped`."""
-    file = (Path(job.directory) / "lock").open("w")
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if stopped():
-                file.close()
-                return None
-            time.sleep(0.2)
+    """Held by the job's process too, so nobody begins the job elsewhere while it is alive; None once `stopped`.
+
+    Windows lets no process inherit a lock: there only the sweep holds it.
+    """
+    file = (Path(job.directory) / "lock").open("ab")
+    while not lock_descriptor(file.fileno(), blocking=False):
+        if stopped():
+            file.close()
+            return None
+        time.sleep(0.2)
+    return file
 
 
-def run_job(job: Job, stopped: Callable[[], bool] = lambda: False, silence: float = 1800.0) -> str:
+def alone(held: IO) -> dict[str, object]:
+    """How a job is started so that Ctrl-C reaches the sweep alone, which stops its jobs in order."""
+    if not POSIX:
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    return {"start_new_session": True, "pass_fds": [held.fileno()], "preexec_fn": die_with_parent}
+
+
+def run_job(job: Job, stopped: Callable[[], bool] = lambda: False, silence: float = 1800.0, grace: float = 0.0) -> str:
     """Runs a job to its end: "done", "failed" or, once `stopped` says so, "interrupted".
 
-    A job that writes nothing for `silence` seconds is ended; that is a failure too. Runs of another version of its
-    script get hidden: who begins the job has asked for that.
+    A job that writes nothing for `silence` seconds is ended; that is a failure too. One that is stopped is told after
+    `grace` seconds, if it has not ended by itself. Runs of another version of its script get hidden: who begins the
+    job has asked for that.
     """
     directory = Path(job.directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -146,15 +157,15 @@ def run_job(job: Job, stopped: Callable[[], bool] = lambda: False, silence: floa
             stdout=log,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": str(job.threads), "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,  # Ctrl-C reaches the sweep alone, which stops its jobs in order
-            pass_fds=[held.fileno()],
-            preexec_fn=die_with_parent,
+            **alone(held),
         )
         reason = None
         try:
             while process.poll() is None:
                 time.sleep(0.2)
                 if stopped():
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(grace)
                     end(process)
                     break
                 if time.monotonic() - started > silence and time.time() - last_sign(job, log) > silence:
@@ -194,5 +205,5 @@ def end(process: subprocess.Popen) -> None:
         try:
             process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL) if POSIX else process.kill()
             process.wait()

@@ -144,7 +144,7 @@ def replacing(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield unfinished
-        with unfinished.open("rb") as file:
+        with unfinished.open("rb+") as file:  # Windows syncs no file that is only read
             os.fsync(file.fileno())
         unfinished.replace(path)
     finally:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
 from pathlib import Path
 
 import gymnasium as gym
@@ -16,6 +17,8 @@ import yaml
 from benchmark.errors import refuse
 from benchmark.jobs import ROOT, Job
 from benchmark.runs import fingerprint, import_script, read_json, write_atomically
+
+IS_CLONE = (ROOT / "pyproject.toml").is_file()
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,25 @@ class Suite:
     words: tuple[str, ...] = ()  # as `args`, but as given on the command line
 
 
+def our_scripts() -> dict[str, Path]:
+    """By their names: those of the clone, or those that pip has put among the modules of others."""
+    if IS_CLONE:
+        return {path.stem: path for path in ROOT.glob("*.py")}
+    modules = (metadata.distribution("solorl").read_text("top_level.txt") or "").split()
+    return {name: path for name in modules if (path := ROOT / f"{name}.py").is_file()}
+
+
+def hint(path: Path) -> str:
+    """Where a file of ours that is not here may be."""
+    if path.parts[:1] not in (("suites",), ("configs",)):
+        return ""
+    there = ROOT / path
+    return f"; it is {there}" if there.is_file() else "" if IS_CLONE else "; suites and configs come with a clone only"
+
+
 def find_script(name: str) -> Path:
     """A script of ours by its name, or any by its path."""
-    ours = {path.stem: path for path in ROOT.glob("*.py")}
+    ours = our_scripts()
     if name in ours:
         return ours[name]
     path = Path(name)
@@ -51,6 +70,8 @@ def check(script: Path, env_ids: Iterable[str], words: Iterable[str]) -> None:
     finally:
         sys.path.remove(str(script.parent))
     for word in words:
+        if (told := hint(Path(word))) and not Path(word).exists():
+            refuse(f"{word}: there is no such file{told}")
         name = word.removeprefix("--").partition("=")[0].replace("-", "_")
         if word.startswith("--") and name not in names and name.removeprefix("no_") not in names:
             near = [f"; did you mean --{n.replace('_', '-')}?" for n in difflib.get_close_matches(name, names, 1)]
@@ -78,7 +99,7 @@ def read_suite(path: Path) -> Suite:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
-        refuse(f"{path}: {' '.join(str(error).split())}")
+        refuse(f"{path}: {' '.join(str(error).split())}{hint(path)}")
     if not isinstance(content, dict):
         refuse(f"{path}: a suite is a mapping with scripts, env_ids and seeds")
     content = {str(key).replace("-", "_"): value for key, value in content.items()}

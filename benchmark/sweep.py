@@ -19,9 +19,16 @@ import tyro
 from benchmark.errors import refuse
 from benchmark.executors import run_locally, run_on_ray
 from benchmark.jobs import Job
+from benchmark.slurm import Request, check_request, run_on_slurm
 from benchmark.suites import Suite, check, default_directory, jobs_of, keep_selection, read_suite
 
 KINDS = ("evaluation", "training")  # of returns
+
+
+def described_at(job: Job) -> int | None:
+    """When it began, by the clock of whoever keeps its files; other nodes' may differ."""
+    description = Path(job.directory) / "job.json"
+    return description.stat().st_mtime_ns if description.exists() else None
 
 
 class Watch:
@@ -29,7 +36,8 @@ class Watch:
 
     def __init__(self, jobs: list[Job], ended: dict[Job, str]):
         self.jobs, self.ended = jobs, ended
-        self.began, self.started = time.monotonic(), time.time()
+        self.began = time.monotonic()
+        self.before = {job: described_at(job) for job in jobs}
         self.first: dict[Job, float] = {}  # share of each job that was done before it ran here
         self.finals: dict[Job, dict[str, float]] = {}  # the last return of a kind: "evaluation" or "training"
 
@@ -40,8 +48,7 @@ class Watch:
         """The running jobs with their last progress."""
         found = {}
         for job in self.jobs:
-            description = Path(job.directory) / "job.json"
-            if job in self.ended or not description.exists() or description.stat().st_mtime < self.started - 1:
+            if job in self.ended or described_at(job) == self.before[job]:
                 continue
             found[job] = {"share": 0.0, "sps": 0.0, "return": None}
             if (run := job.run()) and (rows := run.last_rows("progress", 1)):
@@ -201,10 +208,13 @@ def sweep(
     rerun: bool = False,
     silence: float = 30.0,
     dry_run: bool = False,
-    executor: Literal["local", "ray"] = "local",
+    executor: Literal["local", "ray", "slurm"] = "local",
     address: str | None = None,
     cpus: float = 1.0,
     gpus: float = 0.0,
+    partition: str | None = None,
+    time_limit: int = 240,
+    sbatch: tuple[str, ...] = (),
     words: Annotated[tuple[str, ...], tyro.conf.Suppress] = (),
 ) -> None:
     r"""Train many runs. Started again, it skips what is finished and resumes what was interrupted.
@@ -229,10 +239,13 @@ def sweep(
         rerun: run again what an earlier version of its script has run; those runs stay, in hidden folders
         silence: minutes without a sign of life after which a run is ended, as failed
         dry_run: print the commands and end
-        executor: this machine, or a Ray cluster
+        executor: this machine, or a Ray or Slurm cluster
         address: of the Ray cluster; by default the one of this machine, which is started if there is none
         cpus: what a run reserves on the cluster
         gpus: what a run reserves on the cluster
+        partition: of the Slurm cluster
+        time_limit: minutes after which Slurm puts a run back into its queue, to go on later
+        sbatch: more of Slurm's options, such as account=lab mem=8G
         words: everything after --
     """
     if suite and (scripts or env_ids):
@@ -242,6 +255,16 @@ def sweep(
             refuse(f"--{name} {value}: must be at least 1")
     if not silence > 0:
         refuse(f"--silence {silence}: must be above 0")
+    for name, value, needed in (
+        ("address", address, "ray"),
+        ("partition", partition, "slurm"),
+        ("sbatch", sbatch, "slurm"),
+    ):
+        if value and executor != needed:
+            refuse(f"--{name}: is of --executor {needed}")
+    if executor == "slurm" and not (cpus >= 1 and gpus >= 0 and time_limit >= 1 and cpus % 1 == gpus % 1 == 0):
+        refuse(f"--cpus {cpus:g} --gpus {gpus:g} --time-limit {time_limit}: Slurm takes whole numbers, from 1, 0 and 1")
+    request = Request(partition, time_limit, int(cpus), int(gpus), sbatch)
     chosen = read_suite(suite) if suite else Suite(list(scripts), list(env_ids), list(range(1, seeds + 1)))
     chosen = replace(chosen, words=words)
     directory = output or (Path("sweeps") / suite.stem if suite else default_directory(chosen))
@@ -256,6 +279,8 @@ def sweep(
     if dry_run:
         print("\n".join(shlex.join(job.command()) for job in todo))
         return
+    if executor == "slurm":
+        check_request(request)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -266,6 +291,8 @@ def sweep(
     def execute(todo: list[Job], stop: threading.Event):
         if executor == "ray":
             return run_on_ray(todo, address, cpus, gpus, silence * 60, stop)
+        if executor == "slurm":
+            return run_on_slurm(todo, request, silence * 60, stop)
         return run_locally(todo, workers, silence * 60, stop)
 
     ended = run_sweep(jobs, settled, execute)

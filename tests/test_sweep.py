@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmark import jobs
+from benchmark import jobs, suites
 from benchmark.__main__ import main
+from benchmark.jobs import tail
 from benchmark.runs import Run, find_runs, write_table
 from benchmark.suites import selection_of
 
@@ -282,6 +283,30 @@ def test_nobody_runs_a_job_that_runs_already(tmp_path):
         assert process.wait(20) == 0
 
 
+def test_a_job_that_outlives_its_sweep_is_not_begun_again(tmp_path):
+    (job,) = jobs_in(tmp_path, args={"mood": "stubborn"})
+    words = [sys.executable, "-m", "benchmark", "sweep", str(tmp_path / "suite.yaml"), "-o", str(tmp_path / "out")]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not tail(job.log, 1):
+        time.sleep(0.05)
+    lives = int(tail(job.log, 1)[0].split()[1])
+    process.kill()
+    process.wait()
+    try:
+        time.sleep(0.3)
+        assert jobs.lock(job, stopped=lambda: True) is None
+    finally:
+        os.kill(lives, signal.SIGKILL)
+    time.sleep(0.3)
+    with jobs.lock(job, stopped=lambda: True) as held:
+        assert held
+
+
+def test_the_harness_loads_where_posix_is_not():
+    code = "import os, sys; sys.modules['fcntl'] = None; del os.killpg, os.fork; import benchmark.__main__"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_who_waits_for_a_job_can_be_stopped(tmp_path):
     (job,) = jobs_in(tmp_path)
     Path(job.directory).mkdir(parents=True)
@@ -370,6 +395,24 @@ def test_a_wrong_suite_is_one_line(tmp_path, capsys, content, told):
     assert sweep(suite(tmp_path, **content), "-o", tmp_path / "out") == 2
     printed = capsys.readouterr()
     assert told in printed.err and printed.err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_what_only_a_clone_has_is_said_where_there_is_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["--scripts", STANDIN, "--env-ids", "A-v0", "--", "--mood", "configs/ppo_continuous/textbook.yaml"]
+    for wrong, name in ((["suites/mujoco-1m.yaml"], "suites/mujoco-1m.yaml"), (words, words[-1])):
+        assert sweep(*wrong) == 2
+        assert f"{name}: " in (told := capsys.readouterr().err) and f"; it is {ROOT / name}\n" in told
+    for path in (
+        Path(STANDIN).with_name("envs.py"),
+        ROOT / "ppo_discrete.py",
+    ):  # as pip installs, among others' modules
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(suites, "ROOT", tmp_path)
+    monkeypatch.setattr(suites, "IS_CLONE", False)
+    assert suites.our_scripts() == {"ppo_discrete": tmp_path / "ppo_discrete.py"}
+    assert sweep("suites/mujoco-1m.yaml") == 2 and "come with a clone only" in capsys.readouterr().err
+    assert sweep("nowhere.yaml") == 2 and "clone" not in capsys.readouterr().err
 
 
 def test_names_of_arguments_are_names(tmp_path, capsys):

@@ -1,0 +1,186 @@
+"""On a Slurm cluster jobs are the elements of an array. The folder slurm/ beside them holds what Slurm wrote of them.
+
+Slurm sends SIGTERM to what it preempts, what is cancelled, and what will soon be out of time: the run is stopped where
+it can be resumed, and unless it was cancelled, Slurm puts the same element back into its queue.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from benchmark.errors import refuse
+from benchmark.jobs import ROOT, Job, fail, run_job
+from benchmark.runs import read_json, write_atomically
+
+NOTICE = 90  # seconds before a job is out of time, at most half of it
+WAITS = 15  # seconds between two questions to Slurm's queue
+OURS = {"array", "output", "error", "open-mode", "job-name", "signal", "requeue", "no-requeue", "wrap", "test-only"}
+OURS |= {"partition", "time", "cpus-per-task", "gpus-per-node"}  # which have flags of the sweep
+ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
+ENDED |= {"REVOKED", "TIMEOUT", "GONE"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What every job asks Slurm for."""
+
+    partition: str | None
+    minutes: int
+    cpus: int
+    gpus: int
+    further: tuple[str, ...] = ()  # options of sbatch: "account=lab", "exclusive"
+
+    def options(self) -> dict[str, str | int | bool]:
+        """As sbatch knows them."""
+        asked = {"partition": self.partition, "time": self.minutes, "cpus-per-task": self.cpus}
+        asked |= {"gpus-per-node": self.gpus or None}
+        for word in self.further:
+            name, equals, value = word.removeprefix("--").partition("=")
+            asked[name] = value if equals else True
+        return {name: value for name, value in asked.items() if value is not None}
+
+
+def check_request(request: Request) -> None:
+    """Refuses what Slurm would refuse, before anything is written."""
+    try:
+        import submitit  # noqa: F401
+    except ImportError:
+        refuse("--executor slurm: submitit is not installed; pip install -e '.[slurm]'")
+    for word in request.further:
+        name = word.removeprefix("--").partition("=")[0]
+        if not re.fullmatch(r"[a-z][a-z-]+", name) or name in OURS:
+            refuse(f"--sbatch {word}: must be an option of sbatch that the sweep does not set, such as account=lab")
+    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in request.options().items()]
+    try:
+        tried = subprocess.run(["sbatch", "--test-only", *words, "--wrap=true"], capture_output=True, text=True)
+    except FileNotFoundError:
+        refuse("--executor slurm: Slurm's sbatch is not installed here")
+    if tried.returncode:
+        told = tried.stderr.strip().splitlines() or ["it does not say why"]
+        refuse(f"--executor slurm: sbatch {shlex.join(words)} is refused: {told[-1]}")
+
+
+def run_on_slurm(jobs: list[Job], request: Request, silence: float, stop: threading.Event) -> Iterator:
+    """Jobs that Slurm still has, from a sweep that was killed, are not given to it again.
+
+    The nodes must see this folder and the jobs' directories under the same paths.
+    """
+    if not jobs:
+        return
+    from submitit import SlurmJob
+
+    folder = Path(jobs[0].directory).parent / "slurm"
+    numbers, states = read_json(folder / "jobs.json") or {}, ask_queue(folder) or {}
+    left = [job for job in jobs if states.get(numbers.get(job.name), "GONE") not in ENDED]
+    for job in left:
+        description = Path(job.directory) / "job.json"
+        if states[numbers[job.name]] == "RUNNING" and description.exists():
+            os.utime(description)  # as if it had begun now: it is shown as running
+    if new := [job for job in jobs if job not in left]:
+        numbers |= submit(new, request, silence, folder)
+        write_atomically(folder / "jobs.json", json.dumps(numbers, indent=2) + "\n")
+
+    waiting = {job: SlurmJob(folder, numbers[job.name]) for job in jobs}
+    asked, cancelled, missed = time.monotonic(), False, set()
+    while waiting:
+        if stop.is_set() and not cancelled:
+            subprocess.run(["scancel", *(slurm_job.job_id for slurm_job in waiting.values())], capture_output=True)
+            cancelled = True
+        time.sleep(1)
+        results = {job: slurm_job for job, slurm_job in waiting.items() if slurm_job.paths.result_pickle.exists()}
+        ended = {job: outcome(job, slurm_job) for job, slurm_job in results.items()}
+        if time.monotonic() - asked > (1 if cancelled else WAITS) and (states := ask_queue(folder)) is not None:
+            asked = time.monotonic()
+            gone = {job for job in waiting.keys() - ended if states.get(waiting[job].job_id, "GONE") in ENDED}
+            for job in gone if cancelled else gone & missed:  # at the second time: a result may be on its way
+                ended[job] = end_of(job, states.get(waiting[job].job_id, "GONE"), cancelled)
+            missed = gone
+        for job, how in ended.items():
+            del waiting[job]
+            yield job, how
+        if not ended:
+            yield None
+
+
+def submit(jobs: list[Job], request: Request, silence: float, folder: Path) -> dict[str, str]:
+    """Slurm's number of each job, by its name."""
+    from submitit import SlurmExecutor
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+    from submitit.helpers import clean_env
+
+    executor = SlurmExecutor(folder)
+    executor.update_parameters(
+        job_name=name_of(folder),
+        time=request.minutes,
+        stderr_to_stdout=True,
+        array_parallelism=len(jobs),
+        setup=[f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"'],
+        srun_args=[f"--cpus-per-task={request.cpus}"],  # which it does not take from sbatch, from Slurm 22.05 on
+        additional_parameters=request.options()
+        | {"requeue": True, "signal": f"TERM@{min(NOTICE, 30 * request.minutes)}"},
+    )
+    kept = {name: value for name, value in os.environ.items() if name.startswith(("SLURM_CONF", "SBATCH_"))}
+    try:
+        with clean_env():  # of a job of Slurm's that this may be run in
+            os.environ.update(kept)
+            submitted = executor.submit_array([partial(work, job, silence) for job in jobs])
+    except (FailedJobError, FailedSubmissionError) as error:
+        refuse(f"--executor slurm: {' '.join(str(error).split())[-300:]}")
+    return {job.name: slurm_job.job_id for job, slurm_job in zip(jobs, submitted, strict=True)}
+
+
+def name_of(folder: Path) -> str:
+    return "solorl-" + re.sub(r"[^\w.-]", "-", folder.parent.name)
+
+
+def work(job: Job, silence: float) -> str:
+    """What runs on the node. It returns when the job needs no more of Slurm."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    # Slurm signals the run itself too, where it does not track processes by cgroups; told twice, a run stops at once.
+    how = run_job(job, stop.is_set, silence, grace=5)
+    if how != "interrupted":
+        return how
+    number = os.environ["SLURM_JOB_ID"]
+    state = subprocess.run(["squeue", "--noheader", "--format=%T", f"--jobs={number}"], capture_output=True, text=True)
+    if state.stdout.strip() == "RUNNING":  # nobody cancelled it, nor has Slurm requeued it
+        subprocess.run(["scontrol", "requeue", number])
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def ask_queue(folder: Path) -> dict[str, str] | None:
+    """The state of each job of this folder that Slurm remembers, by its number; None if Slurm does not answer."""
+    words = ["squeue", "--me", "--array", "--noheader", "--states=all", f"--name={name_of(folder)}", "--format=%i %T"]
+    try:
+        listed = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(line.split() for line in listed.splitlines())
+
+
+def outcome(job: Job, slurm_job) -> str:
+    """What `work` returned."""
+    from submitit.core.utils import UncompletedJobError
+
+    try:
+        return slurm_job.result()
+    except UncompletedJobError:
+        return fail(job, f"could not be run on its node; {slurm_job.paths.stdout} says why", 0.0)
+
+
+def end_of(job: Job, state: str, cancelled: bool) -> str:
+    """How a job is that has left Slurm without a result."""
+    if job.state() == "done":
+        return "done"
+    if cancelled:
+        return "interrupted"
+    return fail(job, f"Slurm ended it ({state}); its words are in {Path(job.directory).parent / 'slurm'}", 0.0)
