@@ -144,13 +144,15 @@ def name_of(folder: Path) -> str:
 
 def work(job: Job, silence: float) -> str:
     """What runs on the node. It returns when the job needs no more of Slurm."""
+    from submitit import JobEnvironment
+
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     # Slurm signals the run itself too, where it does not track processes by cgroups; told twice, a run stops at once.
     how = run_job(job, stop.is_set, silence, grace=5)
     if how != "interrupted":
         return how
-    number = os.environ["SLURM_JOB_ID"]
+    number = JobEnvironment().job_id  # of this element: $SLURM_JOB_ID may mean the whole array
     state = subprocess.run(["squeue", "--noheader", "--format=%T", f"--jobs={number}"], capture_output=True, text=True)
     if state.stdout.strip() == "RUNNING":  # nobody cancelled it, nor has Slurm requeued it
         subprocess.run(["scontrol", "requeue", number])

@@ -44,9 +44,9 @@ def main() -> None:
         (run / "progress.csv").write_text("step,wall_time,sps\n")
         (run / "episodes.csv").write_text("step,wall_time,return,length\n")
         (run / "evaluations.csv").write_text("step,episode,seed,return,length\n")
-    print(f"began {os.getpid()}", flush=True)
     if args.mood == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print(f"began {os.getpid()}", flush=True)
     if args.mood == "crash":
         raise RuntimeError("the critic is a divergent one")
     if args.mood == "leave":

@@ -22,7 +22,7 @@ ClusterName=one
 SlurmctldHost=$host
 SlurmUser=root
 SlurmdUser=root
-AuthInfo=socket=$folder/munge.socket,cred_expire=5 # a requeued job waits that long
+AuthInfo=socket=$folder/munge.socket,cred_expire=5 # requeued jobs wait as long; by default two minutes
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ProctrackType=proctrack/linuxproc
