@@ -205,5 +205,8 @@ def end(process: subprocess.Popen) -> None:
         try:
             process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL) if POSIX else process.kill()
+            if POSIX:
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
             process.wait()

@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,17 +80,14 @@ def run_on_slurm(jobs: list[Job], request: Request, silence: float, stop: thread
     from submitit import SlurmJob
 
     folder = Path(jobs[0].directory).parent / "slurm"
-    numbers, states = read_json(folder / "jobs.json") or {}, ask_queue(folder) or {}
-    left = [job for job in jobs if states.get(numbers.get(job.name), "GONE") not in ENDED]
-    for job in left:
-        description = Path(job.directory) / "job.json"
-        if states[numbers[job.name]] == "RUNNING" and description.exists():
-            os.utime(description)  # as if it had begun now: it is shown as running
+    known = read_json(folder / "jobs.json") or {}
+    left = still_queued(jobs, known, ask_queue(folder) or {})
     if new := [job for job in jobs if job not in left]:
-        numbers |= submit(new, request, silence, folder)
-        write_atomically(folder / "jobs.json", json.dumps(numbers, indent=2) + "\n")
+        numbers = submit(new, request, silence, folder)
+        known |= {job.name: {"number": numbers[job], "job": job.description()} for job in new}
+        write_atomically(folder / "jobs.json", json.dumps(known, indent=2) + "\n")
 
-    waiting = {job: SlurmJob(folder, numbers[job.name]) for job in jobs}
+    waiting = {job: SlurmJob(folder, known[job.name]["number"]) for job in jobs}
     asked, cancelled, missed = time.monotonic(), False, set()
     while waiting:
         if stop.is_set() and not cancelled:
@@ -111,8 +109,22 @@ def run_on_slurm(jobs: list[Job], request: Request, silence: float, stop: thread
             yield None
 
 
-def submit(jobs: list[Job], request: Request, silence: float, folder: Path) -> dict[str, str]:
-    """Slurm's number of each job, by its name."""
+def still_queued(jobs: list[Job], known: dict[str, dict], states: dict[str, str]) -> list[Job]:
+    """Those that an earlier sweep gave to Slurm, which is not done with them."""
+    left = [job for job in jobs if job.name in known and states.get(known[job.name]["number"], "GONE") not in ENDED]
+    for job in left:
+        number, description = known[job.name]["number"], Path(job.directory) / "job.json"
+        if known[job.name]["job"] != job.description():
+            refuse(
+                f"{job.name}: Slurm still has it with other arguments, or another script; scancel {number} ends that"
+            )
+        if states[number] == "RUNNING" and description.exists():
+            os.utime(description)  # as if it had begun now: it is shown as running
+    return left
+
+
+def submit(jobs: list[Job], request: Request, silence: float, folder: Path) -> dict[Job, str]:
+    """Slurm's number of each job."""
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError, FailedSubmissionError
     from submitit.helpers import clean_env
@@ -133,9 +145,9 @@ def submit(jobs: list[Job], request: Request, silence: float, folder: Path) -> d
         with clean_env():  # of a job of Slurm's that this may be run in
             os.environ.update(kept)
             submitted = executor.submit_array([partial(work, job, silence) for job in jobs])
-    except (FailedJobError, FailedSubmissionError) as error:
+    except (FailedJobError, FailedSubmissionError, OSError) as error:
         refuse(f"--executor slurm: {' '.join(str(error).split())[-300:]}")
-    return {job.name: slurm_job.job_id for job, slurm_job in zip(jobs, submitted, strict=True)}
+    return {job: slurm_job.job_id for job, slurm_job in zip(jobs, submitted, strict=True)}
 
 
 def name_of(folder: Path) -> str:
@@ -149,7 +161,10 @@ def work(job: Job, silence: float) -> str:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     # Slurm signals the run itself too, where it does not track processes by cgroups; told twice, a run stops at once.
-    how = run_job(job, stop.is_set, silence, grace=5)
+    try:
+        how = run_job(job, stop.is_set, silence, grace=5)
+    except OSError:
+        how = "failed"
     if how != "interrupted":
         return how
     number = JobEnvironment().job_id  # of this element: $SLURM_JOB_ID may mean the whole array
@@ -176,7 +191,7 @@ def outcome(job: Job, slurm_job) -> str:
     try:
         return slurm_job.result()
     except UncompletedJobError:
-        return fail(job, f"could not be run on its node; {slurm_job.paths.stdout} says why", 0.0)
+        return failed(job, f"could not be run on its node; {slurm_job.paths.stdout} says why")
 
 
 def end_of(job: Job, state: str, cancelled: bool) -> str:
@@ -185,4 +200,10 @@ def end_of(job: Job, state: str, cancelled: bool) -> str:
         return "done"
     if cancelled:
         return "interrupted"
-    return fail(job, f"Slurm ended it ({state}); its words are in {Path(job.directory).parent / 'slurm'}", 0.0)
+    return failed(job, f"Slurm ended it ({state}); what it wrote is in {Path(job.directory).parent / 'slurm'}")
+
+
+def failed(job: Job, reason: str) -> str:
+    with suppress(OSError):  # where nothing can be written, that is told instead
+        fail(job, reason, 0.0)
+    return "failed"

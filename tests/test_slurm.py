@@ -15,10 +15,11 @@ import torch
 from benchmark import jobs, slurm
 from benchmark.runs import Run, find_runs
 from benchmark.slurm import Request
-from tests.test_ray import SETTINGS
 from tests.test_sweep import ONE, ROOT, jobs_in, suite, sweep
 
 pytest.importorskip("submitit")
+SETTINGS = ["--env-id", "Pendulum-v1", "--total-timesteps", "8192", "--num-envs", "4", "--num-steps", "64"]
+SETTINGS += ["--num-minibatches", "8", "--num-evals", "0", "--checkpoint-every", "512", "--no-compile"]
 
 
 def answers() -> bool:
@@ -37,12 +38,12 @@ def begin(out: Path, *words: str) -> subprocess.Popen:
 
 
 def wait_for(condition, process: subprocess.Popen | None = None) -> None:
-    for _ in range(600):
+    for _ in range(1200):
         if condition():
             return
         assert process is None or process.poll() is None, process.stdout.read()
         time.sleep(0.1)
-    pytest.fail("nothing came of it within a minute")
+    pytest.fail("nothing came of it within two minutes")
 
 
 def runs_at(out: Path, step: int) -> list[Run]:
@@ -55,7 +56,9 @@ def runs_at(out: Path, step: int) -> list[Run]:
 
 
 def numbers(out: Path) -> dict[str, str]:
-    return json.loads((out / "slurm" / "jobs.json").read_text())
+    """Slurm's, by the names of the jobs."""
+    known = json.loads((out / "slurm" / "jobs.json").read_text())
+    return {name: told["number"] for name, told in known.items()}
 
 
 def queued(out: Path) -> list[str]:
@@ -123,6 +126,8 @@ def test_what_a_killed_sweep_left_in_the_queue_is_watched_and_not_run_twice(tmp_
         process.kill()
     assert queued(out) == ["PENDING"] * 3
     first = numbers(out)
+    with begin(out, *words, "--", "--total-timesteps", "300") as process:
+        assert process.wait(60) == 2
     with begin(out, *words) as process:
         assert "3 jobs in" in process.stdout.readline()
         time.sleep(1)
