@@ -303,7 +303,9 @@ def test_a_job_that_outlives_its_sweep_is_not_begun_again(tmp_path):
 
 
 def test_the_harness_loads_where_posix_is_not():
-    code = "import os, sys; sys.modules['fcntl'] = None; del os.killpg, os.fork; import benchmark.__main__"
+    code = (
+        "import os, sys; sys.modules['fcntl'] = None; del os.killpg, os.fork; import benchmark.sweep, benchmark.study"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
