@@ -18,7 +18,7 @@ from benchmark.slurm import Request
 from tests.test_sweep import ONE, ROOT, jobs_in, suite, sweep
 
 pytest.importorskip("submitit")
-SETTINGS = ["--env-id", "Pendulum-v1", "--total-timesteps", "8192", "--num-envs", "4", "--num-steps", "64"]
+SETTINGS = ["--env-id", "Pendulum-v1", "--total-timesteps", "4096", "--num-envs", "4", "--num-steps", "64"]
 SETTINGS += ["--num-minibatches", "8", "--num-evals", "0", "--checkpoint-every", "512", "--no-compile"]
 
 
@@ -86,7 +86,7 @@ def test_a_job_that_is_requeued_or_runs_out_of_time_ends_with_the_same_weights(t
         told = process.communicate(timeout=300)[0]
     assert process.returncode == 0, told
     runs = find_runs([out])
-    assert [run.result["steps"] for run in runs] == [8192, 8192]
+    assert [run.result["steps"] for run in runs] == [4096, 4096]
     assert all((run.directory.parent / "log.txt").read_text().count("parameters") == 2 for run in runs)  # headers
     for run in runs:
         alone = [sys.executable, "ppo_continuous.py", *SETTINGS, "--seed", str(run.config["seed"])]
