@@ -132,9 +132,11 @@ class Tuner:
 
     def is_left(self, trial) -> bool:
         """Whether it is running, but no process that is alive runs it."""
+        if trial.state.name != "RUNNING":
+            return False
         try:
             with self.owner(trial).acquire(timeout=0):
-                return trial.state.name == "RUNNING"
+                return True
         except Timeout:
             return False
 
