@@ -35,7 +35,7 @@ def plot_search(study, folder: Path) -> None:
     for name, plot in plots.items():
         with plt.rc_context(STYLE), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that they are experimental
-            figure = np.ravel(plot(study, target=lambda trial: trial.value, target_name="mean return"))[0].figure
+            figure = np.ravel(plot(study, target_name="mean return"))[0].figure
             label_plainly(figure)
             save(figure, folder / name)
             plt.close(figure)
