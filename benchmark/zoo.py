@@ -33,9 +33,10 @@ def anywhere(settings: dict, defaults: dict) -> dict:
 
 
 def command_of(script: str, settings: dict, defaults: dict) -> str:
-    """By which anybody trains the same: what differs from the defaults."""
+    """By which anybody trains the same: the environment, and what differs from the defaults."""
     plain = json.loads(json.dumps(defaults))  # tuples are lists, as in settings
-    words = [as_words(name, value) for name, value in settings.items() if value != plain[name]]
+    told = {name: value for name, value in settings.items() if name == "env_id" or value != plain[name]}
+    words = [as_words(name, value) for name, value in told.items()]
     return shlex.join(["python", f"{script}.py", *(word for each in words for word in each)])
 
 

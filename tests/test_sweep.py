@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmark import jobs
-from benchmark.__main__ import main
+from benchmark.__main__ import COMMANDS, main
 from benchmark.runs import Run, find_runs, write_table
 from benchmark.suites import selection_of
 
@@ -64,7 +64,7 @@ def test_it_keeps_what_it_was_to_run_and_says_whose_return_it_shows(tmp_path, ca
     )
 
 
-@pytest.mark.parametrize("command", ["", "run", "sweep", "tune", "evaluate", "report", "random", "speed"])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_80_columns_wide_and_keeps_examples_on_their_lines(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
@@ -72,7 +72,7 @@ def test_help_is_80_columns_wide_and_keeps_examples_on_their_lines(command, caps
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     examples = [k for k, line in enumerate(lines) if line.startswith("    python -m benchmark")]
-    assert len(examples) == {"sweep": 2, "tune": 1, "report": 3}.get(command, 0)
+    assert len(examples) == {"sweep": 2, "tune": 1, "report": 3, "evaluate": 1, "zoo": 1, "reproduce": 1}.get(command, 0)
     assert sum("python -m benchmark" in line for line in lines) == len(examples) + (2 if not command else 1)
     if command == "sweep":
         assert lines[examples[1] :][1] == "        --env-ids Hopper-v4 --seeds 5 -- --total-timesteps 1_000_000"
