@@ -13,6 +13,11 @@ def at_least(least: int, **options: int) -> None:
             refuse(f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
 
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**31:  # as the scripts have it
+        refuse(f"--seed {seed}: must be between 0 and 2147483647")
+
+
 def read_kwargs(text: str) -> dict:
     """--env-kwargs"""
     try:

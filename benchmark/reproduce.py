@@ -11,7 +11,7 @@ import yaml
 
 from benchmark.errors import choices, refuse
 from benchmark.jobs import ROOT
-from benchmark.options import at_least
+from benchmark.options import at_least, check_seed
 from benchmark.study import train_one
 from benchmark.suites import Suite, jobs_of, read_suite
 
@@ -96,8 +96,7 @@ def reproduce(
         output: a folder for the run
     """
     at_least(1, threads=threads)
-    if not 0 <= seed < 2**31:
-        refuse(f"--seed {seed}: must be between 0 and 2147483647")
+    check_seed(seed)
     if not SOURCES.is_file():
         refuse(f"reproduce needs the repository's results and suites, and {SOURCES} is not there; clone it")
     row = find_row(all_rows(SOURCES), script, env_id)

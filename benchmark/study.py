@@ -13,7 +13,7 @@ from benchmark.evaluate import draw_without_display, film, to_gif
 from benchmark.executors import run_locally
 from benchmark.groups import Group, gather
 from benchmark.jobs import Job
-from benchmark.options import at_least, make_folder, need
+from benchmark.options import at_least, check_seed, make_folder, need
 from benchmark.report import film_of, find_baselines
 from benchmark.runs import Run, replacing, write_atomically, write_table
 from benchmark.suites import Suite, check, jobs_of
@@ -96,8 +96,7 @@ def study(
     """
     need("matplotlib", "scipy")
     at_least(1, threads=threads)
-    if not 0 <= seed < 2**31:
-        refuse(f"--seed {seed}: must be between 0 and 2147483647")
+    check_seed(seed)
     draw_without_display()
     suite = Suite([script], [env_id], [seed], words=("--num-evals", "20", *words))
     directory = (output or Path("studies") / f"{env_id.replace('/', '-')}__{Path(script).stem}__{seed}").resolve()
