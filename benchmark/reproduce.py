@@ -100,8 +100,9 @@ def reproduce(
     if not SOURCES.is_file():
         refuse(f"reproduce needs the repository's results and suites, and {SOURCES} is not there; clone it")
     row = find_row(all_rows(SOURCES), script, env_id)
-    (job,) = jobs_of(replace(row.suite, seeds=[seed]), output.resolve(), threads)
-    trained = train_one(replace(job, started_in=str(ROOT)), output)
+    args = {name: str(ROOT / value) if name == "config" else value for name, value in row.suite.args.items()}
+    (job,) = jobs_of(replace(row.suite, seeds=[seed], args=args), output.resolve(), threads)
+    trained = train_one(job, output)
     evaluation = trained.result["evaluation"]
     print(f"{script} on {env_id}, seed {seed}: final evaluation return {evaluation['mean']:,.1f}")
     print(compared(row, seed, evaluation["mean"]))
