@@ -128,6 +128,6 @@ def zoo(
     make_folder(output)
     for group in found.groups:
         entry, run = put(group, output), median_run(group)
-        told = f"seed {run.config['seed']} of {len(group.runs)}"
+        told = f"seed {run.config['seed']}, the median of {len(group.runs)}"
         earned = run.result["evaluation"]["mean"]
         print(f"{entry}  {told}, final evaluation return {earned:,.1f}, {size(entry) / 1000:,.0f} kB")

@@ -109,7 +109,7 @@ def test_the_median_seed_is_kept_with_its_final_policy(trained, tmp_path, capsys
     assert not [p for p in entry.directory.rglob("*.*") if str(tmp_path.parent).encode() in p.read_bytes()]
     assert entry.meta["command"].startswith("python ppo_continuous.py --env-id Pendulum-v1 --num-envs 4 ")
     assert list(entry.meta["final_returns"]) == ["1", "2", "3"]
-    assert "seed 2 of 3, final evaluation return" in capsys.readouterr().out
+    assert "seed 2, the median of 3, final evaluation return" in capsys.readouterr().out
 
 
 def test_an_entry_is_evaluated_as_the_run_was(trained, tmp_path):
