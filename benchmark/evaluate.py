@@ -35,7 +35,8 @@ class Episode:
 
     @property
     def total(self) -> float:
-        return sum(self.rewards)
+        """Added up as the scripts do, one after the other; `sum` rounds less from Python 3.12 on."""
+        return float(np.cumsum(self.rewards)[-1])
 
 
 def share_at_bounds(action: np.ndarray, space: gym.Space) -> float:
