@@ -11,25 +11,29 @@ from textwrap import fill
 
 import tyro
 
-from benchmark.errors import refuse
+from benchmark.errors import refuse, unboxed
 from benchmark.evaluate import evaluate
 from benchmark.random_policy import random
 from benchmark.report import report
+from benchmark.reproduce import reproduce
 from benchmark.speed import speed
-from benchmark.study import run
+from benchmark.study import study
 from benchmark.sweep import sweep
 from benchmark.tune import tune
+from benchmark.zoo import zoo
 
 COMMANDS = {
-    "run": run,
+    "run": study,
     "sweep": sweep,
     "tune": tune,
     "evaluate": evaluate,
     "report": report,
     "random": random,
+    "zoo": zoo,
+    "reproduce": reproduce,
     "speed": speed,
 }
-WITH_WORDS = ["run", "sweep", "tune"]  # what stands after -- goes to the scripts that these run
+WITH_WORDS = (study, sweep, tune)  # what stands after -- goes to the scripts that these run
 
 
 def later(function: Callable, brief: bool = False) -> Callable:
@@ -67,13 +71,13 @@ def main(arguments: list[str]) -> None:
             told.seek(0)
             print(wrapped(told.read()) if {"-h", "--help"} & {*arguments} else told.read())
             raise
-        text = re.sub(r"\033\[[\d;]*m|[│╭╮╰╯]", " ", printed.getvalue())  # tyro's box of several parts
-        _, *parts = (" ".join(part.split()) for part in re.split("─{5,}|-{5,}", text))
-        refuse("; ".join(part for part in parts if part and not part.startswith("For full helptext")))
-    if chosen.func.__name__ in WITH_WORDS:
+        _, *parts = unboxed(printed.getvalue())
+        refuse("; ".join(parts))
+    if chosen.func in WITH_WORDS:
         chosen(words=words)
     elif words:
-        refuse(f"--: {chosen.func.__name__} runs no script; {', '.join(WITH_WORDS)} do")
+        named = [name for name, function in COMMANDS.items() if function in WITH_WORDS]
+        refuse(f"--: {chosen.func.__name__} runs no script; {', '.join(named)} do")
     else:
         chosen()
 

@@ -189,52 +189,65 @@ def section_of_films(films: dict[str, Path]) -> str:
     return page.films(fitting) + page.paragraph(note)
 
 
-def make_report(
-    material: Material, wish: Wish, baselines: dict[str, np.ndarray], films: dict[str, Path], output: Path
-) -> str:
-    """Writes everything into `output`; returns the results and what is to be noted, for the terminal."""
-    groups, number = material.groups, len(methods_of(material.groups))
-    made = make_tables(material, baselines, wish)
-    notes = tables.repeated_seeds(groups) + tables.mixed_versions(groups)
-    chosen = best_methods(groups, wish.baseline)
-    colour = figures.colours(chosen)
-    drawn = [group for group in groups if group.method in chosen]
-    shown = draw_runs(drawn, baselines, colour)
-    captions = dict(CAPTIONS)
+def draw_all(
+    groups: list[Group], chosen: list[str], baselines: dict[str, np.ndarray], compared: Table | None
+) -> tuple[dict[str, Figure], dict[str, str], list[str]]:
+    """The figures of the chosen methods, their captions, and what had to be left out of them."""
+    colour, captions, missing = figures.colours(chosen), dict(CAPTIONS), []
+    shown = draw_runs([group for group in groups if group.method in chosen], baselines, colour)
     if baselines:
         captions["curves-steps"] += IN_GREY
     if len(baselines) == len(environments_of(groups)) > 1:
         scores, scaled, missing = normalised_scores(groups, baselines)
         scores = {method: score for method, score in scores.items() if method in chosen}
         captions["aggregates"] += "".join(f" {note}." for note in missing)
-        notes += missing
         if scores and len(scaled) > 1:
             shown |= draw_scores(scores, colour)
-    if "improvements" in made and len(made["improvements"].rows) <= MOST_METHODS:
-        shown["improvements"] = draw_improvements(made["improvements"])
+    if compared and len(compared.rows) <= MOST_METHODS:
+        shown["improvements"] = draw_improvements(compared)
+    return shown, captions, missing
 
+
+def section_of_results(results: Table, groups: list[Group], chosen: list[str], notes: list[str]) -> str:
+    section, number = page.paragraph(ABOUT) + results.html(), len(methods_of(groups))
+    if number > len(chosen):
+        note = f"The figures show the {len(chosen)} of {number} methods that rank best; the tables show all."
+        section += page.paragraph(note)
+    return section + "".join(page.paragraph(note) for note in notes)
+
+
+def sections_of_tables(made: dict[str, Table], films: dict[str, Path], left: Table) -> dict[str, str]:
+    """What follows the figures."""
+    found = {}
+    if made["thresholds"].rows:
+        found["Time to a threshold"] = section_of_thresholds(made["thresholds"])
+    found["All returns"] = made["returns"].html()
+    if films:
+        found["Films"] = section_of_films(films)
+    few = len(made["seeds"].rows) <= 200
+    found["Every seed"] = made["seeds"].html() if few else page.paragraph("In seeds.csv.")
+    found["Where it comes from"] = made["provenance"].html()
+    if left.rows:
+        found["Left out"] = left.html()
+    return found
+
+
+def make_report(
+    material: Material, wish: Wish, baselines: dict[str, np.ndarray], films: dict[str, Path], output: Path
+) -> str:
+    """Writes everything into `output`; returns the results and what is to be noted, for the terminal."""
+    groups, chosen = material.groups, best_methods(material.groups, wish.baseline)
+    made = make_tables(material, baselines, wish)
+    shown, captions, missing = draw_all(groups, chosen, baselines, made.get("improvements"))
+    notes = [*tables.repeated_seeds(groups), *tables.mixed_versions(groups), *missing]
     output.mkdir(parents=True, exist_ok=True)
     for name, table in made.items():
         table.write(output / name)
     for name, figure in shown.items():
         figures.save(figure, output / name)
-
-    sections = {"Results": page.paragraph(ABOUT) + made["results"].html()}
-    if number > len(chosen):
-        note = f"The figures show the {len(chosen)} of {number} methods that rank best; the tables show all."
-        sections["Results"] += page.paragraph(note)
-    sections["Results"] += "".join(page.paragraph(note) for note in notes)
-    sections |= sections_of_figures(shown, captions, groups, output)
-    if made["thresholds"].rows:
-        sections["Time to a threshold"] = section_of_thresholds(made["thresholds"])
-    sections["All returns"] = made["returns"].html()
-    if films:
-        sections["Films"] = section_of_films(films)
-    few = len(made["seeds"].rows) <= 200
-    sections["Every seed"] = made["seeds"].html() if few else page.paragraph("In seeds.csv.")
-    sections["Where it comes from"] = made["provenance"].html()
-    if (left := tables.left_out(material)).rows:
-        sections["Left out"] = left.html()
+    sections = {"Results": section_of_results(made["results"], groups, chosen, notes)}
+    sections |= sections_of_figures(shown, captions, groups, output)  # which are in the folder by now
+    sections |= sections_of_tables(made, films, tables.left_out(material))
     write_page(groups, wish.title, sections, output)
     return "\n".join([tables.in_short(made["results"]), *(f"note: {note}" for note in notes)])
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from ctypes.util import find_library
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
@@ -17,9 +18,11 @@ import torch
 import tyro
 
 from benchmark.errors import refuse
+from benchmark.options import at_least, make_folder, read_kwargs
 from benchmark.runs import Run, find_runs, replacing, write_table
 
 AT_ONCE = 20  # environments played side by side
+HEADER = f"{'episodes':>8} {'evaluation return':>22} {'lowest':>10} {'highest':>10} {'length':>8} {'at bounds':>9}"
 
 
 @dataclass
@@ -29,6 +32,11 @@ class Episode:
     values: list[float] = field(default_factory=list)  # of every observation; where it bootstraps, of the last too
     at_bounds: list[float] = field(default_factory=list)  # share of each action's components
     terminated: bool = False
+
+    @property
+    def total(self) -> float:
+        """Added up as the scripts do, one after the other; `sum` rounds less from Python 3.12 on."""
+        return float(np.cumsum(self.rewards)[-1])
 
 
 def share_at_bounds(action: np.ndarray, space: gym.Space) -> float:
@@ -124,14 +132,27 @@ def explained_variance(predicted: np.ndarray, realised: np.ndarray) -> float:
     return float(1 - (realised - predicted).var() / realised.var()) if realised.var() else float("nan")
 
 
-def plot_values(run: Run, episodes: list[Episode], gamma: float, path: Path) -> float:
+@dataclass(frozen=True)
+class Player:
+    """A run's policy, and what makes the environment that it plays."""
+
+    run: Run
+    policy: Callable
+    make_env: Callable[[str | None], gym.Env]  # of a render mode
+
+    @property
+    def name(self) -> str:
+        return self.run.directory.name
+
+
+def plot_values(player: Player, episodes: list[Episode], path: Path) -> float:
     """Scatter of predicted against realised returns, and both along the first episodes; the explained variance."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    realised = [realised_returns(episode, gamma) for episode in episodes]
+    realised = [realised_returns(episode, player.policy.discount) for episode in episodes]
     predicted = [np.array(episode.values[: len(episode.rewards)]) for episode in episodes]
     explained = explained_variance(np.concatenate(predicted), np.concatenate(realised))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -149,7 +170,8 @@ def plot_values(run: Run, episodes: list[Episode], gamma: float, path: Path) -> 
     for axis in (left, right):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{run.script} on {run.config['env_id']}, seed {run.config['seed']}", parse_math=False)
+    config = player.run.config
+    figure.suptitle(f"{player.run.script} on {config['env_id']}, seed {config['seed']}", parse_math=False)
     for suffix in (".png", ".svg"):
         with replacing(path.with_suffix(suffix)) as unfinished:
             figure.savefig(unfinished, dpi=200)
@@ -173,7 +195,9 @@ def draw_without_display() -> bool:
 
 def find_policy(run: Run, which: str) -> Path | None:
     """The file of the policy, if there is one: "last", "best", or the step of an evaluation."""
-    paths = {"last": run.last_checkpoint, "best": run.best_policy} | {str(s): p for s, p in run.policies().items()}
+    kept = run.policies()
+    last = run.last_checkpoint if run.last_checkpoint.exists() or not kept else kept[max(kept)]  # in a zoo it is this
+    paths = {"last": last, "best": run.best_policy} | {str(step): path for step, path in kept.items()}
     return paths[which] if which in paths and paths[which].exists() else None
 
 
@@ -188,6 +212,83 @@ def load(run: Run) -> tuple[ModuleType, object]:
         return module, module.Args(**run.config)
     except Exception as error:
         refuse(f"{run.source}: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def find_policies(paths: list[Path], which: str) -> dict[Run, Path | None]:
+    """Of each run in the folders; refuses if there is none at all."""
+    found = find_runs(paths)
+    if not found:
+        refuse(f"no run directory in {', '.join(map(str, paths))}")
+    policies = {run: find_policy(run, which) for run in found}
+    if not any(policies.values()):
+        steps = ", ".join(map(str, found[0].policies())) or "none"
+        refuse(f"--policy {which}: {found[0].directory} has no such policy; last, best, or a step of these: {steps}")
+    return policies
+
+
+def load_player(run: Run, path: Path, kwargs: dict, mode: str | None) -> Player:
+    """Refuses what cannot be loaded, or whose environment cannot be made in this mode."""
+    module, args = load(run)
+    if kwargs:
+        args = replace(args, eval_env_kwargs=json.dumps(json.loads(args.eval_env_kwargs) | kwargs))
+    try:
+        player = Player(run, module.load_policy(path, "cpu"), partial(module.make_eval_env, args))
+        player.make_env(mode).close()
+    except Exception as error:
+        refuse(f"{run.directory}: {' '.join(str(error).split())}")
+    return player
+
+
+def check_abilities(player: Player, values: bool, sample: bool) -> None:
+    if values and not hasattr(player.policy, "value"):
+        refuse(f"--analyze-value: the policy of {player.run.script} has no value(observations)")
+    if sample and "sample" not in inspect.signature(player.policy).parameters:
+        refuse(f"--stochastic: the policy of {player.run.script} takes no sample=True")
+
+
+def play_all(player: Player, seeds: list[int], sample: bool, values: bool, mode: str | None = None) -> list[Episode]:
+    """An episode for each seed. Actions that are sampled depend on those beside them, so those play by themselves."""
+    played: list[Episode] = []
+    side_by_side = 1 if mode or sample else AT_ONCE
+    for first in range(0, len(seeds), side_by_side):
+        some = seeds[first : first + side_by_side]
+        envs = [player.make_env(mode) for _ in some]
+        played += play(player.policy, envs, some, sample, values)
+        for env in envs:
+            env.close()
+    return played
+
+
+def summary(name: str, episodes: list[Episode], width: int) -> str:
+    """A line under `HEADER`."""
+    returns = np.array([episode.total for episode in episodes])
+    lengths = np.array([len(episode.rewards) for episode in episodes])
+    at_bounds = [np.mean(episode.at_bounds) for episode in episodes]
+    share = "-" if np.isnan(at_bounds).any() else f"{np.average(at_bounds, weights=lengths):.0%}"
+    return (
+        f"{name:<{width}} {len(episodes):>8} {f'{returns.mean():,.1f} ± {returns.std():,.1f}':>22}"
+        f" {returns.min():>10,.1f} {returns.max():>10,.1f} {lengths.mean():>8,.1f} {share:>9}"
+    )
+
+
+def film_best(player: Player, episodes: list[Episode], sample: bool, gif: bool, path: Path) -> dict[int, float]:
+    """Plays the best of the episodes again, into a film: its seed, and the return in the film."""
+    best = max(episodes, key=lambda episode: episode.total)
+    env = player.make_env("rgb_array")
+    earned = film(player.policy, env, best.seed, sample, path)
+    env.close()
+    print(f"  film of the best, seed {best.seed}, evaluation return {earned:,.1f}")
+    print(f"  {path}" + (f"  {to_gif(path)}" if gif else ""))
+    return {best.seed: earned}
+
+
+def rows_of(name: str, policy: str, episodes: list[Episode], filmed: dict[int, float]) -> list[list]:
+    rows = []
+    for episode in episodes:
+        earned, shown = filmed.get(episode.seed, episode.total), f"{name}.mp4" if episode.seed in filmed else ""
+        ended, at_bounds = int(episode.terminated), np.mean(episode.at_bounds)
+        rows.append([name, policy, episode.seed, earned, len(episode.rewards), ended, at_bounds, shown])
+    return rows
 
 
 def evaluate(
@@ -210,6 +311,8 @@ def evaluate(
     that, so evaluate only runs whose script you trust. "At bounds" is
     the share of the actions' components that lie within a hundredth of their range of a bound.
 
+        python -m benchmark evaluate zoo/HalfCheetah-v4__ppo_continuous --gif
+
     Args:
         runs: run directories, or folders of them
         policy: the last, the best, or that of the evaluation at a step
@@ -223,87 +326,33 @@ def evaluate(
         analyze_value: compare the critic's values with the discounted returns that followed
         output: a folder for episodes.csv and what the other options ask for
     """
-    found = find_runs(runs)
-    if not found:
-        refuse(f"no run directory in {', '.join(map(str, runs))}")
-    if episodes < 1:
-        refuse(f"--episodes {episodes}: must be at least 1")
-    try:
-        kwargs = dict(**json.loads(env_kwargs))
-    except (ValueError, TypeError):
-        refuse(f"--env-kwargs {env_kwargs}: must be a JSON object")
+    at_least(1, episodes=episodes)
+    at_least(0, seeds=min(seeds, default=0))
+    kwargs = read_kwargs(env_kwargs)
     if draw_without_display() and render:
-        refuse("--render: there is no display here; --video makes a film")
-    if seeds and min(seeds) < 0:
-        refuse(f"--seeds {min(seeds)}: must be at least 0")
-    seeds = list(seeds or range(10_000, 10_000 + episodes))
-    paths = {run: find_policy(run, policy) for run in found}
-    if not any(paths.values()):
-        steps = ", ".join(map(str, found[0].policies())) or "none"
-        refuse(f"--policy {policy}: {found[0].directory} has no such policy; last, best, or a step of these: {steps}")
-    loaded = []
-    for run, path in paths.items():
-        module, args = load(run)
-        if path is None:
-            continue
-        if kwargs:
-            args = replace(args, eval_env_kwargs=json.dumps(json.loads(args.eval_env_kwargs) | kwargs))
-        try:
-            chosen = module.load_policy(path, "cpu")
-            module.make_eval_env(args, "rgb_array" if video or gif else "human" if render else None).close()
-        except Exception as error:
-            refuse(f"{run.directory}: {' '.join(str(error).split())}")
-        if analyze_value and not hasattr(chosen, "value"):
-            refuse(f"--analyze-value: the policy of {run.script} has no value(observations)")
-        if stochastic and "sample" not in inspect.signature(chosen).parameters:
-            refuse(f"--stochastic: the policy of {run.script} takes no sample=True")
-        loaded.append((run, module, args, chosen))
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        refuse(f"--output {output}: {error.strerror}")
+        refuse("--render: there is no display here; --gif and --video make a film")
+    chosen = list(seeds or range(10_000, 10_000 + episodes))
+    paths = find_policies(runs, policy)
+    mode = "rgb_array" if video or gif else "human" if render else None
+    players = [load_player(run, path, kwargs, mode) for run, path in paths.items() if path]
+    for player in players:
+        check_abilities(player, analyze_value, stochastic)
+    make_folder(output)
 
     rows = [["run", "policy", "seed", "return", "length", "terminated", "at_bounds", "film"]]
-    width = max(len(run.directory.name) for run, *_ in loaded)
-    print(
-        f"{'run':<{width}} {'episodes':>8} {'evaluation return':>22} {'lowest':>10} {'highest':>10}"
-        f" {'length':>8} {'at bounds':>9}"
-    )
-    for run, module, args, chosen in loaded:
-        played: list[Episode] = []
-        # Actions that are sampled depend on those beside them; a film plays its episode by itself.
-        side_by_side = 1 if render or stochastic else AT_ONCE
-        for first in range(0, len(seeds), side_by_side):
-            some = seeds[first : first + side_by_side]
-            envs = [module.make_eval_env(args, "human" if render else None) for _ in some]
-            played += play(chosen, envs, some, stochastic, analyze_value)
-            for env in envs:
-                env.close()
-        returns = np.array([sum(episode.rewards) for episode in played])
-        lengths = np.array([len(episode.rewards) for episode in played])
-        at_bounds = np.array([np.mean(episode.at_bounds) for episode in played])
-        share = "-" if np.isnan(at_bounds).any() else f"{np.average(at_bounds, weights=lengths):.0%}"
-        print(
-            f"{run.directory.name:<{width}} {len(played):>8} {f'{returns.mean():,.1f} ± {returns.std():,.1f}':>22}"
-            f" {returns.min():>10,.1f} {returns.max():>10,.1f} {lengths.mean():>8,.1f} {share:>9}"
-        )
-        films = [""] * len(played)
-        if video or gif:
-            path, best = output / f"{run.directory.name}.mp4", int(returns.argmax())
-            env = module.make_eval_env(args, "rgb_array")
-            returns[best], films[best] = film(chosen, env, seeds[best], stochastic, path), path.name
-            env.close()
-            print(f"  film of the best, seed {seeds[best]}, evaluation return {returns[best]:,.1f}")
-            print(f"  {path}" + (f"  {to_gif(path)}" if gif else ""))
-        for episode, *told in zip(played, returns, lengths, at_bounds, films, strict=True):
-            value, length, bounds, name = told
-            ended = int(episode.terminated)
-            rows.append([run.directory.name, policy, episode.seed, value, length, ended, bounds, name])
+    width = max(len(player.name) for player in players)
+    print(f"{'run':<{width}} {HEADER}")
+    for player in players:
+        played = play_all(player, chosen, stochastic, analyze_value, "human" if render else None)
+        print(summary(player.name, played, width))
+        film_path = output / f"{player.name}.mp4"
+        filmed = film_best(player, played, stochastic, gif, film_path) if video or gif else {}
+        rows += rows_of(player.name, policy, played, filmed)
         if analyze_value:
-            path = output / f"{run.directory.name}-value.png"
-            print(f"  explained variance {plot_values(run, played, chosen.discount, path):.3f}  {path}")
+            path = output / f"{player.name}-value.png"
+            print(f"  explained variance {plot_values(player, played, path):.3f}  {path}")
     write_table(output / "episodes.csv", rows)
     for run, path in paths.items():
         if path is None:
             print(f"left out: {run.directory} has no policy {policy}")
-    print(f"{output / 'episodes.csv'}")
+    print(output / "episodes.csv")

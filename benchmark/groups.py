@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from benchmark.errors import unboxed
 from benchmark.runs import MARKS, Run, find_runs, read_json
 from benchmark.suites import Suite, selection_of
 
@@ -18,7 +19,6 @@ INCIDENTAL = {"env_id", "seed", "threads", "compile", "device", "num_evals", "ev
 INCIDENTAL |= {"runs_dir", "resume", "config", "capture_video", "track", "wandb_project_name", "wandb_entity"}
 
 NEAR = 0.1  # of a run's steps: evaluations that lie so near to each other are compared
-FRAME = " \t│╭╮╰╯─|"  # of the boxes in which messages stand
 SHORT = {"learning_rate": "lr"}
 SPANS = 60  # in which what is measured in training is averaged
 
@@ -162,9 +162,8 @@ def failure(folder: Path) -> str:
     told = read_json(folder / "failed.json")
     if not told:
         return ""
-    lines = [" ".join(str(line).strip(FRAME).split()) for line in told.get("log") or []]
-    last = next((line for line in reversed(lines) if line and not line.startswith("For full helptext")), "")
-    return f"failed: {told.get('reason')}" + (f": {last[:200]}" if last else "")
+    said = [part for line in told.get("log") or [] for part in unboxed(str(line))]
+    return f"failed: {told.get('reason')}" + "".join(f": {last[:200]}" for last in said[-1:])
 
 
 def remains(paths: list[Path], runs: set[Path]) -> dict[Path, str]:

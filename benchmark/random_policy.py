@@ -1,16 +1,13 @@
 """What a policy earns that acts at random: the lower end of every scale."""
 
 import hashlib
-import inspect
 import json
 import os
-import re
 import warnings
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated
 
 import gymnasium as gym
@@ -18,6 +15,7 @@ import numpy as np
 import tyro
 
 from benchmark.errors import refuse
+from benchmark.options import at_least, read_kwargs
 from benchmark.runs import Run, read_json, write_atomically
 
 
@@ -52,29 +50,28 @@ def random_baseline(make_env: Callable[[], gym.Env], key: dict, seeds: list[int]
     return {name: np.array(remembered[name], float) for name in ("return", "length")}
 
 
-def maker(module: ModuleType) -> str:
-    """The source of `make_eval_env`, and of what it is made of in the same file."""
-    found, waiting = {}, ["make_eval_env"]
-    while waiting:
-        name = waiting.pop()
-        block = vars(module)[name]
-        ours = (inspect.isroutine(block) or inspect.isclass(block)) and block.__module__ == module.__name__
-        if ours and name not in (*found, "Args"):
-            found[name] = inspect.getsource(block)
-            waiting += [word for word in re.findall(r"\w+", found[name]) if word in vars(module)]
-    return "\n".join(found[name] for name in sorted(found))
-
-
 def arguments_of(run: Run) -> dict[str, object]:
-    """The run's arguments that its evaluation environment is made from."""
-    return {name: run.config[name] for name in set(re.findall(r"\bargs\.(\w+)", maker(run.module()))) & set(run.config)}
+    """The run's arguments that its evaluation environment reads while it is made, begins an episode and steps."""
+    module, read = run.module(), set()
+
+    class Watched(module.Args):
+        def __getattribute__(self, name: str) -> object:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    args = Watched(**run.config)
+    read.clear()  # what the arguments' own checks read
+    with closing(module.make_eval_env(args)) as env:
+        env.reset(seed=0)
+        env.step(env.action_space.sample())
+    return {name: run.config[name] for name in read & run.config.keys()}
 
 
 def baseline_of(run: Run, episodes: int = 10) -> dict[str, np.ndarray]:
     """The baseline in the environment that the run's evaluation plays, on as many of its seeds."""
     module = run.module()
     args = module.Args(**run.config)
-    key = {"made_by": maker(module), "args": arguments_of(run)}
+    key = {"script": run.script, "version": run.version, "args": arguments_of(run)}
     return random_baseline(lambda: module.make_eval_env(args), key, list(range(10_000, 10_000 + episodes)))
 
 
@@ -93,14 +90,9 @@ def random(
         episodes: how many episodes, each with its own seed
         first_seed: seed of the first; the scripts evaluate with 10000 and those after it
     """
-    try:
-        kwargs = dict(**json.loads(env_kwargs))
-    except (ValueError, TypeError):
-        refuse(f"--env-kwargs {env_kwargs}: must be a JSON object")
-    if episodes < 1:
-        refuse(f"--episodes {episodes}: must be at least 1")
-    if first_seed < 0:
-        refuse(f"--first-seed {first_seed}: must be at least 0")
+    kwargs = read_kwargs(env_kwargs)
+    at_least(1, episodes=episodes)
+    at_least(0, first_seed=first_seed)
     if not env_ids:
         refuse("nothing to play: name an environment, such as Hopper-v4")
     warnings.filterwarnings("ignore", message=".*is out of date")

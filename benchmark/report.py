@@ -1,21 +1,21 @@
 """The command that reports what finished runs reached."""
 
-import difflib
 import math
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import tyro
 
-from benchmark.errors import refuse
+from benchmark.errors import choices, refuse
+from benchmark.groups import Group, gather, in_order, methods_of
+from benchmark.options import make_folder, need
 from benchmark.random_policy import arguments_of, baseline_of
 from benchmark.runs import Run
 
 
-def find_baselines(groups: list) -> dict[str, np.ndarray]:
+def find_baselines(groups: list[Group]) -> dict[str, np.ndarray]:
     baselines = {}
     for env_id in sorted({group.env_id for group in groups}):
         runs = [group.runs[0] for group in groups if group.env_id == env_id]
@@ -30,7 +30,7 @@ def find_baselines(groups: list) -> dict[str, np.ndarray]:
     return baselines
 
 
-def best_films(groups: list) -> dict[str, Path]:
+def best_films(groups: list[Group]) -> dict[str, Path]:
     """The last film of the best run on each environment, under what it shows."""
     films = {}
     for env_id in sorted({group.env_id for group in groups}):
@@ -49,7 +49,7 @@ def film_of(run: Run, step: int) -> str:
     return f"an episode of return {returns.max():,.1f}, the best of {len(returns)}" if len(returns) else "an episode"
 
 
-def asked_for(threshold: tuple[str, ...], groups: list) -> dict[str, list[float]]:
+def asked_for(threshold: tuple[str, ...], groups: list[Group]) -> dict[str, list[float]]:
     asked: dict[str, list[float]] = {}
     environments = {group.env_id for group in groups}
     for pair in threshold:
@@ -66,23 +66,13 @@ def asked_for(threshold: tuple[str, ...], groups: list) -> dict[str, list[float]
     return asked
 
 
-def with_baseline(groups: list, name: str) -> tuple[list, str]:
+def with_baseline(groups: list[Group], name: str) -> tuple[list[Group], str]:
     """The groups with the baseline before all others, and its label: `name`, or what has `name` as a part."""
-    from benchmark.groups import in_order, methods_of
-
     methods = methods_of(groups)
     named = [name] if name in methods else [method for method in methods if name in method.split(", ")]
     if len(named) != 1:
-        near = difflib.get_close_matches(name, methods, 1)
-        there = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, methods))}"
-        refuse(f"--baseline {name}: {len(named) or 'no'} methods have this name; {there}")
+        refuse(f"--baseline {name}: {len(named) or 'no'} methods have this name{choices(name, methods)}")
     return in_order([replace(g, place=-1) if g.method == named[0] else g for g in groups]), named[0]
-
-
-def need_extra() -> None:
-    for package in ("matplotlib", "scipy"):
-        if not find_spec(package):
-            refuse(f"{package} is not installed; pip install -e '.[benchmark]'")
 
 
 def report(
@@ -111,9 +101,8 @@ def report(
         random: compare with a policy that acts at random, which is played once and remembered; the script in the run
             directory makes its environment, so only report on runs whose script you trust
     """
-    need_extra()
+    need("matplotlib", "scipy")
     from benchmark.compose import Wish, make_report
-    from benchmark.groups import gather
 
     for path in runs:
         if not path.is_dir():
@@ -129,10 +118,7 @@ def report(
         material = replace(material, groups=groups)
     if output.exists() and not output.is_dir():
         refuse(f"--output {output}: is a file; name a folder")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        refuse(f"--output {output}: {error.strerror}")
+    make_folder(output)
     wish = Wish(", ".join(dict.fromkeys(path.resolve().name for path in runs[:3])), baseline, asked)
     played = find_baselines(material.groups) if random else {}
     print(make_report(material, wish, played, best_films(material.groups), output))

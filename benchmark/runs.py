@@ -171,13 +171,17 @@ def read_json(path: Path) -> dict | None:
     return content if isinstance(content, dict) else None
 
 
+def is_run(path: Path) -> bool:
+    return all((path / mark).is_file() for mark in MARKS)
+
+
 def find_runs(paths: list[Path]) -> list[Run]:
     """The run directories among the paths and in them, however deep, in order; hidden folders are unfinished."""
     found: set[Path] = set()
     waiting = list(paths)
     while waiting:
         path = waiting.pop()
-        if all((path / mark).is_file() for mark in MARKS):
+        if is_run(path):
             found.add(path)
         elif path.is_dir():
             waiting += [below for below in path.iterdir() if below.is_dir() and not below.name.startswith(".")]

@@ -11,8 +11,10 @@ import tyro
 from benchmark.errors import refuse
 from benchmark.evaluate import draw_without_display, film, to_gif
 from benchmark.executors import run_locally
+from benchmark.groups import Group, gather
 from benchmark.jobs import Job
-from benchmark.report import film_of, find_baselines, need_extra
+from benchmark.options import at_least, check_seed, make_folder, need
+from benchmark.report import film_of, find_baselines
 from benchmark.runs import Run, replacing, write_atomically, write_table
 from benchmark.suites import Suite, check, jobs_of
 from benchmark.sweep import previous_states, run_sweep, tell_failures
@@ -21,7 +23,6 @@ from benchmark.sweep import previous_states, run_sweep, tell_failures
 def keep_checkpoint(run: Run, share: float, baselines: dict, folder: Path, filmed: bool) -> dict:
     """The policy at a share of the run, what it earned, how that is spread, and a film of its best episode."""
     from benchmark import figures
-    from benchmark.groups import Group
 
     table = run.table("evaluations")
     step = Group("", run.config["env_id"], [run]).step_at(share)
@@ -52,7 +53,24 @@ def keep_checkpoint(run: Run, share: float, baselines: dict, folder: Path, filme
     return meta
 
 
-def run(
+def train_one(job: Job, output: Path) -> Run:
+    """Trains, or goes on with, a job below `output`; the finished run, with which nothing is done again."""
+    settled = previous_states([job], retry_failed=True, advice="choose another --output")
+    if not settled:
+        check(Path(job.script), [job.env_id], job.words)
+    make_folder(output)
+
+    def execute(todo: list[Job], stop: threading.Event):
+        return run_locally(todo, 1, 1800.0, stop)
+
+    ended = run_sweep([job], settled, execute)
+    tell_failures(ended, "the same command tries again")
+    if "failed" in ended.values():
+        raise SystemExit(1)
+    return job.run()
+
+
+def study(
     script: Annotated[str, tyro.conf.Positional],
     env_id: Annotated[str, tyro.conf.Positional],
     /,
@@ -76,34 +94,16 @@ def run(
         video: film the checkpoints
         output: the folder; by default studies/ and a name that follows from the others
     """
-    need_extra()
-    if threads < 1:
-        refuse(f"--threads {threads}: must be at least 1")
-    if not 0 <= seed < 2**31:
-        refuse(f"--seed {seed}: must be between 0 and 2147483647")
+    need("matplotlib", "scipy")
+    at_least(1, threads=threads)
+    check_seed(seed)
     draw_without_display()
     suite = Suite([script], [env_id], [seed], words=("--num-evals", "20", *words))
     directory = (output or Path("studies") / f"{env_id.replace('/', '-')}__{Path(script).stem}__{seed}").resolve()
-    jobs = jobs_of(suite, directory / "run", threads)
-    settled = previous_states(jobs, retry_failed=True, advice="choose another --output")
-    if not settled:
-        check(Path(jobs[0].script), [env_id], jobs[0].words)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        refuse(f"--output {directory}: {error.strerror}")
-
-    def execute(todo: list[Job], stop: threading.Event):
-        return run_locally(todo, 1, 1800.0, stop)
-
-    ended = run_sweep(jobs, settled, execute)
-    tell_failures(ended, "the same command tries again")
-    if "failed" in ended.values():
-        raise SystemExit(1)
+    (job,) = jobs_of(suite, directory / "run", threads)
+    trained = train_one(job, directory)
     from benchmark.compose import Wish, make_report
-    from benchmark.groups import gather
 
-    (trained,) = (job.run() for job in jobs)
     material = gather([trained.directory])
     if not material.groups:
         refuse(f"{trained.directory}: {material.unreadable[trained.directory]}")

@@ -1,6 +1,5 @@
 """Suites: which scripts, environments, seeds and arguments a sweep runs, and the jobs that follow."""
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -14,7 +13,7 @@ from pathlib import Path
 import gymnasium as gym
 import yaml
 
-from benchmark.errors import refuse
+from benchmark.errors import choices, nearest, refuse
 from benchmark.jobs import ROOT, Job
 from benchmark.runs import fingerprint, import_script, read_json, write_atomically
 
@@ -55,8 +54,7 @@ def find_script(name: str) -> Path:
     path = Path(name)
     if path.suffix == ".py" and path.is_file():
         return path.resolve()
-    near = difflib.get_close_matches(name, ours, 1)
-    refuse(f"script {name}: " + (f"unknown; did you mean {near[0]}?" if near else f"unknown; ours are {sorted(ours)}"))
+    refuse(f"script {name}: unknown{choices(name, sorted(ours))}")
 
 
 def check(script: Path, env_ids: Iterable[str], words: Iterable[str]) -> None:
@@ -74,8 +72,8 @@ def check(script: Path, env_ids: Iterable[str], words: Iterable[str]) -> None:
             refuse(f"{word}: there is no such file{told}")
         name = word.removeprefix("--").partition("=")[0].replace("-", "_")
         if word.startswith("--") and name not in names and name.removeprefix("no_") not in names:
-            near = [f"; did you mean --{n.replace('_', '-')}?" for n in difflib.get_close_matches(name, names, 1)]
-            refuse(f"{word}: {script.stem} has no such argument{''.join(near)}")
+            flags = [each.replace("_", "-") for each in names]
+            refuse(f"{word}: {script.stem} has no such argument{nearest(name.replace('_', '-'), flags, '--')}")
     for env_id in env_ids if hasattr(module, "make_eval_env") else ():
         try:
             module.make_eval_env(module.Args(env_id=env_id)).close()
@@ -106,8 +104,7 @@ def read_suite(path: Path) -> Suite:
     known = [f.name for f in fields(Suite) if f.name != "words"]
     for key in content:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            refuse(f"{path}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else f"; there are {known}"))
+            refuse(f"{path}: unknown key {key}{choices(key, known)}")
     seeds = content.get("seeds", 1)
     seeds = list(range(1, seeds + 1)) if type(seeds) is int else seeds
     content = {"scripts": [], "env_ids": []} | content | {"seeds": seeds}

@@ -1,7 +1,5 @@
 """Searches for better arguments of a script with Optuna: each trial is a few runs, stopped early if they lag behind."""
 
-import difflib
-import fcntl
 import json
 import math
 import signal
@@ -9,18 +7,18 @@ import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import tyro
 import yaml
+from filelock import FileLock, Timeout
 
-from benchmark.errors import refuse
+from benchmark.errors import nearest, refuse
 from benchmark.jobs import ROOT, Job, run_job
+from benchmark.options import at_least, make_folder, need
 from benchmark.runs import fingerprint, import_script, write_atomically, write_table
 from benchmark.suites import Suite, as_words, check, find_script, jobs_of
 
@@ -28,7 +26,7 @@ from benchmark.suites import Suite, as_words, check, find_script, jobs_of
 BUDGET = {"total_timesteps", "num_evals", "eval_episodes", "checkpoint_every", "capture_video", "track", "runs_dir"}
 BUDGET |= {"seed", "threads", "compile", "device"}
 
-KINDS = {"float": float, "log_float": float, "int": int, "log_int": int}
+KINDS = ("float", "log_float", "int", "log_int")
 
 
 @dataclass(frozen=True)
@@ -43,14 +41,8 @@ class Search:
     version: str  # fingerprint of the script
 
     def description(self) -> dict:
-        return {
-            "script": self.script.removeprefix(f"{ROOT}/"),  # ours are the same wherever they are
-            "env_id": self.env_id,
-            "seeds": self.seeds,
-            "space": self.space,
-            "words": list(self.words),
-            "version": self.version,
-        }
+        ours = self.script.removeprefix(f"{ROOT}/")  # is the same wherever it is
+        return vars(self) | {"script": ours, "words": list(self.words)}
 
 
 def read_space(path: Path, script: Path) -> dict[str, dict[str, list]]:
@@ -64,61 +56,38 @@ def read_space(path: Path, script: Path) -> dict[str, dict[str, list]]:
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            refuse(
-                f"--space {path}: {script.stem} has no argument {key}" + (f"; did you mean {near[0]}?" if near else "")
-            )
+            refuse(f"--space {path}: {script.stem} has no argument {key}{nearest(name, names)}")
         if not isinstance(value, dict) or len(value) != 1 or not {*value} <= {*KINDS, "categorical"}:
             refuse(f"--space {path}: {key}: must be one of {', '.join(KINDS)} or categorical, with a list")
         ((kind, range_),) = value.items()
-        if not isinstance(range_, list) or not range_:
-            refuse(f"--space {path}: {key}: {kind} needs a list")
-        if kind in KINDS:
-            if texts := [end for end in range_ if isinstance(end, str)]:
-                refuse(f"--space {path}: {key}: {texts[0]!r} is text; YAML's numbers are written 1.0e-4")
-            numbers = len(range_) == 2 and all(type(end) in (int, float) and math.isfinite(end) for end in range_)
-            if (
-                not numbers
-                or not range_[0] < range_[1]
-                or (KINDS[kind] is int and not all(float(e).is_integer() for e in range_))
-            ):
-                refuse(f"--space {path}: {key}: {kind} needs two {'whole ' * ('int' in kind)}numbers, the lower first")
-            if kind.startswith("log") and range_[0] <= 0:
-                refuse(f"--space {path}: {key}: {kind} needs numbers above 0")
-        space[name] = {kind: range_}
+        if problem := problem_of(kind, range_):
+            refuse(f"--space {path}: {key}: {problem}")
+        space[name] = value
     return space
 
 
-def suggest(trial, space: dict[str, dict[str, list]]) -> dict[str, object]:
-    chosen = {}
-    for name, ((kind, range_),) in ((name, value.items()) for name, value in space.items()):
-        if kind == "categorical":
-            texts = [json.dumps(choice) for choice in range_]  # lists, too, can be chosen
-            chosen[name] = json.loads(trial.suggest_categorical(name, texts))
-        elif KINDS[kind] is int:
-            chosen[name] = trial.suggest_int(name, *map(int, range_), log=kind == "log_int")
-        else:
-            chosen[name] = trial.suggest_float(name, *range_, log=kind == "log_float")
-    return chosen
+def problem_of(kind: str, range_: object) -> str:
+    if not isinstance(range_, list) or not range_:
+        return f"{kind} needs a list"
+    if kind == "categorical":
+        return ""
+    if texts := [end for end in range_ if isinstance(end, str)]:
+        return f"{texts[0]!r} is text; YAML's numbers are written 1.0e-4"
+    numbers = len(range_) == 2 and all(type(end) in (int, float) and math.isfinite(end) for end in range_)
+    whole = "int" in kind
+    if not numbers or not range_[0] < range_[1] or (whole and any(end % 1 for end in range_)):
+        return f"{kind} needs two {'whole ' * whole}numbers, the lower first"
+    return f"{kind} needs numbers above 0" if "log" in kind and range_[0] <= 0 else ""
 
 
-@contextmanager
-def locked(path: Path):
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def distribution(kind: str, range_: list):
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-
-def free(path: Path) -> bool:
-    """Whether nobody holds the lock."""
-    try:
-        with path.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return True
-    except BlockingIOError:
-        return False
-    return True
+    if kind == "categorical":
+        return CategoricalDistribution([json.dumps(choice) for choice in range_])  # lists, too, can be chosen
+    if "int" in kind:
+        return IntDistribution(*map(int, range_), log="log" in kind)
+    return FloatDistribution(*range_, log="log" in kind)
 
 
 def evaluation_means(job: Job) -> list[tuple[float, float]]:
@@ -137,78 +106,87 @@ def evaluation_means(job: Job) -> list[tuple[float, float]]:
 class Tuner:
     """A study and the folder of its runs, in which several of these may work at the same time."""
 
-    def __init__(
-        self, search: Search, settings: dict, study, folder: Path, trials: int, workers: int, threads: int, seed: int
-    ):
-        self.search, self.study, self.folder, self.trials, self.threads = search, study, folder, trials, threads
-        self.settings, self.seed = settings, seed
-        self.slots = threading.Semaphore(workers)
-        self.stop = threading.Event()
-        self.mutex = threading.Lock()
+    def __init__(self, search: Search, study, folder: Path, trials: int, workers: int, threads: int, seed: int):
+        self.search, self.study, self.folder, self.trials = search, study, folder, trials
+        self.threads, self.seed = threads, seed
+        self.slots, self.stop, self.mutex = threading.Semaphore(workers), threading.Event(), threading.Lock()
+        space = {name: next(iter(value.items())) for name, value in search.space.items()}
+        self.distributions = {name: distribution(*value) for name, value in space.items()}
 
     def counted(self) -> list:
-        """All trials but those that were interrupted, and begun anew as others."""
-        return [trial for trial in self.study.get_trials(deepcopy=False) if not trial.user_attrs.get("interrupted")]
+        """All trials but those that were interrupted: their folders are those of later ones."""
+        return list({folder_of(trial): trial for trial in self.study.get_trials(deepcopy=False)}.values())
+
+    def best(self):
+        complete = [trial for trial in self.counted() if trial.state.name == "COMPLETE"]
+        return max(complete, key=lambda trial: trial.value, default=None)
+
+    def parameters(self, trial) -> dict[str, object]:
+        return {n: json.loads(v) if "categorical" in self.search.space[n] else v for n, v in trial.params.items()}
+
+    def owner(self, trial) -> FileLock:
+        """Held by the process that runs the trial."""
+        folder = self.folder / folder_of(trial)
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / "owner.lock")
+
+    def is_left(self, trial) -> bool:
+        """Whether it is running, but no process that is alive runs it."""
+        if trial.state.name != "RUNNING":
+            return False
+        try:
+            with self.owner(trial).acquire(timeout=0):
+                return True
+        except Timeout:
+            return False
 
     def begin(self):
-        """The next trial with its arguments, unless there are enough; first those that an ended process left."""
-        from optuna.samplers import TPESampler
-        from optuna.trial import TrialState
+        """The next trial, with its lock, unless there are enough; first those that an ended process left.
 
-        with self.mutex, locked(self.folder / "study.lock"):
-            free_now = {trial.number for trial in self.counted() if self.abandoned(trial)}
+        Optuna's heartbeats would tell of those after a while only, and in a database only.
+        """
+        from optuna.samplers import TPESampler
+
+        with self.mutex, FileLock(self.folder / "study.lock"):
+            left = {trial.number for trial in self.counted() if self.is_left(trial)}
             for trial in self.counted():  # read again: what was told just before it was let go is not running any more
-                if trial.number in free_now and trial.state == TrialState.RUNNING:
+                if trial.number in left and trial.state.name == "RUNNING":
                     self.put_back(trial)
-            begun = [trial for trial in self.counted() if trial.state != TrialState.WAITING]
-            if len(begun) >= self.trials or self.stop.is_set():
-                return None, None, {}
+            if self.stop.is_set() or sum(trial.state.name != "WAITING" for trial in self.counted()) >= self.trials:
+                return None, None
             # A seed for each trial: processes that share the study, or begin it again, draw nothing twice.
             self.study.sampler = TPESampler(seed=self.seed + len(self.study.get_trials(deepcopy=False)))
-            trial = self.study.ask()
-            chosen = suggest(trial, self.search.space)
-            if "folder" not in trial.user_attrs:
-                trial.set_user_attr("folder", f"trial-{trial.number:04d}")
-            owner = self.owner(trial.user_attrs["folder"])
-            owner.parent.mkdir(parents=True, exist_ok=True)
-            held = owner.open("w")
-            fcntl.flock(held, fcntl.LOCK_EX)
-            return trial, held, chosen
-
-    def abandoned(self, trial) -> bool:
-        """Whether it is running, but no process that is alive runs it."""
-        return trial.state.name == "RUNNING" and free(self.owner(trial.user_attrs.get("folder", "none")))
-
-    def owner(self, name: str) -> Path:
-        return self.folder / name / "owner.lock"
+            trial = self.study.ask(self.distributions)
+            held = self.owner(trial)
+            held.acquire()
+            return trial, held
 
     def put_back(self, trial) -> None:
-        """Its parameters and its folder, with the runs begun, go to a trial that waits."""
-        from optuna.trial import TrialState
-
-        self.study._storage.set_trial_user_attr(trial._trial_id, "interrupted", True)
-        self.study.tell(trial.number, state=TrialState.FAIL)
-        self.study.enqueue_trial(trial.params, user_attrs={"folder": trial.user_attrs["folder"]})
+        """Its arguments and its folder, with the runs begun, go to a trial that waits."""
+        self.study.enqueue_trial(trial.params, user_attrs={"folder": folder_of(trial)})
+        self.study.tell(trial.number, state=state("FAIL"))
 
     def work(self) -> None:
         """Trial after trial, until there are enough."""
         while not self.stop.is_set():
-            trial, held, chosen = self.begin()
+            trial, held = self.begin()
             if trial is None:
                 return
-            with held:
-                self.run(trial, chosen)
+            try:
+                self.carry_out(trial)
+            finally:
+                held.release()
             self.write()
 
-    def run(self, trial, chosen: dict[str, object]) -> None:
-        from optuna.trial import TrialState
+    def jobs(self, trial) -> list[Job]:
+        words = [word for name, value in self.parameters(trial).items() for word in as_words(name, value)]
+        search, seeds = self.search, list(range(1, self.search.seeds + 1))
+        suite = Suite([search.script], [search.env_id], seeds, words=(*search.words, *words))
+        made = jobs_of(suite, self.folder / folder_of(trial), self.threads)
+        return [replace(job, version=search.version) for job in made]
 
-        words = tuple(word for name, value in chosen.items() for word in as_words(name, value))
-        suite = Suite([self.search.script], [self.search.env_id], list(range(1, self.search.seeds + 1)))
-        suite = Suite(suite.scripts, suite.env_ids, suite.seeds, words=(*self.search.words, *words))
-        jobs = jobs_of(suite, self.folder / trial.user_attrs["folder"], self.threads)
-        jobs = [replace(job, version=self.search.version) for job in jobs]
-        pruned, started = threading.Event(), time.monotonic()
+    def carry_out(self, trial) -> None:
+        jobs, pruned, started = self.jobs(trial), threading.Event(), time.monotonic()
 
         def train(job: Job) -> str:
             with self.slots:
@@ -222,8 +200,7 @@ class Tuner:
             running = [pool.submit(train, job) for job in jobs]
             while not all(future.done() for future in running):
                 time.sleep(0.3)
-                evaluations = [evaluation_means(job) for job in jobs]
-                for means in list(zip(*evaluations, strict=False))[reported:]:
+                for means in list(zip(*map(evaluation_means, jobs), strict=False))[reported:]:
                     trial.report(statistics.fmean(mean for _, mean in means), int(means[0][0]))
                     reported += 1
                     if trial.should_prune():
@@ -232,67 +209,67 @@ class Tuner:
         trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
         if "failed" in ends:
             job = jobs[ends.index("failed")]
-            trial.set_user_attr("failure", job.reason() | {"file": str(job.log)})
-            self.tell(trial, state=TrialState.FAIL)
+            self.tell(trial, failure=job.reason() | {"file": str(job.log)})
         elif all(end == "done" for end in ends):
             finals = [job.run().result["evaluation"].get("mean") for job in jobs]
             if None in finals:
-                trial.set_user_attr("failure", {"reason": "was not evaluated", "log": [], "file": str(jobs[0].log)})
-                self.tell(trial, state=TrialState.FAIL)
+                self.tell(trial, failure={"reason": "was not evaluated", "log": [], "file": str(jobs[0].log)})
             else:
                 self.tell(trial, value=statistics.fmean(finals))
         elif pruned.is_set():
-            self.tell(trial, state=TrialState.PRUNED)
+            self.tell(trial)
         else:
             with self.mutex:
-                self.put_back(self.study.get_trials(deepcopy=False)[trial.number])
+                self.put_back(trial)
 
-    def tell(self, trial, value: float | None = None, state=None) -> None:
+    def tell(self, trial, value: float | None = None, failure: dict | None = None) -> None:
+        """How it ended: early, if neither is given."""
+        how = "FAIL" if failure else "PRUNED" if value is None else "COMPLETE"
+        if failure:
+            trial.set_user_attr("failure", failure)
         with self.mutex:
-            told = self.study.tell(trial, value, state)
-        text = f"{told.value:,.5g}" if value is not None else told.state.name.lower()
+            self.study.tell(trial, value, state(how))
         best = self.best()
-        parameters = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in told.params.items())
-        print(
-            f"trial {told.number:>3}  {text:>10}  best {f'{best.value:,.5g}' if best else '-':>10}   {parameters}",
-            flush=True,
-        )
-
-    def best(self):
-        complete = [trial for trial in self.counted() if trial.state.name == "COMPLETE"]
-        return max(complete, key=lambda trial: trial.value, default=None)
+        parameters = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
+        text = how.lower() if value is None else f"{value:,.5g}"
+        reached = f"{best.value:,.5g}" if best else "-"
+        print(f"trial {trial.number:>3}  {text:>10}  best {reached:>10}   {parameters}", flush=True)
 
     def write(self) -> None:
         """results.json and trials.csv, and a file for --config with the best trial's arguments."""
-        with self.mutex, locked(self.folder / "study.lock"):
-            trials, best = self.counted(), self.best()
-            names = list(self.search.space)
+        with self.mutex, FileLock(self.folder / "study.lock"):
+            trials, best, names = self.counted(), self.best(), list(self.search.space)
             rows = [["trial", "state", "value", *names, "seconds", "folder"]]
             for trial in trials:
-                attributes = [trial.user_attrs.get(name, "") for name in ("seconds", "folder")]
+                chosen = [trial.params.get(name, "") for name in names]
                 value = "" if trial.value is None else trial.value
-                rows.append(
-                    [trial.number, trial.state.name, value, *(trial.params.get(n, "") for n in names), *attributes]
-                )
+                seconds = trial.user_attrs.get("seconds", "")
+                rows.append([trial.number, trial.state.name, value, *chosen, seconds, folder_of(trial)])
             write_table(self.folder / "trials.csv", rows)
             states = [trial.state.name for trial in trials]
-            results = self.search.description() | {
-                "trials": {state: states.count(state) for state in sorted({*states})}
-            }
+            results = self.search.description() | {"trials": {name: states.count(name) for name in sorted({*states})}}
             if best:
-                parameters = {
-                    n: json.loads(v) if "categorical" in self.search.space[n] else v for n, v in best.params.items()
-                }
+                parameters = self.parameters(best)
                 results |= {"best": {"trial": best.number, "value": best.value, "parameters": parameters}}
-                config = {"env_id": self.search.env_id} | self.settings | parameters
-                write_atomically(self.config(), yaml.safe_dump(config, sort_keys=False))
+                config = {"env_id": self.search.env_id} | settings_of(self.search.words) | parameters
+                write_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
             write_atomically(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
 
+    @property
     def config(self) -> Path:
-        return (
-            self.folder
-            / f"{Path(self.search.script).stem}__{self.search.env_id.replace('/', '-').replace(':', '-')}.yaml"
-        )
+        env_id = self.search.env_id.replace("/", "-").replace(":", "-")
+        return self.folder / f"{Path(self.search.script).stem}__{env_id}.yaml"
+
+
+def folder_of(trial) -> str:
+    """Where its runs are; a trial that goes on with an interrupted one has that one's."""
+    return trial.user_attrs.get("folder", f"trial-{trial.number:04d}")
+
+
+def state(name: str):
+    from optuna.trial import TrialState
+
+    return TrialState[name]
 
 
 def settings_of(words: tuple[str, ...]) -> dict[str, object]:
@@ -309,19 +286,18 @@ def settings_of(words: tuple[str, ...]) -> dict[str, object]:
 
 def given(words: tuple[str, ...]) -> dict[str, object]:
     """The arguments among the words of a command line."""
-    found: dict[str, object] = {}
-    name = ""
+    found: dict[str, list] = {}
     for word in words:
         if word.startswith("--"):
-            name, equals, value = word[2:].replace("-", "_").partition("=")
-            found[name] = value_of(value) if equals else True
-            if name.startswith("no_") and not equals:
-                del found[name]
-                found[name[3:]] = False
+            flag, equals, value = word[2:].partition("=")
+            values = found[flag.replace("-", "_")] = [value_of(value)] if equals else []
         else:
-            value = value_of(word)
-            found[name] = value if found[name] is True else [*np.atleast_1d(found[name]).tolist(), value]
-    return found
+            values.append(value_of(word))
+    named: dict[str, object] = {}
+    for name, values in found.items():
+        off = name.startswith("no_") and not values
+        named[name[3:] if off else name] = values if len(values) > 1 else values[0] if values else not off
+    return named
 
 
 def value_of(word: str) -> object:
@@ -340,23 +316,60 @@ def open_study(search: Search, storage: str | None, folder: Path, prune: bool):
     url = storage or f"sqlite:///{folder / 'study.db'}"
     kept = JournalStorage(JournalFileBackend(url)) if "://" not in url else url
     pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=0) if prune else optuna.pruners.NopPruner()
+    name = f"{Path(search.script).stem}__{search.env_id}"
     try:
-        study = optuna.create_study(
-            storage=kept,
-            study_name=f"{Path(search.script).stem}__{search.env_id}",
-            pruner=pruner,
-            direction="maximize",
-            load_if_exists=True,
-        )
+        with FileLock(folder / "study.lock"):  # two that begin at once would both make the tables
+            study = optuna.create_study(
+                storage=kept, study_name=name, pruner=pruner, direction="maximize", load_if_exists=True
+            )
     except Exception as error:
         refuse(f"--storage {url}: {' '.join(str(error).split())[:200]}")
-    earlier = study.user_attrs.get("search")
     described = search.description()
-    if earlier is None:
-        study.set_user_attr("search", described)
-    elif differing := [name for name in described if earlier.get(name, described[name]) != described[name]]:
+    earlier = described | study.user_attrs.get("search", {})
+    if differing := [name for name in described if earlier[name] != described[name]]:
         refuse(f"{url}: holds a study with other {', '.join(differing)}; choose another --output or --storage")
+    study.set_user_attr("search", described)
     return study
+
+
+def carry_on(tuner: Tuner, at_once: int) -> int:
+    """Works until there are enough trials, or until a signal, which is returned; a second one ends it at once."""
+    caught: list[int] = []
+
+    def catch(number: int, _: object) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        tuner.stop.set()
+
+    handlers = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with ThreadPoolExecutor(at_once) as pool:
+            for future in [pool.submit(tuner.work) for _ in range(at_once)]:
+                future.result()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    tuner.write()
+    return caught[0] if caught else 0
+
+
+def conclude(tuner: Tuner) -> int:
+    """Draws and tells what was found; how many trials failed."""
+    failed = [trial for trial in tuner.counted() if trial.state.name == "FAIL"]
+    for trial in failed:
+        failure = trial.user_attrs["failure"]
+        print(f"\ntrial {trial.number} failed: {failure['reason']}; {failure['file']}")
+        print("\n".join(f"    {line}" for line in failure["log"][-8:]))
+    if best := tuner.best():
+        from benchmark.tune_figures import plot_search
+
+        plot_search(tuner.study, tuner.folder)
+        print(
+            f"\nbest: trial {best.number} with {best.value:,.5g}; results, settings and figures are in {tuner.folder}"
+        )
+        print(f"  python {Path(tuner.search.script).name} --config {tuner.config}")
+    return len(failed)
 
 
 def tune(
@@ -399,59 +412,19 @@ def tune(
         output: a folder for the runs and the results; by default tuning/ and a name that follows from the others
         words: everything after --
     """
-    for name, value in (("trials", trials), ("seeds", seeds), ("workers", workers), ("threads", threads)):
-        if value < 1:
-            refuse(f"--{name} {value}: must be at least 1")
-    if seed < 0:
-        refuse(f"--seed {seed}: must be at least 0")
-    for package in ("optuna", "matplotlib"):
-        if not find_spec(package):
-            refuse(f"{package} is not installed; pip install -e '.[benchmark]'")
+    at_least(1, trials=trials, seeds=seeds, workers=workers, threads=threads)
+    at_least(0, seed=seed)
+    need("optuna", "matplotlib")
     path = find_script(script)
     check(path, [env_id], words)
     search = Search(str(path), env_id, seeds, read_space(space, path), words, fingerprint(path))
-    settings = settings_of(words)
+    settings_of(words)  # refuses a file that is none
     folder = (output or Path("tuning") / f"{path.stem}__{env_id.replace('/', '-')}").resolve()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        refuse(f"--output {folder}: {error.strerror}")
-    with locked(folder / "study.lock"):  # two that begin at once would both make the tables
-        study = open_study(search, storage, folder, prune)
-    tuner = Tuner(search, settings, study, folder, trials, workers, threads, seed)
-
-    caught: list[int] = []
-
-    def catch(number: int, _: object) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-        tuner.stop.set()
-
-    handlers = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        at_once = max(1, workers // seeds)
-        with ThreadPoolExecutor(at_once) as pool:
-            for future in [pool.submit(tuner.work) for _ in range(at_once)]:
-                future.result()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    tuner.write()
-    if caught:
+    make_folder(folder)
+    study = open_study(search, storage, folder, prune)
+    tuner = Tuner(search, study, folder, trials, workers, threads, seed)
+    if caught := carry_on(tuner, max(1, workers // seeds)):
         print("stopped; the same command goes on")
-        raise SystemExit(128 + caught[0])
-    failed = [trial for trial in tuner.counted() if trial.state.name == "FAIL"]
-    for trial in failed:
-        failure = trial.user_attrs["failure"]
-        print(f"\ntrial {trial.number} failed: {failure['reason']}; {failure['file']}")
-        print("\n".join(f"    {line}" for line in failure["log"][-8:]))
-    if best := tuner.best():
-        from benchmark.tune_figures import plot_search
-
-        logs = {name for name, range_ in search.space.items() if {*range_} & {"log_float", "log_int"}}
-        plot_search(tuner.study, logs, folder)
-        print(f"\nbest: trial {best.number} with {best.value:,.5g}; results, settings and figures are in {folder}")
-        print(f"  python {path.name} --config {tuner.config()}")
-    if failed:
+        raise SystemExit(128 + caught)
+    if conclude(tuner):
         raise SystemExit(1)

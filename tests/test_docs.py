@@ -116,7 +116,7 @@ def parse(command: str) -> None:
         at = words.index("--") if "--" in words else len(words)
         named = {name: later(function) for name, function in COMMANDS.items()}
         chosen = tyro.extras.subcommand_cli_from_dict(named, args=words[2:at])
-        assert at == len(words) or chosen.func.__name__ in WITH_WORDS
+        assert at == len(words) or chosen.func in WITH_WORDS
         script = next((w for w in words[:at] if w in NAMES), "ppo_continuous")
         parse(shlex.join(["python", f"{script}.py", *words[at + 1 :]]))
     else:

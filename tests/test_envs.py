@@ -1,4 +1,9 @@
-"""The LunarLanders of `benchmark/envs.py`."""
+"""The LunarLanders of `examples/lunar_landers.py`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -6,8 +11,9 @@ import pytest
 from gymnasium.envs.box2d.lunar_lander import heuristic
 from gymnasium.utils.env_checker import check_env
 
-import benchmark.envs  # noqa: F401  registers them
+import examples.lunar_landers  # noqa: F401  registers them
 
+ROOT = Path(__file__).parent.parent
 MODES = ["terminal", "delayed", "graded"]
 
 
@@ -17,6 +23,13 @@ def test_they_are_what_gymnasium_expects(continuous):
     for mode in MODES:
         env = gym.make("SparseLunarLander-v0", mode=mode, continuous=continuous)
         check_env(env.unwrapped, skip_render_check=True)
+
+
+def test_their_older_ids_are_the_same_from_any_folder(tmp_path):
+    code = "import gymnasium as gym; print(gym.make('benchmark.envs:SparseLunarLander-v0').unwrapped.mode)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert told.stdout == "delayed\n", told.stderr
 
 
 def test_starts_differ_in_place_and_angle_and_follow_from_the_seed():

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 import benchmark.evaluate
-import ppo_atari_cnn
 import ppo_continuous as ppo
 from benchmark.__main__ import main
 from benchmark.evaluate import Episode, explained_variance, realised_returns, share_at_bounds
-from benchmark.random_policy import arguments_of, maker, random_baseline
+from benchmark.random_policy import arguments_of, baseline_of, random_baseline
 from benchmark.runs import Run
 from tests.envs import Clock
 
@@ -271,8 +270,22 @@ def test_the_random_baseline_is_played_once(tmp_path, monkeypatch):
     assert len(made) == 4 and all(json.loads(path.read_text())["return"] for path in tmp_path.rglob("*.json"))
 
 
-def test_a_baseline_belongs_to_all_that_the_evaluation_environment_is_made_from(run):
+def test_a_baseline_belongs_to_the_arguments_that_the_evaluation_environment_reads(run, tmp_path):
     assert arguments_of(run).keys() == {"env_id", "env_kwargs", "eval_env_kwargs"}
-    assert "def make_env(" in maker(ppo) and "class Agent" not in maker(ppo)
-    games = maker(ppo_atari_cnn)
-    assert "class Game(" in games and "args.repeat_action_probability" in games
+    fork = tmp_path / "fork"
+    shutil.copytree(run.directory, fork)
+    with (fork / "ppo_continuous.py").open("a") as source:
+        source.write("make = make_eval_env\ndef make_eval_env(args, *more): ")
+        source.write("return gym.wrappers.TransformReward(make(args, *more), lambda reward: reward * args.gamma)\n")
+    assert arguments_of(Run(fork)).keys() == {"env_id", "env_kwargs", "eval_env_kwargs", "gamma"}
+
+
+def test_a_forks_baseline_is_its_own(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fork = tmp_path / "fork"
+    shutil.copytree(run.directory, fork)
+    with (fork / "ppo_continuous.py").open("a") as source:
+        source.write("make = make_eval_env\ndef make_eval_env(*args): ")
+        source.write("return gym.wrappers.TransformReward(make(*args), lambda reward: 1.0)\n")
+    assert baseline_of(run, 2)["return"].max() < 0
+    assert baseline_of(Run(fork), 2)["return"].tolist() == [200.0, 200.0]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmark import jobs, suites
-from benchmark.__main__ import main
+from benchmark.__main__ import COMMANDS, main
 from benchmark.jobs import tail
 from benchmark.runs import Run, find_runs, write_table
 from benchmark.suites import selection_of
@@ -65,7 +65,7 @@ def test_it_keeps_what_it_was_to_run_and_says_whose_return_it_shows(tmp_path, ca
     )
 
 
-@pytest.mark.parametrize("command", ["", "run", "sweep", "tune", "evaluate", "report", "random", "speed"])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_80_columns_wide_and_keeps_examples_on_their_lines(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
@@ -73,7 +73,9 @@ def test_help_is_80_columns_wide_and_keeps_examples_on_their_lines(command, caps
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     examples = [k for k, line in enumerate(lines) if line.startswith("    python -m benchmark")]
-    assert len(examples) == {"sweep": 2, "tune": 1, "report": 3}.get(command, 0)
+    assert len(examples) == {"sweep": 2, "tune": 1, "report": 3, "evaluate": 1, "zoo": 1, "reproduce": 1}.get(
+        command, 0
+    )
     assert sum("python -m benchmark" in line for line in lines) == len(examples) + (2 if not command else 1)
     if command == "sweep":
         assert lines[examples[1] :][1] == "        --env-ids Hopper-v4 --seeds 5 -- --total-timesteps 1_000_000"
@@ -303,9 +305,7 @@ def test_a_job_that_outlives_its_sweep_is_not_begun_again(tmp_path):
 
 
 def test_the_harness_loads_where_posix_is_not():
-    code = (
-        "import os, sys; sys.modules['fcntl'] = None; del os.killpg, os.fork; import benchmark.sweep, benchmark.study"
-    )
+    code = "import os, sys; sys.modules['fcntl'] = None; del os.killpg, os.fork; import benchmark.__main__"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

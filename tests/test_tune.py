@@ -190,7 +190,7 @@ def test_choices_with_dollars_are_no_mathematics_but_powers_of_ten_are(tmp_path)
         lambda trial: trial.suggest_float("rate", 1e-5, 1e-1, log=True) + len(trial.suggest_categorical("m", CHOICES)),
         n_trials=8,
     )
-    plot_search(study, {"rate"}, tmp_path)
+    plot_search(study, tmp_path)
     text = (tmp_path / "slices.svg").read_text()
     assert all(choice in text for choice in CHOICES) and "{10^{-3}}" not in re.sub("<!--.*?-->", "", text)
 
