@@ -15,7 +15,7 @@ from benchmark.errors import refuse
 from benchmark.evaluate import evaluate
 from benchmark.random_policy import random
 from benchmark.report import report
-from benchmark.speed import speed
+from benchmark.speed.compare import speed
 from benchmark.study import run
 from benchmark.sweep import sweep
 from benchmark.tune import tune

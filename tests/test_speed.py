@@ -16,7 +16,7 @@ from benchmark.__main__ import main
     ],
 )
 def test_bad_input_is_one_line(monkeypatch, capsys, arguments, told):
-    monkeypatch.setattr("benchmark.speed.measure", None)
+    monkeypatch.setattr("benchmark.speed.compare.measure", None)
     with pytest.raises(SystemExit) as stop:
         main(["speed", *arguments])
     printed = capsys.readouterr()
