@@ -16,6 +16,7 @@ from benchmark.evaluate import evaluate
 from benchmark.random_policy import random
 from benchmark.report import report
 from benchmark.speed.compare import speed
+from benchmark.speed.versus import versus
 from benchmark.study import run
 from benchmark.sweep import sweep
 from benchmark.tune import tune
@@ -28,6 +29,7 @@ COMMANDS = {
     "report": report,
     "random": random,
     "speed": speed,
+    "versus": versus,
 }
 WITH_WORDS = ["run", "sweep", "tune"]  # what stands after -- goes to the scripts that these run
 

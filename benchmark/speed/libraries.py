@@ -10,11 +10,11 @@ import time
 from functools import partial
 from importlib import import_module
 from operator import mul
+from types import ModuleType
 
 import gymnasium as gym
 import numpy as np
 import torch
-from ale_py.vector_env import AtariVectorEnv
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
@@ -24,14 +24,14 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 from benchmark.speed.cases import PACKAGES
 
 
-def limit_threads(library: str, threads: int) -> None:
-    """Before anything of JAX is imported."""
+def load(library: str, threads: int) -> ModuleType:
+    """A library that computes with so many threads, which JAX reads when it is imported."""
     torch.set_num_threads(threads)
-    if library == "sbx":
-        os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()}"
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()}"
+    return import_module(PACKAGES[library])
 
 
-def build(library: str, algorithm: str, env: VecEnv, settings: dict, seed: int) -> BaseAlgorithm:
+def build(library: ModuleType, algorithm: str, env: VecEnv, settings: dict, seed: int) -> BaseAlgorithm:
     """A library's algorithm, with settings as rl-zoo writes them; n_envs is the environment's."""
     given = {name: value for name, value in settings.items() if name not in ("normalize", "noise_std", "n_envs")}
     if settings.get("normalize"):
@@ -44,17 +44,19 @@ def build(library: str, algorithm: str, env: VecEnv, settings: dict, seed: int) 
             given[name] = partial(mul, float(value.removeprefix("lin_")))
     policy = given.pop("policy_kwargs", {})
     if "activation_fn" in policy:
-        name, flax = policy["activation_fn"], library == "sbx"
+        name, flax = policy["activation_fn"], library.__name__ == "sbx"
         function = getattr(import_module("flax.linen"), name.lower()) if flax else getattr(torch.nn, name)
         policy = policy | {"activation_fn": function}
-    make = getattr(import_module(PACKAGES[library]), algorithm)
-    return make(given.pop("policy", "MlpPolicy"), env, **given, policy_kwargs=policy, device="cpu", seed=seed)
+    make, kind = getattr(library, algorithm), given.pop("policy", "MlpPolicy")
+    return make(kind, env, **given, policy_kwargs=policy, device="cpu", seed=seed)
 
 
 class Games(VecEnv):
     """ale-py's vector environment, as Stable-Baselines3 wants its environments; it does not offer that itself."""
 
     def __init__(self, game: str, num_envs: int, threads: int):
+        from ale_py.vector_env import AtariVectorEnv
+
         self.envs = AtariVectorEnv(game, num_envs, num_threads=threads)
         super().__init__(num_envs, self.envs.single_observation_space, self.envs.single_action_space)
 
@@ -86,15 +88,17 @@ class Games(VecEnv):
     def env_method(self, *_: object) -> None: ...
 
 
-def make_envs(env_id: str, num_envs: int, vec: str, threads: int) -> VecEnv:
+def make_envs(env_id: str, num_envs: int, vec: str, threads: int, seed: int) -> VecEnv:
     vector = {"sync": DummyVecEnv, "async": SubprocVecEnv}.get(vec)
     if not env_id.startswith("ALE/"):
-        return make_vec_env(env_id, num_envs, seed=1, vec_env_cls=vector)
+        return make_vec_env(env_id, num_envs, seed=seed, vec_env_cls=vector)
+    import ale_py  # noqa: F401  registers the games
+
     game = gym.spec(env_id).kwargs["game"]
     if vec == "ale":
         return Games(game, num_envs, threads)
-    name = f"ale_py:{game.title().replace('_', '')}NoFrameskip-v4"  # ale_py registers it, in every process
-    return VecFrameStack(make_atari_env(name, num_envs, seed=1, vec_env_cls=vector), 4)
+    name = f"ale_py:{game.title().replace('_', '')}NoFrameskip-v4"  # in every process
+    return VecFrameStack(make_atari_env(name, num_envs, seed=seed, vec_env_cls=vector), 4)
 
 
 class Clock(BaseCallback):
@@ -116,11 +120,11 @@ class Clock(BaseCallback):
 
 
 def main(library: str, algorithm: str, told: dict) -> None:
-    limit_threads(library, told["threads"])
-    env = make_envs(told["env_id"], told["num_envs"], told["vec"], told["threads"])
+    loaded = load(library, told["threads"])
+    env = make_envs(told["env_id"], told["num_envs"], told["vec"], told["threads"], seed=1)
     rollout, rollouts, warmup = told["num_envs"] * told["num_steps"], told["rollouts"], told["warmup"]
     clock = Clock(rollout)
-    build(library, algorithm, env, told["settings"], seed=1).learn(rollout * rollouts, callback=clock)
+    build(loaded, algorithm, env, told["settings"], seed=1).learn(rollout * rollouts, callback=clock)
     print(rollout * (rollouts - warmup) / (clock.starts[-1] - clock.starts[warmup]))
     env.close()
 
