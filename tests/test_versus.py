@@ -121,14 +121,16 @@ def test_the_table_counts_compiling_and_not_evaluating(tmp_path):
         "slow": [made_up(tmp_path, seed, 50.0 + seed) for seed in (1, 2, 3)],
         "absent": [],
     }
+    (tmp_path / "out").mkdir()
     race.tell(found, "A-v0", (50, 1000), tmp_path / "out")
-    table = race.standings([race.Runner(name, "A-v0", runs) for name, runs in found.items() if runs], (50, 1000))
+    table, seeds = race.standings([race.Runner(name, "A-v0", runs) for name, runs in found.items() if runs], (50, 1000))
     assert table.header == ["contestant", "seeds", "steps", "minutes to 50", "minutes to 1,000", "minutes", "return"]
     quick, slow = table.rows
     # 50 is reached at the fifth evaluation, before which four took 20 s each; compiling took two minutes.
     assert quick[:6] == ["quick", 2, 100, pytest.approx((300 - 80 + 120) / 60), np.inf, pytest.approx(9.0)]
     assert np.isnan(quick[6].low) and quick[6].middle == 101.5  # two seeds have no interval
     assert slow[5] == pytest.approx((600 - 180) / 60)
+    assert seeds.rows[1] == ["quick", 2, *quick[3:6], 102.0]
     assert 51 <= slow[6].low < 52 == slow[6].middle < slow[6].high <= 53
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {
         "versus.png",

@@ -30,16 +30,18 @@ def compiling(run: Run) -> float:
     return sum(map(float, re.findall(r"compiled in ([\d.]+) s", log.read_text()))) if log.is_file() else 0.0
 
 
-def standings(runners: list[Runner], thresholds: tuple[float, ...]) -> Table:
-    """Minutes of the median seed."""
-    header = ["contestant", "seeds", "steps", *(f"minutes to {value:,}" for value in thresholds), "minutes", "return"]
-    rows = []
+def standings(runners: list[Runner], thresholds: tuple[float, ...]) -> tuple[Table, Table]:
+    """Minutes, of the median seed and of every seed, and final returns."""
+    columns = [*(f"minutes to {value:,}" for value in thresholds), "minutes", "return"]
+    medians, seeds = [], []
     for runner in runners:
-        minutes = [float(np.median(runner.reached(value)[1]) / 60) for value in thresholds]
-        minutes += [float(np.median(runner.seconds[:, -1]) / 60)]
-        final = tables.estimates(runner.final)[0]
-        rows.append([runner.method, len(runner.runs), int(runner.curves[0][-1]), *minutes, final])
-    return Table(header, rows)
+        seconds = [*(runner.reached(value)[1] for value in thresholds), runner.seconds[:, -1]]
+        minutes, final = np.array(seconds) / 60, tables.estimates(runner.final)[0]
+        first = [runner.method, len(runner.runs), int(runner.curves[0][-1])]
+        medians.append([*first, *map(float, np.median(minutes, 1)), final])
+        for run, own, reached in zip(runner.runs, minutes.T, runner.final, strict=True):
+            seeds.append([runner.method, run.config["seed"], *map(float, own), float(reached)])
+    return Table(["contestant", "seeds", "steps", *columns], medians), Table(["contestant", "seed", *columns], seeds)
 
 
 def race(runners: list[Runner], colour: figures.Colours, env_id: str) -> Figure:
@@ -56,7 +58,7 @@ def race(runners: list[Runner], colour: figures.Colours, env_id: str) -> Figure:
         left.xaxis.set_minor_formatter(NullFormatter())
         left.set(xlabel="minutes of training", ylabel="evaluation return")
         figures.over_steps(right)
-        figure.suptitle(env_id)
+        figure.suptitle(env_id, fontsize=figures.STYLE["font.size"])
         figures.legend_below(figure, [left, right])
     return figure
 
@@ -66,12 +68,8 @@ def tell(found: dict[str, list[Run]], env_id: str, thresholds: tuple[float, ...]
     runners = [Runner(label, env_id, runs, k) for k, (label, runs) in enumerate(found.items()) if runs]
     if not runners:
         return
-    made = standings(runners, thresholds)
-    for name, table in (
-        ("versus", made),
-        ("seeds", tables.per_seed(runners)),
-        ("provenance", tables.provenance(runners)),
-    ):
+    made, seeds = standings(runners, thresholds)
+    for name, table in (("versus", made), ("seeds", seeds), ("provenance", tables.provenance(runners))):
         table.write(folder / name)
     figures.save(race(runners, figures.colours(list(found)), env_id), folder / "versus")
     print(made.text())
