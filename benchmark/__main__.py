@@ -16,7 +16,8 @@ from benchmark.evaluate import evaluate
 from benchmark.random_policy import random
 from benchmark.report import report
 from benchmark.reproduce import reproduce
-from benchmark.speed import speed
+from benchmark.speed.compare import speed
+from benchmark.speed.versus import versus
 from benchmark.study import study
 from benchmark.sweep import sweep
 from benchmark.tune import tune
@@ -32,6 +33,7 @@ COMMANDS = {
     "zoo": zoo,
     "reproduce": reproduce,
     "speed": speed,
+    "versus": versus,
 }
 WITH_WORDS = (study, sweep, tune)  # what stands after -- goes to the scripts that these run
 

@@ -67,9 +67,12 @@ class Group:
 
     @cached_property
     def seconds(self) -> np.ndarray:
-        """Training time of each seed when it reached the steps of its curve (seeds, K)."""
-        tables = [run.progress for run in self.runs]
-        return np.array([np.interp(self.curves[0], table["step"], table["wall_time"]) for table in tables])
+        """Training time of each seed, without evaluation, when it reached the steps of its curve (seeds, K)."""
+        seconds = []
+        for table in (run.progress for run in self.runs):
+            evaluating = np.cumsum(table.get("seconds_evaluating", 0))  # before each row
+            seconds.append(np.interp(self.curves[0], table["step"], table["wall_time"] - evaluating))
+        return np.array(seconds)
 
     @cached_property
     def final(self) -> np.ndarray:

@@ -1,8 +1,14 @@
-"""What a comparison of speeds refuses before it measures anything."""
+"""Speed: what a comparison asks of ours and of others, and what it refuses before it measures anything."""
+
+import importlib
+import inspect
+import itertools
 
 import pytest
 
 from benchmark.__main__ import main
+from benchmark.speed.cases import CASES, in_our_words, in_their_words
+from benchmark.speed.rl_zoo import SETTINGS as RL_ZOO
 
 
 @pytest.mark.parametrize(
@@ -16,9 +22,43 @@ from benchmark.__main__ import main
     ],
 )
 def test_bad_input_is_one_line(monkeypatch, capsys, arguments, told):
-    monkeypatch.setattr("benchmark.speed.measure", None)
+    monkeypatch.setattr("benchmark.speed.compare.measure", None)
     with pytest.raises(SystemExit) as stop:
         main(["speed", *arguments])
     printed = capsys.readouterr()
     assert stop.value.code == 2
     assert told in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def ways_of_ours() -> list:
+    return [
+        pytest.param(script, variant, title, id=f"{script}, {variant}, {title}")
+        for script, case in CASES.items()
+        for variant, title in itertools.product(case.ours, case.settings)
+    ]
+
+
+@pytest.mark.parametrize(("script", "variant", "title"), ways_of_ours())
+def test_a_script_understands_its_case(script, variant, title):
+    case = CASES[script]
+    settings = case.settings[title] | {"rollouts": 5}
+    args = importlib.import_module(script).parse(in_our_words(case, settings | case.ours[variant]))
+    assert args.total_timesteps == settings["num_envs"] * settings["num_steps"] * 5
+    for name, value in (settings | case.ours[variant]).items():
+        if name not in ("rollouts", "sizes") and not (name == "num_steps" and case.learns_off_policy):
+            assert getattr(args, name) == value
+    for name in case.networks if "sizes" in settings else ():
+        assert list(getattr(args, name)) == settings["sizes"]
+
+
+@pytest.mark.parametrize("settings", [*RL_ZOO, *CASES], ids=str)
+def test_others_understand_their_settings(settings):
+    stable = pytest.importorskip("stable_baselines3")
+    if settings in CASES:
+        case = CASES[settings]
+        algorithm, given = case.algorithm, [in_their_words(case, each) for each in case.settings.values()]
+    else:
+        (algorithm, _), given = settings, [RL_ZOO[settings]]
+    understood = inspect.signature(getattr(stable, algorithm)).parameters.keys() | {"normalize", "noise_std", "n_envs"}
+    for names in given:
+        assert names.keys() <= understood

@@ -73,9 +73,15 @@ def test_help_is_80_columns_wide_and_keeps_examples_on_their_lines(command, caps
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     examples = [k for k, line in enumerate(lines) if line.startswith("    python -m benchmark")]
-    assert len(examples) == {"sweep": 2, "tune": 1, "report": 3, "evaluate": 1, "zoo": 1, "reproduce": 1}.get(
-        command, 0
-    )
+    assert len(examples) == {
+        "sweep": 2,
+        "tune": 1,
+        "report": 3,
+        "evaluate": 1,
+        "zoo": 1,
+        "reproduce": 1,
+        "versus": 2,
+    }.get(command, 0)
     assert sum("python -m benchmark" in line for line in lines) == len(examples) + (2 if not command else 1)
     if command == "sweep":
         assert lines[examples[1] :][1] == "        --env-ids Hopper-v4 --seeds 5 -- --total-timesteps 1_000_000"

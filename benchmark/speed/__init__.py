@@ -1,0 +1,1 @@
+"""Ours beside other libraries: by steps per second (`speed`), and by learning (`versus`)."""
