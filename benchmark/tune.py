@@ -419,7 +419,7 @@ def tune(
     check(path, [env_id], words)
     search = Search(str(path), env_id, seeds, read_space(space, path), words, fingerprint(path))
     settings_of(words)  # refuses a file that is none
-    folder = (output or Path("tuning") / f"{path.stem}__{env_id.replace('/', '-')}").resolve()
+    folder = (output or Path("tuning") / f"{path.stem}__{env_id.replace('/', '-').replace(':', '-')}").resolve()
     make_folder(folder)
     study = open_study(search, storage, folder, prune)
     tuner = Tuner(search, study, folder, trials, workers, threads, seed)
