@@ -233,9 +233,14 @@ def load_player(run: Run, path: Path, kwargs: dict, mode: str | None) -> Player:
         args = replace(args, eval_env_kwargs=json.dumps(json.loads(args.eval_env_kwargs) | kwargs))
     try:
         player = Player(run, module.load_policy(path, "cpu"), partial(module.make_eval_env, args))
-        player.make_env(mode).close()
+        player.make_env(None).close()
     except Exception as error:
         refuse(f"{run.directory}: {' '.join(str(error).split())}")
+    try:
+        player.make_env(mode).close()
+    except Exception as error:
+        need = f"its environment must take render_mode={mode!r} to be seen"
+        refuse(f"{run.directory}: {need}; {' '.join(str(error).split())}")
     return player
 
 

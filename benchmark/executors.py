@@ -43,8 +43,9 @@ def run_on_ray(
         refuse("--executor ray: Ray is not installed; pip install -e '.[ray]'")
     try:
         ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        refuse(f"--address {address}: {' '.join(str(error).split())[:200]}")
+    except Exception as error:  # Ray raises plain ones too, such as when its start takes too long
+        where = f"--address {address}" if address else "--executor ray"
+        refuse(f"{where}: {' '.join(str(error).split())[:200]}")
 
     work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=-1)(run_job)
     waiting = {work.options(name=job.name).remote(job, silence=silence): job for job in jobs}

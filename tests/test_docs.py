@@ -166,6 +166,12 @@ def test_relative_links_resolve(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_what_is_named_of_the_zoo_is_there(page):
+    for path in re.findall(r"(zoo/[\w.-]+__\w+(?:/[\w./-]+\w)?)", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_the_context_of_a_diff_is_in_its_script(page):
     for name, diff in re.findall(r"```diff\n--- (\S+)\n(.*?)```", page.read_text(), re.DOTALL):
         source = (ROOT / name).read_text().splitlines()

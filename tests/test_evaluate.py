@@ -248,6 +248,20 @@ def test_bad_input_is_one_line(run, capsys, monkeypatch, arguments, told):
     assert told in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
+def test_an_environment_that_cannot_be_drawn_is_told_apart_from_one_that_cannot_be_made(run, tmp_path, capsys):
+    fork = tmp_path / run.directory.name
+    shutil.copytree(run.directory, fork)
+    with (fork / "ppo_continuous.py").open("a") as source:
+        source.write("\n\ndef make_eval_env(args, render_mode=None):\n")
+        source.write("    return gym.make(args.env_id) if render_mode is None else 1 / 0\n")
+    assert evaluate(fork, "--episodes", 1, "-o", tmp_path / "played") == 0
+    capsys.readouterr()
+    assert evaluate(fork, "--video", "-o", tmp_path / "filmed") == 2
+    told = capsys.readouterr().err
+    assert "must take render_mode='rgb_array' to be seen; division by zero" in told and told.count("\n") == 1
+    assert not (tmp_path / "filmed").exists()
+
+
 def test_the_random_baseline_is_played_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     made = []
