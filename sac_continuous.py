@@ -968,7 +968,7 @@ class Run(ExitStack):
         state = {"script": SCRIPT, "args": asdict(self.args), "step": step, "agent": self.agent.state_dict()}
         state |= {"learner": self.learners.tensors(), "environments": self.envs.state(), "progress": self.progress}
         state |= {"buffer": self.buffer.state() if self.args.checkpoint_buffer else {}}
-        device = self.learners.target.device
+        device = self.buffer.rings.rewards.device
         random = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return state | {"random": torch.get_rng_state(), "cuda_random": random}
 
@@ -995,8 +995,8 @@ class Run(ExitStack):
         if not exact or not self.buffer.seen:
             self.buffer.begin(self.envs.observations)
         torch.set_rng_state(saved["random"])
-        if self.learners.target.device.type == "cuda" and saved["cuda_random"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_random"], self.learners.target.device)
+        if self.buffer.rings.rewards.device.type == "cuda" and saved["cuda_random"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_random"], self.buffer.rings.rewards.device)
 
         (self.directory / "result.json").unlink(missing_ok=True)
         for path in self.directory.glob("*.csv"):  # the rows after the checkpoint will be written again

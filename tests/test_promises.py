@@ -1,5 +1,6 @@
 """What every script promises: of its results, of its policies, of what it leaves on disk and of what it refuses."""
 
+import ast
 import contextlib
 import csv
 import dataclasses
@@ -27,7 +28,6 @@ import torch
 import yaml
 
 from tests.marks import needs_compiler
-from tools import family
 
 ROOT = Path(__file__).parent.parent
 
@@ -555,10 +555,21 @@ def those_with(holds: Callable[[Row], bool]) -> pytest.MarkDecorator:
 
 
 def about(*blocks: str) -> pytest.MarkDecorator:
-    """Runs a test of these blocks with the flagship, and with the scripts of which one is another (tools/family.py)."""
-    others = {path.removesuffix(".py") for path, reasons in family.DIFFERENT.items() if reasons.keys() & set(blocks)}
-    names = [name for name in SCRIPTS if name in {"ppo_continuous"} | others]
-    return pytest.mark.parametrize("script", names, indirect=True)
+    """Runs a test of these blocks once with each form that they have in the scripts."""
+    forms: dict[tuple, str] = {}
+    for name in SCRIPTS:
+        forms.setdefault(tuple(text_of(name, block) for block in blocks), name)
+    return pytest.mark.parametrize("script", list(forms.values()), indirect=True)
+
+
+def text_of(script: str, block: str) -> str | None:
+    """The source of a top-level function or class, or of a class's method."""
+    source = (ROOT / f"{script}.py").read_text()
+    nodes, found = ast.parse(source).body, None
+    for name in block.split("."):
+        found = next((node for node in nodes if getattr(node, "name", None) == name), None)
+        nodes = getattr(found, "body", [])
+    return found and ast.get_source_segment(source, found)
 
 
 def with_each(field: str) -> pytest.MarkDecorator:
@@ -618,10 +629,8 @@ def contents(directory: Path) -> dict[Path, bytes]:
 
 def test_the_seed_decides_and_watching_changes_nothing(script):
     first = script.train()
-    assert same(first, script.train())
     assert same(first, script.train(num_evals=0))
-    assert same(first, script.train(num_evals=8, eval_episodes=3))
-    assert same(first, script.train(checkpoint_every=1))
+    assert same(first, script.train(num_evals=4, eval_episodes=3, checkpoint_every=1))
     other = script.train(seed=2)
     assert not same(first, other)
     weights = [load(run / "checkpoint.pt")["agent"] for run in (first, other)]
@@ -634,6 +643,7 @@ def test_async_steps_like_sync(script):
     assert same(script.train(), script.train(vec="async"))
 
 
+@about("evaluate", "make_eval_env", "make_env", "play")
 def test_filming_changes_nothing_and_shows_the_best_episode(script, monkeypatch):
     from moviepy import VideoFileClip
 
@@ -758,17 +768,18 @@ def test_a_run_may_be_killed_at_any_operation_on_its_files(script, processes):
     assert not list(run.rglob("*.unfinished"))
 
 
+WAYS = {"compiled": {"compile": True}, "async": {"vec": "async"}, "async-compiled": {"vec": "async", "compile": True}}
+
+
+@needs_compiler
 @pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param({"compile": True}, marks=needs_compiler, id="compiled"),
-        pytest.param({"vec": "async"}, id="async"),
-        pytest.param({"vec": "async", "compile": True}, marks=needs_compiler, id="async-compiled"),
-    ],
+    ("script", "way"),
+    [("ppo_continuous", "compiled"), ("ppo_continuous", "async"), ("ppo_atari_cnn", "compiled")]
+    + [(name, "async-compiled") for name in SCRIPTS if name != "ppo_atari_cnn"],
+    indirect=["script"],
 )
-def test_a_run_that_is_stopped_twice_ends_as_if_it_were_not(script, settings, capsys):
-    script.skip_without(settings.get("vec"))
-    settings = {"env_id": script.row.played} | settings
+def test_a_run_that_is_stopped_twice_ends_as_if_it_were_not(script, way, capsys):
+    settings = {"env_id": script.row.played} | WAYS[way]
     undisturbed = script.train(**settings | {"num_evals": 0, "runs_dir": str(script.runs / "undisturbed")})
     script.runs /= "stopped"
     run = script.stop_after_a_rollout(**settings)
@@ -803,7 +814,11 @@ def wait_for(condition, seconds: float = 60) -> object:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [("ppo_continuous", signal.SIGINT), *((name, signal.SIGTERM) for name in SCRIPTS)],
+    indirect=["script"],
+)
 def test_an_interrupted_run_says_how_to_go_on_and_is_nobody_elses_until_then(script, number, capsys):
     words = [sys.executable, str(script.path), *script.words(total_timesteps=1e6, checkpoint_every=1e6, num_evals=0)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
