@@ -4,6 +4,7 @@ import ast
 import contextlib
 import csv
 import dataclasses
+import functools
 import importlib
 import json
 import multiprocessing
@@ -564,12 +565,16 @@ def about(*blocks: str) -> pytest.MarkDecorator:
 
 def text_of(script: str, block: str) -> str | None:
     """The source of a top-level function or class, or of a class's method."""
-    source = (ROOT / f"{script}.py").read_text()
-    nodes, found = ast.parse(source).body, None
+    nodes, found = tree_of(script).body, None
     for name in block.split("."):
         found = next((node for node in nodes if getattr(node, "name", None) == name), None)
         nodes = getattr(found, "body", [])
-    return found and ast.get_source_segment(source, found)
+    return found and ast.unparse(found)
+
+
+@functools.cache
+def tree_of(script: str) -> ast.Module:
+    return ast.parse((ROOT / f"{script}.py").read_text())
 
 
 def with_each(field: str) -> pytest.MarkDecorator:
