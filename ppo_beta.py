@@ -439,8 +439,13 @@ class Agent(nn.Module):
         if self.images:
             device = self.critic[0].weight.device
             return lambda inputs: [each.cpu().numpy() for each in self(torch.tensor(inputs, device=device))[:2]]
-        actor = in_numpy(self.actor)
-        return lambda inputs: np.split(np.logaddexp(actor(inputs), 0) + 1, 2, -1)
+        actor, A = in_numpy(self.actor), self.low.numel()
+
+        def policy(inputs: np.ndarray) -> Sequence[np.ndarray]:
+            outputs = np.logaddexp(actor(inputs), 0) + 1
+            return outputs[..., :A], outputs[..., A:]
+
+        return policy
 
     def for_environment(self, actions: np.ndarray) -> np.ndarray:
         """(N, A) in the unit cube to the environment's shape and bounds, exactly to both."""
