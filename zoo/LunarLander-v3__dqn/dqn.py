@@ -1,0 +1,1295 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0", "gymnasium[box2d,classic-control]==1.4.0", "numpy", "threadpoolctl", "tyro", "pyyaml",
+#     "tensorboard", "moviepy"
+# ]
+# ///
+"""Deep Q-learning (DQN) with double Q-learning and n-step returns, for discrete actions.
+
+    python dqn.py --env-id LunarLander-v3
+    python dqn.py --resume runs/LunarLander-v3__dqn__1__20260101-120000
+
+Mnih et al. 2015, https://doi.org/10.1038/nature14236; double Q-learning: https://arxiv.org/abs/1509.06461.
+
+The algorithm ends with `train`; what follows keeps, evaluates and checks, and is much the same in every script.
+
+What may surprise:
+- Only termination cuts a target; an episode cut by a time limit goes on in the value of its true last observation.
+- Returns of n steps are summed when they are drawn; they end early where an episode ends, or where its newest step is.
+- The replay buffer holds each observation once, and is part of the checkpoint.
+- What an environment forbids by `info["action_mask"]` is never done, and never counts in a target.
+- The parameters are views of one vector, `theta`; numpy reads the same memory to act, torch to learn.
+"""
+
+import copy
+import csv
+import fcntl
+import gc
+import importlib
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import pairwise
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+import yaml
+from gymnasium.wrappers import FlattenObservation, RecordVideo
+from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+from torch.nn.functional import huber_loss
+from torch.utils.tensorboard import SummaryWriter
+
+SCRIPT = Path(__file__).stem
+warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is asked for: its results are published
+warnings.filterwarnings("ignore", message=".*precision lowered")  # by EnvPool, of bounds that are infinite
+
+
+@dataclass
+class Args:
+    env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
+    env_kwargs: str = "{}"  # arguments of the environment, as JSON: '{"enable_wind": true}'
+    eval_env_kwargs: str = "{}"  # arguments of the evaluation environment that differ, as JSON
+    num_envs: int = 8  # environments stepped together
+    vec: Literal["sync", "async", "envpool"] = "sync"  # how: in turn, in a process each, or by EnvPool
+    total_timesteps: int | float = 300_000  # steps over all environments
+    seed: int = 1  # seed of everything random
+    device: Literal["cpu", "cuda", "auto"] = "cpu"  # where the network and the replay buffer are
+    threads: int = 1  # torch threads; small networks are fastest with one
+    compile: bool = True  # compile the update (needs a C++ compiler)
+
+    learning_rate: float = 1e-3  # Adam's step size at the start
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how the rate falls; the last two end at 0
+    lr_warmup: float = 0.0  # share of the run over which the learning rate first rises from 0
+    buffer_size: int = 100_000  # observations in the replay buffer; the last one of an episode counts too
+    learning_starts: int = 1000  # steps with random actions before the first update
+    updates_per_step: float = 1.0  # updates per step, however many environments there are
+    batch_size: int = 64  # transitions per update
+    gamma: float = 0.99  # discount
+    n_step: int = 3  # rewards in a return, before the target network's value
+    double_q: bool = True  # the network chooses the action by which the target network values what comes next
+    tau: float = 0.005  # how far the target network moves towards the network; 1 copies it
+    target_network_frequency: int = 1  # it moves at every so many updates
+    epsilon_start: float = 1.0  # share of random actions at the first step
+    epsilon_end: float = 0.05  # and from when it has fallen linearly
+    exploration_fraction: float = 0.1  # share of the run over which it falls
+    action_masks: bool = True  # where `info` has an `action_mask`, what it forbids is not done
+    norm_obs: bool = False  # normalise observations by their running mean and deviation
+    hidden_sizes: tuple[int, ...] = (128, 128)  # hidden layers of the network
+
+    num_evals: int = 10  # evaluations during the run, evenly spaced, the last at its end; 0 for none
+    eval_episodes: int = 10  # episodes per evaluation: deterministic, with the same seeds each time
+    checkpoint_every: int | float = 100_000  # steps between checkpoints
+    checkpoint_buffer: bool = True  # keep the buffer in the checkpoint; without it, a resumed run first fills a new one
+    runs_dir: str = "runs"  # where run directories are made
+    resume: str | None = None  # continue the run in this directory; imports the module of its `env_id`
+    config: str | None = None  # YAML or JSON file of arguments; the command line wins
+    capture_video: bool = False  # film the best episode of every evaluation
+    track: bool = False  # send everything to Weights & Biases
+    wandb_project_name: str = "solorl"  # its project
+    wandb_entity: str | None = None  # its team
+
+    def __post_init__(self):
+        check(self)
+
+
+# ---------------------------------------------------------------------------------------------------- environments
+
+
+def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> gym.Env:
+    if env_id.startswith("ALE/"):
+        raise ValueError("this is an Atari game; ppo_atari_cnn.py plays it")
+    drawn = {"render_mode": render_mode} if render_mode else {}  # not every environment of one's own can be drawn
+    env = gym.make(env_id, disable_env_checker=True, **drawn, **env_kwargs)
+    with suppress(AttributeError, KeyError):  # films follow the agent where MuJoCo's model has a camera that does
+        env.unwrapped.mujoco_renderer.camera_id = env.unwrapped.model.camera("track").id
+    return env if isinstance(env.observation_space, gym.spaces.Box) else FlattenObservation(env)
+
+
+def make_eval_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    return make_env(args.env_id, json.loads(args.env_kwargs) | json.loads(args.eval_env_kwargs), render_mode)
+
+
+class TrainEnv(gym.Wrapper):
+    """Remembers its episode: the seed and the actions since, which are all it takes to play it again."""
+
+    def __init__(self, args: Args):
+        if args.vec == "async" and parent_process():  # a worker, which ends when the trainer says so
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.make, self.worn = partial(make_env, args.env_id, json.loads(args.env_kwargs)), False
+        self.mask = None  # of what is observed now; `last_mask` is that of what the episode before saw last
+        super().__init__(self.make())
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        if self.worn:
+            self.env.close()
+            self.env = self.make()
+        world = getattr(self.unwrapped, "world", None)
+        self.last_mask = copy.copy(self.mask)  # which an environment may change in place
+        observation, info = self.env.reset(seed=seed)
+        self.mask = info.get("action_mask")
+        self.worn = world is not None and self.unwrapped.world is world  # a Box2D world keeps traces of its past
+        self.episode = [seed]
+        return observation, {}
+
+    def step(self, action: np.ndarray) -> tuple:
+        self.episode.append(np.array(action))
+        *result, info = self.env.step(action)
+        self.mask = info.get("action_mask")
+        return *result, {}  # collecting infos takes a tenth of the time
+
+    def replay(self) -> tuple[np.ndarray, float]:
+        """Its last observation and its return so far."""
+        seed, *actions = self.episode
+        (observation, _), total = self.reset(seed=seed), 0.0
+        for action in actions:
+            observation, reward, terminated, truncated, _ = self.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                return observation, math.nan  # which is no running episode
+        return observation, total
+
+
+class Environments:
+    """N environments stepped together, each episode from a seed drawn here."""
+
+    running = ("observations", "returns", "lengths", "discounted")  # of the running episodes
+
+    def __init__(self, args: Args):
+        self.args, self.envs, self.random = args, self._make(args), np.random.default_rng(args.seed)
+        N = args.num_envs
+        self.returns, self.lengths, self.discounted = np.zeros(N), np.zeros(N, int), np.zeros(N)
+        self.observations = self._reset(np.ones(N, bool))
+
+    def _make(self, args: Args) -> gym.vector.VectorEnv:
+        vector = gym.vector.AsyncVectorEnv if args.vec == "async" else gym.vector.SyncVectorEnv
+        return vector(
+            [partial(TrainEnv, args)] * args.num_envs, copy=False, autoreset_mode=gym.vector.AutoresetMode.DISABLED
+        )
+
+    def _reset(self, which: np.ndarray) -> np.ndarray:
+        """Begins an episode where `which` is true; the observations of all."""
+        seeds = np.zeros(len(which), int)
+        seeds[which] = self.random.integers(2**31, size=which.sum())
+        return self.envs.reset(seed=seeds.tolist(), options={"reset_mask": which})[0]
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[tuple]]:
+        """The true next observations, rewards, terminated, truncated; returns and lengths of the episodes that ended.
+
+        Where one ended, the next begins: `observations` is what to act on.
+        """
+        observations, rewards, terminated, truncated, _ = self.envs.step(actions)
+        self.observations, finished, ended = observations, [], terminated | truncated
+        self.returns += rewards
+        self.lengths += 1
+        if ended.any():
+            observations = observations.copy()
+            finished = list(zip(self.returns[ended].tolist(), self.lengths[ended].tolist(), strict=True))
+            self.observations = self._reset(ended)
+            self.returns[ended], self.lengths[ended] = 0, 0
+        return observations, rewards, terminated, truncated, finished
+
+    def state(self) -> dict:
+        state = {name: torch.from_numpy(getattr(self, name).copy()) for name in self.running}
+        episodes = [(seed, torch.from_numpy(np.array(actions))) for seed, *actions in self.envs.get_attr("episode")]
+        return state | {"episodes": episodes, "random": self.random.bit_generator.state}
+
+    def restore(self, state: dict) -> bool:
+        """Plays the running episodes again; whether that led to the same observations and returns."""
+        self.random.bit_generator.state = state["random"]
+        self.envs.set_attr("episode", [[seed, *actions.numpy()] for seed, actions in state["episodes"]])
+        observations, returns = zip(*self.envs.call("replay"), strict=True)
+        if np.array_equal(observations, state["observations"]) and np.array_equal(returns, state["returns"]):
+            for name in self.running:
+                setattr(self, name, state[name].numpy())
+            return True
+        self.observations = self._reset(np.ones(len(self.returns), bool))
+        return False
+
+    def close(self) -> None:
+        workers = getattr(self.envs, "processes", [])  # of --vec async; one that hangs would never answer
+        time.sleep(0.3 if workers else 0)  # a process that died is not gone at once
+        for n, worker in enumerate(workers):
+            if worker.exitcode is not None:
+                print(f"{SCRIPT}.py: the process of environment {n} ended by itself", file=sys.stderr)
+            worker.kill()
+            self.envs.closed = True
+        self.envs.close()
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance of all that was seen, in float64 (Chan et al.). When not enabled, it changes nothing."""
+
+    def __init__(self, shape: tuple[int, ...], enabled: bool):
+        super().__init__()
+        self.enabled = enabled
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(0))
+
+    def update(self, batch: np.ndarray) -> None:
+        seen, count = self.count.item(), len(batch)
+        total, delta = seen + count, torch.as_tensor(batch.mean(0)) - self.mean
+        squares = self.var * seen + torch.as_tensor(batch.var(0)) * count + delta**2 * seen * count / total
+        self.var.copy_(squares / total)
+        self.mean.add_(delta * count / total)
+        self.count.fill_(total)
+
+    def deviation(self) -> np.ndarray:
+        mean, var = self.mean.numpy(), self.var.numpy()
+        var = np.where(var > 1e-12 * mean**2, var, mean**2)  # what never varies must not be divided by nothing
+        return np.sqrt(var + 1e-8) if self.enabled else np.ones(var.shape)
+
+    def scale(self, batch: np.ndarray) -> np.ndarray:
+        return np.minimum(np.maximum(batch / self.deviation(), -10), 10) if self.enabled else batch
+
+    def normaliser(self) -> Callable[[np.ndarray], np.ndarray]:
+        """Of batches, with the moments as they are now."""
+        mean, deviation, limit = self.mean.numpy() * self.enabled, self.deviation(), 10 if self.enabled else np.inf
+        return lambda batch: np.minimum(np.maximum((batch - mean) / deviation, -limit), limit).astype(np.float32)
+
+
+# --------------------------------------------------------------------------------------------------- replay buffer
+
+
+class Rings(NamedTuple):
+    """What was seen, each observation once, and what was done between one observation and the next."""
+
+    observations: Tensor  # (size, D)
+    masks: Tensor  # (size, A), which of A actions were allowed; (size, 0) where all always are
+    actions: Tensor  # (size,)
+    rewards: Tensor  # (size,)
+    terminated: Tensor  # (size,)
+    between: Tensor  # (size, 2), the numbers of the observations before and after
+
+    @staticmethod
+    def of(size: int, observations: np.ndarray, mask_size: int, device: torch.device | str) -> "Rings":
+        zeros = partial(torch.zeros, device=device)
+        seen = zeros(size, observations[0].size, dtype=torch.uint8 if observations.dtype == np.uint8 else None)
+        allowed, terminated = zeros(size, mask_size, dtype=torch.bool), zeros(size, dtype=torch.bool)
+        actions, between = zeros(size, dtype=torch.int64), zeros(size, 2, dtype=torch.int32)
+        return Rings(seen, allowed, actions, zeros(size), terminated, between)
+
+
+class Transitions(NamedTuple):
+    observations: Tensor  # (B, D)
+    actions: Tensor  # (B,)
+    returns: Tensor  # (B,), of the rewards of k steps, k <= n
+    discounts: Tensor  # (B,), of the value of what comes next: γᵏ, or 0 where the episode terminated
+    next_observations: Tensor  # (B, D), the true ones
+    next_masks: Tensor  # (B, A) or (B, 0)
+
+
+class ReplayBuffer:
+    """Observations are numbered as they come, and a transition knows the numbers of the two it lies between.
+
+    It is forgotten when the first of them is overwritten. What an ended episode saw last is a row like any other.
+    """
+
+    def __init__(self, rings: Rings, num_envs: int):
+        self.rings, self.size, self.num_envs = rings, len(rings.rewards), num_envs
+        # Numpy writes a few rows in a fraction of torch's time; to a GPU only torch does.
+        self.open = Rings(*(ring.numpy() if ring.is_cpu else ring for ring in rings))
+        self.before = rings.between[:, 0].cpu().numpy()  # the same memory, or a copy for which no GPU is waited
+        self.seen, self.first, self.end = 0, 0, 0  # observations so far; transitions from `first` up to `end` are held
+
+    def __len__(self) -> int:
+        return self.end - self.first
+
+    def begin(self, observations: np.ndarray, masks: np.ndarray) -> None:
+        """What the environments see now (N, ...), and may do (N, A), without a transition that led there."""
+        self._put(self.open.observations, self.seen, observations.reshape(len(observations), -1))
+        if self.rings.masks.numel():
+            self._put(self.open.masks, self.seen, masks)
+        self.seen += len(observations)
+        while self.first < self.end and self.before[self.first % self.size] < self.seen - self.size:
+            self.first += 1
+
+    def add(
+        self,
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        terminated: np.ndarray,
+        ended: np.ndarray,
+        seen: np.ndarray,
+        masks: np.ndarray,
+    ) -> None:
+        """A step of every environment, where K episodes `ended`.
+
+        What those saw last, and what all see now, is `seen` (K + N, ...); `masks` are of the same.
+        """
+        N, K = self.num_envs, len(seen) - self.num_envs
+        before = np.arange(self.seen - N, self.seen)
+        after = before + N + K
+        after[ended] = self.seen + np.arange(K)
+        done = actions, rewards, terminated, np.array((before, after)).T, before
+        for rows, content in zip((*self.open[2:], self.before), done, strict=True):
+            self._put(rows, self.end, content)
+        self.end += N
+        self.begin(seen, masks)
+
+    def draw(self, count: int) -> Tensor:
+        """Slots of transitions, uniformly and with replacement."""
+        return torch.randint(self.first, self.end, (count,), device=self.rings.rewards.device) % self.size
+
+    def state(self) -> dict:
+        used = zip(self.rings, (self.seen, self.seen, *[self.end] * 4), strict=True)
+        whole = self.end >= self.size  # a part is copied, as it would be saved with all of its ring
+        kept = [ring if whole else ring[:number].to("cpu", copy=True) for ring, number in used]
+        return {"rings": kept, "seen": self.seen, "first": self.first, "end": self.end}
+
+    def restore(self, state: dict) -> None:
+        for ring, kept in zip(self.rings, state["rings"], strict=True):
+            ring[: len(kept)] = kept
+        self.before[:] = self.rings.between[:, 0].cpu()
+        self.seen, self.first, self.end = state["seen"], state["first"], state["end"]
+
+    def _put(self, rows: np.ndarray | Tensor, number: int, content: np.ndarray) -> None:
+        """From this number on; after its last row a ring goes on in its first."""
+        start = number % self.size
+        before_end = self.size - start
+        content = content if isinstance(rows, np.ndarray) else torch.as_tensor(content)
+        rows[start : start + len(content)] = content[:before_end]
+        if len(content) > before_end:
+            rows[: len(content) - before_end] = content[before_end:]
+
+
+def gather(args: Args, rings: Rings, scale: Tensor, slots: Tensor) -> Transitions:
+    """What began in `slots`; the rows of `scale` are the mean and the deviation of observations.
+
+    The next step of an environment lies N slots on, if it goes on from the observation to which the last one led:
+    otherwise the episode had ended, or the slot holds an older step. Then the return ends there.
+    """
+    size, last = len(rings.rewards), slots
+    returns, discounts = rings.rewards[slots], torch.full_like(slots, args.gamma, dtype=torch.float32)
+    for _ in range(args.n_step - 1):
+        following = (last + args.num_envs) % size
+        goes_on = rings.between[following, 0] == rings.between[last, 1]
+        returns = returns + (discounts * rings.rewards[following]).masked_fill(~goes_on, 0)
+        discounts = torch.where(goes_on, args.gamma * discounts, discounts)
+        last = torch.where(goes_on, following, last)
+    discounts = discounts.masked_fill(rings.terminated[last], 0)
+
+    rows = torch.cat((rings.between[slots, 0], rings.between[last, 1])) % size  # (2 B,)
+    observations = rings.observations.index_select(0, rows).float()  # a quarter of the time of [rows]
+    if args.norm_obs:
+        observations = ((observations - scale[0]) / scale[1]).clamp(-10, 10)
+    now, following = observations.chunk(2)
+    masks = rings.masks.index_select(0, rows[len(slots) :])
+    return Transitions(now, rings.actions[slots], returns, discounts, following, masks)
+
+
+# ------------------------------------------------------------------------------------------------------- algorithm
+
+
+def in_numpy(network: nn.Sequential) -> Callable[[np.ndarray], np.ndarray]:
+    """A network of the CPU in numpy, which is several times as fast for a few observations.
+
+    It reads the parameters where they are, and so learns with them.
+    """
+    *hidden, (last_weight, last_bias) = ((layer.weight.numpy().T, layer.bias.numpy()) for layer in network[::2])
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        for weight, bias in hidden:
+            x = np.maximum(x @ weight + bias, 0)
+        return x @ last_weight + last_bias
+
+    return forward
+
+
+class Agent(nn.Module):
+    """Q(s, a) of A actions, and the scales."""
+
+    def __init__(self, args: Args, observation_shape: tuple[int, ...], low: np.ndarray, high: np.ndarray):
+        super().__init__()
+        self.count = int(high) - int(low) + 1
+        self.mask_size = self.count if args.action_masks else 0
+        sizes = math.prod(observation_shape), *args.hidden_sizes, self.count
+        layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
+        self.q = nn.Sequential(*layers[:-1])
+        self.moments = RunningMoments(observation_shape, args.norm_obs)
+        self.register_buffer("low", torch.as_tensor(low))
+        self.register_buffer("high", torch.as_tensor(high))
+
+    def for_environment(self, actions: np.ndarray) -> np.ndarray:
+        """(N,), which count from 0, to the environment's numbers."""
+        low = self.low.numpy()
+        return (actions + low).astype(low.dtype)
+
+
+def allowed(args: Args, count: int, masks: Sequence) -> np.ndarray:
+    """Which of `count` actions N masks allow. (N, A)"""
+    if not args.action_masks:
+        return np.ones((len(masks), count), bool)
+    if wrong := [mask for mask in masks if np.shape(mask) != (count,)]:
+        raise ValueError(f"{args.env_id}: an action mask must have {count} values, and is {wrong[0]}")
+    actions = np.equal(masks, 1).reshape(-1, count)
+    if not actions.any(-1).all():
+        raise ValueError(f"{args.env_id}: an action mask allows no action")
+    return actions
+
+
+def choose(values: np.ndarray, noise: np.ndarray, epsilon: float, masks: np.ndarray) -> np.ndarray:
+    """ε-greedy among what is allowed: the best by the values, or, as often as ε, by the noise. (N,)
+
+    The noise is uniform, (N, 1 + A).
+    """
+    scores = np.where(noise[:, :1] < epsilon, noise[:, 1:], values)
+    return np.where(masks, scores, -np.inf).argmax(-1)
+
+
+def epsilon_of(args: Args, step: int) -> float:
+    """The share of random actions at this step."""
+    if step < args.learning_starts:
+        return 1.0
+    falls = args.exploration_fraction * args.total_timesteps
+    left = 1 - step / falls if step < falls else 0.0
+    return args.epsilon_end + left * (args.epsilon_start - args.epsilon_end)
+
+
+MEASURES = ["td_loss", "q_values"]
+SECONDS = ["stepping", "acting", "updating", "evaluating", "saving"]
+
+
+def parameters_of(module: nn.Module, theta: Tensor) -> dict[str, Tensor]:
+    """The module's parameters, by name, as views of one vector."""
+    pieces = theta.split([parameter.numel() for parameter in module.parameters()])
+    named = zip(module.named_parameters(), pieces, strict=True)
+    return {name: piece.view(parameter.shape) for (name, parameter), piece in named}
+
+
+class Learner(NamedTuple):
+    """The parameters as one vector, of which the agent's are views, and the state of Adam."""
+
+    theta: Tensor
+    first_moment: Tensor
+    second_moment: Tensor
+    first_decay: Tensor  # β₁ᵗ after t steps
+    second_decay: Tensor  # β₂ᵗ
+    learning_rate: Tensor
+
+    @staticmethod
+    def of(agent: nn.Module, device: torch.device | str) -> "Learner":
+        theta = nn.utils.parameters_to_vector(agent.parameters()).detach().to(device)
+        for name, view in parameters_of(agent, theta).items():
+            agent.get_parameter(name).data = view
+        scalars = torch.tensor((1.0, 1.0, 0.0), device=device)
+        return Learner(theta, torch.zeros_like(theta), torch.zeros_like(theta), *scalars)
+
+    @torch.no_grad()
+    def adam_step(self, gradient: Tensor, eps: float, beta1: float = 0.9, beta2: float = 0.999) -> None:
+        self.first_decay.mul_(beta1)  # a power would be taken anew for every 16 parameters in compiled code
+        self.second_decay.mul_(beta2)
+        self.first_moment.lerp_(gradient, 1 - beta1)
+        self.second_moment.lerp_(gradient**2, 1 - beta2)
+        mean = self.first_moment / (1 - self.first_decay)
+        deviation = (self.second_moment / (1 - self.second_decay)).sqrt()
+        self.theta.sub_(self.learning_rate * mean / (deviation + eps))
+
+
+class Learners(NamedTuple):
+    q: Learner
+    target: Tensor  # the parameters of the target network
+
+    @staticmethod
+    def of(agent: Agent, device: torch.device | str) -> "Learners":
+        q = Learner.of(agent.q, device)
+        return Learners(q, q.theta.clone())
+
+    def tensors(self) -> list[Tensor]:
+        """All that is not the agent's."""
+        return [*self.q[1:], self.target]
+
+
+def update(
+    agent: Agent, args: Args, learners: Learners, rings: Rings, scale: Tensor, slots: Tensor, follows: bool
+) -> Tensor:
+    """The network learns from what began in `slots`, and the target `follows`; returns what was measured."""
+    q, target = learners
+    batch = gather(args, rings, scale, slots)
+
+    def judge(theta: Tensor, observations: Tensor) -> Tensor:  # (B, A)
+        return functional_call(agent.q, parameters_of(agent.q, theta), (observations,))
+
+    # The target: y = R + γᵏ Q̄(s', a'), where R is the return of k steps, and a' the best in s', by Q or, plainly, by Q̄.
+    next_values = judge(target, batch.next_observations)
+    scores = judge(q.theta, batch.next_observations) if args.double_q else next_values
+    if args.action_masks:
+        scores = scores.masked_fill(~batch.next_masks, -torch.inf)
+    next_values = next_values.gather(-1, scores.argmax(-1, keepdim=True)).squeeze(-1)
+    goals = batch.returns + batch.discounts * next_values
+
+    # The loss: the mean of Huber's of Q(s, a) − y.
+    def loss(theta: Tensor) -> tuple[Tensor, Tensor]:
+        values = judge(theta, batch.observations).gather(-1, batch.actions.unsqueeze(-1)).squeeze(-1)
+        return huber_loss(values, goals), values.mean()
+
+    gradient, measures = grad_and_value(loss, has_aux=True)(q.theta)
+    q.adam_step(gradient, eps=1e-8)
+    if follows:
+        target.lerp_(q.theta, args.tau)
+    return torch.stack(measures)
+
+
+def lr_factor(args: Args, iteration: int, iterations: int) -> float:
+    progress = (iteration - 1) / iterations
+    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
+    rise = iteration / (args.lr_warmup * iterations) if args.lr_warmup else 1.0
+    return decay[args.lr_schedule] * min(1.0, rise)
+
+
+def collect(
+    args: Args, agent: Agent, act: Callable, buffer: ReplayBuffer, envs: Environments, step: int, watch: "Stopwatch"
+) -> list[dict]:
+    """A step of every environment from `step` on, into the buffer; the rows of episodes.csv."""
+    N, A = args.num_envs, agent.count
+    normalise = agent.moments.normaliser() if args.norm_obs else np.float32
+    values = act(normalise(envs.observations).reshape(N, -1))
+    actions = choose(values, torch.rand((N, 1 + A)).numpy(), epsilon_of(args, step), masks_of(args, agent, envs))
+    watch.lap("acting")
+    true_next, rewards, terminated, truncated, finished = envs.step(agent.for_environment(actions))
+    if not (np.isfinite(rewards).all() and np.isfinite(true_next).all()):
+        raise FloatingPointError(f"not finite at step {step + N:,}: what the environment pays or shows")
+    ended = terminated | truncated
+    seen = np.concatenate((true_next[ended], envs.observations)) if finished else envs.observations
+    buffer.add(actions, rewards, terminated, ended, seen, masks_of(args, agent, envs, ended))
+    if args.norm_obs:
+        agent.moments.update(seen)
+    watch.lap("stepping")
+    when = {"step": step + N, "wall_time": round(watch.elapsed(), 3)}
+    return [when | {"return": total, "length": length} for total, length in finished]
+
+
+def masks_of(args: Args, agent: Agent, envs: Environments, ended: np.ndarray | None = None) -> np.ndarray:
+    """What is allowed now, after what was in the last observations of the K episodes that `ended`. (K + N, A)
+
+    Of those an environment need not say anything; if it doesn't, or forbids all, all counts.
+    """
+    ended = np.zeros(args.num_envs, bool) if ended is None else ended
+    if not args.action_masks:
+        return np.ones((args.num_envs + ended.sum(), agent.count), bool)
+    now = allowed(args, agent.count, envs.envs.get_attr("mask"))
+    last = [mask for mask, over in zip(envs.envs.get_attr("last_mask"), ended, strict=True) if over]
+    last = [mask if mask is not None and np.any(mask) else np.ones(agent.count) for mask in last]
+    return np.concatenate((allowed(args, agent.count, last), now)) if last else now
+
+
+def improve(
+    args: Args,
+    agent: Agent,
+    learners: Learners,
+    buffer: ReplayBuffer,
+    step: int,
+    progress: dict,
+    optimise: Callable,
+) -> list[Tensor]:
+    """The updates that follow the N steps up to `step`; what each has measured."""
+    N, device = args.num_envs, learners.target.device
+    learners.q.learning_rate.fill_(args.learning_rate * lr_factor(args, step // N, args.total_timesteps // N))
+    count = int(step * args.updates_per_step) - int((step - N) * args.updates_per_step)
+    if step <= progress["learn_from"] or not count:
+        return []
+    scale, measured = torch.ones((2, agent.moments.mean.numel()), device=device), []
+    if args.norm_obs:
+        scale.copy_(torch.tensor(np.stack((agent.moments.mean.flatten(), agent.moments.deviation().ravel()))))
+    for _ in range(count):
+        progress["updates"] += 1
+        follows = progress["updates"] % args.target_network_frequency == 0
+        measured.append(optimise(scale, buffer.draw(args.batch_size), follows))
+    return measured
+
+
+class Stopwatch:
+    """Books the time since the last lap."""
+
+    def __init__(self, seconds: dict[str, float]):
+        self.seconds, self.last = seconds, time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] += now - self.last
+        self.last = now
+
+    def elapsed(self) -> float:
+        return sum(self.seconds.values())
+
+
+def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
+    """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
+    args, envs, actions = prepare(args)
+    N = args.num_envs
+    total, interval = args.total_timesteps // N * N, max(1, 1000 // N) * N
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(args.threads)
+    threadpool_limits(1, "blas")  # numpy's products are too small to share, and its threads wait without sleeping
+    torch.set_flush_denormal(True)  # Adam's moments of silent units fade to denormals, which stall Intel's processors
+    torch.manual_seed(args.seed)
+
+    agent = Agent(args, envs.observations.shape[1:], *bounds_of(actions)).requires_grad_(False)
+    learners = Learners.of(agent, device)
+    buffer = ReplayBuffer(Rings.of(args.buffer_size, envs.observations, agent.mask_size, device), N)
+    progress = {"updates": 0, "recent": [], "evaluation": {}, "best": {}, "seconds": dict.fromkeys(SECONDS, 0.0)}
+    progress["learn_from"] = args.learning_starts
+    with closing(envs), Run(args, agent, learners, buffer, envs, progress) as run:
+        run.begin()
+        fast_update = compile_update(args, agent, learners, buffer, run, interrupts) if args.compile else update
+        optimise = partial(fast_update, agent, args, learners, buffer.rings)
+        if device.type == "cuda":
+            act, optimise = capture_network(agent.q, device), capture_updates(optimise, learners)
+        else:
+            act = in_numpy(agent.q)
+        watch, booked, measured, shown = Stopwatch(progress["seconds"]), dict(progress["seconds"]), [], run.saved
+
+        for step in range(run.saved + N, total + 1, N):
+            if interrupts:
+                run.stop(interrupts[0], step - N)
+            episodes = collect(args, agent, act, buffer, envs, step - N, watch)
+            measured += improve(args, agent, learners, buffer, step, progress, optimise)
+            watch.lap("updating")
+            run.write("episodes", episodes)
+            progress["recent"] = [*progress["recent"], *(episode["return"] for episode in episodes)][-100:]
+
+            evaluates = step * args.num_evals // total > (step - N) * args.num_evals // total
+            saves = step // args.checkpoint_every > (step - N) // args.checkpoint_every or step == total
+            if not (evaluates or saves or step % interval == 0):
+                continue
+            means = torch.stack(measured).nanmean(0).tolist() if measured else [math.nan] * len(MEASURES)
+            measures, measured = dict(zip(MEASURES, means, strict=True)), []
+            if not learners.q.theta.isfinite().all():
+                raise FloatingPointError(f"not finite at step {step:,}: {measures}")
+            watch.lap("updating")
+            seconds = {name: spent - booked[name] for name, spent in watch.seconds.items()}
+            pace = (step - shown) / sum(seconds[name] for name in ("stepping", "acting", "updating"))
+            row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(pace, 3)}
+            row |= measures | {"learning_rate": learners.q.learning_rate.item(), "epsilon": epsilon_of(args, step)}
+            row |= {"updates": progress["updates"], "buffer": len(buffer)}
+            row |= {f"seconds_{name}": round(spent, 4) for name, spent in seconds.items()}
+            booked, shown = dict(watch.seconds), step
+            run.write("progress", [row])
+            watch.lap("saving")
+
+            if evaluates:
+                evaluate(args, run, agent, step, progress)
+                watch.lap("evaluating")
+            if saves:
+                run.save(step)
+                watch.lap("saving")
+            learnt = "" if math.isnan(row["td_loss"]) else f"Q {row['q_values']:.1f}  epsilon {row['epsilon']:.2f}"
+            run.show(row, total, learnt)
+        run.finish(total, watch.elapsed())
+    return run.directory
+
+
+# ------------------------------------------------------------------------------------------ evaluation, run directory
+
+
+class Policy:
+    """What is deployed, as it is now: one observation to an action, a batch of them to a batch of actions.
+
+    Every row is computed alone, so that an action does not depend on what else is in the batch, to the last bit.
+    Deterministic, unless asked for a `sample` of the actions as in training. If `masked`, it needs masks as well.
+    """
+
+    def __init__(self, args: Args, agent: Agent):
+        self.agent, self.discount, self.bootstraps = agent, args.gamma, ("truncated",)
+        self.args, self.masked = args, args.action_masks
+        self.shape = tuple(agent.moments.mean.shape)
+        self._judge, self._normalise = in_numpy(copy.deepcopy(agent.q).cpu()), agent.moments.normaliser()
+
+    def __call__(self, observations: np.ndarray, sample: bool = False, mask: Sequence | None = None) -> np.ndarray:
+        if np.shape(observations) == self.shape:
+            return self._choose(observations, mask, sample)
+        rows = self._batch(observations)
+        masks = [None] * len(rows) if mask is None else mask
+        actions = [self._choose(*each, sample) for each in zip(rows, masks, strict=True)]
+        return np.array(actions).reshape(-1, *self.agent.low.shape)
+
+    def _choose(self, observation: np.ndarray, mask: Sequence | None, sample: bool) -> np.ndarray:
+        values = self._judge(self._normalise(observation).reshape(1, -1))
+        noise = torch.rand((1, 1 + self.agent.count)).numpy() if sample else np.ones((1, 1 + self.agent.count))
+        masks = allowed(self.args, self.agent.count, [mask])
+        return self.agent.for_environment(choose(values, noise, self.args.epsilon_end, masks)[0])
+
+    def value(self, observations: np.ndarray) -> np.ndarray:
+        """The discounted return that the network expects of the best action, whatever a mask says."""
+        if np.shape(observations) == self.shape:
+            return self.value(np.asarray(observations)[None])[0]
+        return self._judge(self._normalise(self._batch(observations)).reshape(len(observations), -1)).max(-1)
+
+    def _batch(self, observations: np.ndarray) -> np.ndarray:
+        if np.shape(observations)[1:] != self.shape:
+            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
+        return np.asarray(observations)
+
+
+def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:
+    """The policy of a checkpoint, of `best.pt`, or of one in `policies/`."""
+    checkpoint = load_checkpoint(Path(checkpoint_path))
+    args, state = Args(**checkpoint["args"]), checkpoint["agent"]
+    agent = Agent(args, state["moments.mean"].shape, state["low"].numpy(), state["high"].numpy())
+    agent.load_state_dict(state)
+    Learners.of(agent.requires_grad_(False), device)  # the weights lie in memory as in the run: products depend on it
+    return Policy(args, agent)
+
+
+def play(policy: Policy, env: gym.Env, seed: int) -> tuple[float, int]:
+    """Return and length of an episode."""
+    (observation, info), total, length, over = env.reset(seed=seed), 0.0, 0, False
+    while not over:
+        mask = info.get("action_mask") if policy.masked else None
+        observation, reward, terminated, truncated, info = env.step(policy(observation, mask=mask))
+        total, length, over = total + float(reward), length + 1, terminated or truncated
+    return total, length
+
+
+def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) -> None:
+    """Plays the policy in fresh environments, and keeps it: among the others, and as the best if it is that."""
+    policy, rows = Policy(args, agent), []
+    for episode, seed in enumerate(range(10_000, 10_000 + args.eval_episodes)):
+        with closing(make_eval_env(args)) as env:
+            total, length = play(policy, env, seed)
+        rows.append({"step": step, "episode": episode, "seed": seed, "return": total, "length": length})
+    run.write("evaluations", rows)
+    returns = [row["return"] for row in rows]
+    progress["evaluation"] = evaluation = {"step": step, "mean": np.mean(returns).item(), "std": np.std(returns).item()}
+    run.tensorboard.add_scalar("charts/evaluation_return", evaluation["mean"], step)
+    state = {"script": SCRIPT, "args": asdict(args), "step": step, "agent": agent.state_dict()}
+    write_atomically(run.directory / "policies" / f"step-{step:09d}.pt", state)
+    if math.isnan(evaluation["mean"]):
+        run.say(f"the evaluation at step {step:,} has returns that are not numbers: {returns}")
+    elif evaluation["mean"] > progress["best"].get("mean", -math.inf):
+        progress["best"] = evaluation
+        write_atomically(run.directory / "best.pt", state)
+    run.say(f"{step:>11,}  evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}")
+    if args.capture_video:
+        path = run.directory / "videos" / f"step-{step:09d}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            with closing(RecordVideo(make_eval_env(args, "rgb_array"), f"{folder}/new")) as env:
+                play(policy, env, rows[np.argmax(returns)]["seed"])
+            next(Path(folder).glob("new/*.mp4")).replace(path)
+        if run.tracker:
+            run.tracker.log({"videos": importlib.import_module("wandb").Video(str(path))})
+
+
+def compile_update(
+    args: Args, agent: Agent, learners: Learners, buffer: ReplayBuffer, run: "Run", interrupts: Sequence[int]
+) -> Callable:
+    device, D, B = learners.target.device, agent.moments.mean.numel(), args.batch_size
+    scale, slots = torch.ones((2, D), device=device), torch.zeros(B, dtype=torch.int64, device=device)
+    calls = [
+        (agent, args, copy.deepcopy(learners), buffer.rings, scale, slots, follows)
+        for follows in {args.target_network_frequency == 1, True}
+    ]
+    return compile_by(calls, update, device, run, interrupts)
+
+
+def compile_by(
+    calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run", interrupts: Sequence[int]
+) -> Callable:
+    """The function, compiled by calls on copies of what changes; as it is, where that is impossible."""
+    started = time.perf_counter()
+    torch.compiler.reset()
+
+    def compared(guards: Sequence) -> list[bool]:
+        """At every call: flags and shapes. Settings and the agent stay, and would take a fifth of the time."""
+        return [g.name.isidentifier() or g.guard_type == "TENSOR_MATCH" and "agent" not in g.name for g in guards]
+
+    config = {"guard_filter_fn": compared}
+    if device.type == "cpu":
+        # Compiling is quicker without a test of the vector instructions, a header for later, the debugger's lines.
+        config |= {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
+        config |= {"aot_inductor.enable_line_tables": False, "cpp_wrapper": True}  # no kernel is called from Python
+    run.say("compiling the update …")
+    gc.disable()  # the compiler makes many objects, and keeps them
+    try:
+        fast = torch.compile(function, fullgraph=True, dynamic=False, options=config)
+        for call in calls:
+            fast(*call)
+    except Exception as error:
+        if not interrupts:  # which the compiler hears too
+            run.say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
+        return function
+    finally:
+        gc.enable()
+    run.say(f"compiled in {time.perf_counter() - started:.1f} s")
+    return fast
+
+
+class Captured:
+    """A function as one CUDA graph: the same kernels in the same order, for a call instead of thousands.
+
+    It changes `state` in place and nothing else; its inputs are copied to where the graph reads them.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], state: Sequence[Tensor]):
+        self.function, self.state, self.graph = function, state, None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self.graph is None:
+            self.capture([tensor.clone() for tensor in inputs])
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given, non_blocking=True)
+        self.graph.replay()
+        return self.output.clone()
+
+    def capture(self, inputs: list[Tensor]) -> None:
+        self.inputs, before, stream = inputs, [tensor.clone() for tensor in self.state], torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # the first call takes memory and chooses kernels, which a graph cannot
+            self.function(*inputs)
+            for tensor, value in zip(self.state, before, strict=True):
+                tensor.copy_(value)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.output = self.function(*inputs)
+
+
+def capture_network(network: nn.Sequential, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
+    captured = Captured(network, ())
+    return lambda inputs: captured(torch.tensor(inputs, device=device)).cpu().numpy()
+
+
+def capture_updates(optimise: Callable, learners: Learners) -> Callable:
+    """A graph with the target's step, and one without."""
+    graphs = {}
+
+    def captured(scale: Tensor, slots: Tensor, follows: bool) -> Tensor:
+        if follows not in graphs:
+            graphs[follows] = Captured(partial(optimise, follows=follows), [*learners.q, learners.target])
+        return graphs[follows](scale, slots)
+
+    return captured
+
+
+def write_atomically(path: Path, content: dict | str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with unfinished.open("wb") as file:
+        torch.save(content, file) if isinstance(content, dict) else file.write(content.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """On the CPU; a ValueError says in one line what is wrong with a torn or foreign file."""
+    try:
+        with zipfile.ZipFile(path) as records:
+            if records.testzip():  # torch reads on over damaged numbers
+                raise ValueError
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["args"]["env_id"], checkpoint["script"], checkpoint["agent"]
+    except Exception as error:
+        raise ValueError(f"{path.name} is missing, torn or not a checkpoint ({type(error).__name__})") from None
+    return checkpoint
+
+
+def create_run(args: Args, state: dict) -> Path:
+    """Filled under another name and then renamed: a run directory is never half there, nor without a checkpoint."""
+    runs, source = Path(args.runs_dir), Path(__file__).resolve()
+    command = "git rev-parse HEAD && git status --short"
+    git = subprocess.run(command, shell=True, cwd=source.parent, capture_output=True, text=True)
+    commit, *changes = git.stdout.splitlines() or [None]
+    packages = [name for name in ("torch", "gymnasium", "mujoco", "ale_py", "envpool", "numpy") if find_spec(name)]
+    meta = {"script": SCRIPT, "command": shlex.join([sys.executable, *sys.argv]), "python": sys.version.split()[0]}
+    meta |= {"git_commit": commit, "git_dirty": bool(changes), "packages": {name: version(name) for name in packages}}
+    meta |= {"host": os.uname().nodename, "device": str(state["learner"][0].device)}
+    meta |= {"started": datetime.now().astimezone().isoformat(timespec="seconds")}
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=runs, ignore_cleanup_errors=True) as folder:
+            new = Path(folder)
+            shutil.copy(source, new)
+            (new / "config.yaml").write_text(yaml.safe_dump(asdict(args), sort_keys=False))
+            (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+            torch.save(state, new / "checkpoint.pt")
+            new.chmod(0o755)
+            name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}"
+            while (directory := runs / f"{name}__{datetime.now():%Y%m%d-%H%M%S}").exists():
+                time.sleep(0.1)
+            return new.rename(directory)
+    except (OSError, RuntimeError) as error:  # the latter of torch's writer
+        refuse(f"--runs-dir {runs}: {error}; name a folder that can be written to")
+
+
+class Run(ExitStack):
+    """A run's directory, and all that goes there. One process at a time holds it."""
+
+    def __init__(
+        self, args: Args, agent: Agent, learners: Learners, buffer: ReplayBuffer, envs: Environments, progress: dict
+    ):
+        super().__init__()
+        self.args, self.agent, self.learners, self.buffer = args, agent, learners, buffer
+        self.envs, self.progress = envs, progress
+        self.directory = Path(args.resume) if args.resume else create_run(args, self.state(0) | {"sizes": {}})
+        self.resume_command = shlex.join(["python", sys.argv[0], "--resume", str(self.directory)])
+        self.live, self.said, self.tracker, self.saved = sys.stdout.isatty(), time.monotonic(), None, 0
+
+    def state(self, step: int) -> dict:
+        """All that training depends on from here."""
+        state = {"script": SCRIPT, "args": asdict(self.args), "step": step, "agent": self.agent.state_dict()}
+        state |= {"learner": self.learners.tensors(), "environments": self.envs.state(), "progress": self.progress}
+        state |= {"buffer": self.buffer.state() if self.args.checkpoint_buffer else {}}
+        device = self.learners.target.device
+        random = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return state | {"random": torch.get_rng_state(), "cuda_random": random}
+
+    def begin(self) -> None:
+        """Goes on from the last good checkpoint; nothing is touched before that is known to be of this run."""
+        try:
+            self.log = self.enter_context((self.directory / "run.log").open("a"))
+            fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            saved = self.load()
+            self.agent.load_state_dict(saved["agent"])
+        except BlockingIOError:
+            refuse(f"--resume {self.directory}: another process trains this run")
+        except (OSError, ValueError, RuntimeError) as error:  # the last where the networks are others
+            refuse(f"--resume {self.directory}: {error}")
+        for tensor, value in zip(self.learners.tensors(), saved["learner"], strict=True):
+            tensor.copy_(value)
+        self.progress |= saved["progress"]
+        exact = not self.args.resume or self.envs.restore(saved["environments"])
+        self.saved = saved["step"]
+        if saved["buffer"]:
+            self.buffer.restore(saved["buffer"])
+        elif self.args.resume:
+            self.progress["learn_from"] = self.saved + max(self.args.learning_starts, self.args.batch_size)
+        if not exact or not self.buffer.seen:
+            self.buffer.begin(self.envs.observations, masks_of(self.args, self.agent, self.envs))
+        torch.set_rng_state(saved["random"])
+        if self.learners.target.device.type == "cuda" and saved["cuda_random"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_random"], self.learners.target.device)
+
+        (self.directory / "result.json").unlink(missing_ok=True)
+        for path in self.directory.glob("*.csv"):  # the rows after the checkpoint will be written again
+            os.truncate(path, saved["sizes"].get(path.name, 0))
+        if not saved["sizes"]:  # an episode may never end
+            (self.directory / "episodes.csv").write_text("step,wall_time,return,length\n")
+        args, name = self.args, self.directory.name
+        if args.track:
+            import wandb
+
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": name}
+            self.tracker = wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True)
+            self.tracker.log_code(str(self.directory))
+            self.callback(self.tracker.finish)
+        self.tensorboard = SummaryWriter(str(self.directory), purge_step=self.saved + 1)
+        self.callback(self.tensorboard.close)
+        table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+        self.tensorboard.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+        self.announce(exact)
+
+    def load(self) -> dict:
+        for path in (self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"):
+            with suppress(ValueError):
+                saved = load_checkpoint(path)
+                break
+        else:
+            raise ValueError("its checkpoints are torn or missing; start a new run")
+        was = saved["args"] | {"script": saved["script"]}
+        for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
+            if name not in FREE and value != was.get(name):
+                raise ValueError(f"{flag(name)} is {was.get(name)} in {path.name} and cannot become {value}")
+        for name, size in saved["sizes"].items():
+            if not (self.directory / name).is_file() or (self.directory / name).stat().st_size < size:
+                raise ValueError(f"{name} is shorter than when {path.name} was written; start a new run")
+        if path.name != "checkpoint.pt":
+            print(f"{self.directory}: checkpoint.pt is torn or missing; going on from {path.name}", file=sys.stderr)
+            path.replace(self.directory / "checkpoint.pt")
+        return saved
+
+    def announce(self, exact: bool) -> None:
+        """What is trained, and what one may not expect of it."""
+        args, agent, N, starts = self.args, self.agent, self.args.num_envs, self.progress["learn_from"]
+        D, size, theta = agent.moments.mean.numel(), len(self.learners.target), self.learners.q.theta
+        self.say(
+            f"{SCRIPT}  {args.env_id}  {D} observations, {agent.count} actions{', masked' * args.action_masks}\n"
+            f"{args.total_timesteps // N * N:,} steps of {N} environments ({args.vec}), from step {starts:,} on"
+            f" {args.updates_per_step:g} updates of {args.batch_size} per step\n"
+            f"{size:,} parameters, {theta.device}\n{self.directory}"
+        )
+        if not exact:
+            self.say("the running episodes could not be restored exactly; they begin anew, all else continues")
+        if args.resume and not args.checkpoint_buffer:
+            self.say(f"the checkpoint holds no replay buffer; a new one is filled until step {starts:,}")
+
+    def write(self, table: str, rows: list[dict]) -> None:
+        """In CSV, and in TensorBoard by CleanRL's names."""
+        if rows:
+            with (self.directory / f"{table}.csv").open("a", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                if not file.tell():
+                    writer.writeheader()
+                writer.writerows(rows)
+        losses = {*MEASURES, "explained_variance"}
+        for row in rows if table != "evaluations" else ():
+            for name in (name for name in row.keys() - {"step", "wall_time"} if not math.isnan(row[name])):
+                kind = "charts/episodic_" if table == "episodes" else "losses/" if name in losses else "charts/"
+                self.tensorboard.add_scalar(kind + name.replace("sps", "SPS"), row[name], row["step"])
+
+    def save(self, step: int) -> None:
+        """The checkpoint before this one stays as `checkpoint.previous.pt`."""
+        sizes = {}
+        for path in self.directory.glob("*.csv"):
+            with path.open("a") as file:
+                os.fsync(file.fileno())
+                sizes[path.name] = file.tell()
+        last, previous = self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"
+        previous.unlink(missing_ok=True)
+        os.link(last, previous)
+        write_atomically(last, self.state(step) | {"sizes": sizes})
+        self.saved = step
+
+    def say(self, text: str) -> None:
+        print(f"\r\033[K{text}" if self.live else text, flush=True)
+        self.log.writelines(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n" for line in text.splitlines())
+        self.log.flush()
+
+    def show(self, row: dict, total: int, learnt: str) -> None:
+        """A live line on a terminal; elsewhere, and in the log, a line every half minute."""
+        step, recent = row["step"], self.progress["recent"]
+        # Steps from which nothing is learnt yet are quick, and tell nothing of those to come.
+        left = timedelta(seconds=round((total - step) / row["sps"])) if learnt else "unknown"
+        text = f"{step:>11,} {step / total:4.0%}  {row['sps']:,.0f} steps/s  ETA {left}"
+        text += f"  return {np.mean(recent):.1f}  {learnt}" if recent else f"  {learnt}"
+        if time.monotonic() - self.said > 30:
+            self.said = time.monotonic()
+            self.say(text)
+        elif self.live:
+            print(f"\r\033[K{text[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+
+    def finish(self, steps: int, elapsed: float) -> None:
+        progress, seconds, best = self.progress, self.progress["seconds"], self.progress["best"]
+        summary = {"script": SCRIPT, "env_id": self.args.env_id, "seed": self.args.seed, "steps": steps}
+        summary |= {"wall_time": elapsed, "sps": steps / elapsed, "evaluation": progress["evaluation"], "best": best}
+        summary |= {"training_return": np.mean(progress["recent"]).item() if progress["recent"] else None}
+        summary |= {f"seconds_{name}": spent for name, spent in seconds.items()}
+        write_atomically(self.directory / "result.json", json.dumps(summary, indent=2))
+        shares = ", ".join(f"{name} {spent / elapsed:.0%}" for name, spent in seconds.items())
+        self.say(f"{steps:,} steps in {timedelta(seconds=round(elapsed))}, {steps / elapsed:,.0f} steps/s: {shares}")
+        if best:
+            final = f"evaluation {progress['evaluation']['mean']:.1f} ± {progress['evaluation']['std']:.1f}"
+            self.say(f"{final}, best {best['mean']:.1f} at step {best['step']:,}")
+
+    def stop(self, number: int, step: int) -> NoReturn:
+        if step > self.saved:
+            self.save(step)
+        self.say(f"stopped at step {self.saved:,}; continue with\n  {self.resume_command}")
+        raise SystemExit(128 + number)
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        with suppress(OSError):  # a full disk has been noticed before
+            super().__exit__(None, None, None)
+        if isinstance(error, OSError | EOFError | FloatingPointError | KeyboardInterrupt):
+            problem = f"{type(error).__name__} {error}; the last checkpoint is of step {self.saved:,}"
+            print(f"{SCRIPT}.py: {problem}\n  {self.resume_command}", file=sys.stderr)
+            raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+# ----------------------------------------------------------------------------------------- arguments and refusals
+
+# What may differ when a run is resumed.
+FREE = ["resume", "config", "device", "threads", "compile", "num_evals", "eval_episodes", "checkpoint_every"]
+FREE += ["runs_dir", "capture_video", "track", "wandb_project_name", "wandb_entity"]
+
+
+def flag(name: str) -> str:
+    return f"--{name}".replace("_", "-")
+
+
+def refuse(problem: str) -> NoReturn:
+    """A user's mistake: one line, whatever lines a library's error has, and exit status 2."""
+    print(f"{Path(__file__).name}: {' '.join(problem.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+RANGES = {
+    "between 1 and 1e15": (1, 1e15, "total_timesteps checkpoint_every num_envs eval_episodes"),
+    "between 1 and 1e12": (1, 1e12, "buffer_size"),
+    "between 1 and 65536": (1, 65536, "batch_size target_network_frequency hidden_sizes"),
+    "between 1 and 100": (1, 100, "n_step"),  # so many steps are compiled
+    "between 1e-6 and 1000": (1e-6, 1000, "updates_per_step"),
+    "at least 0": (0, 1e15, "num_evals learning_starts"),
+    "above 0": (1e-300, 1e300, "learning_rate"),
+    "between 0 and 1": (0, 1, "gamma tau lr_warmup epsilon_start epsilon_end exploration_fraction"),
+    "between 1 and 1024": (1, 1024, "threads"),
+    "between 0 and 2147483647": (0, 2**31 - 1, "seed"),  # EnvPool's have 32 bits
+}
+
+
+def check(args: Args) -> None:
+    """Of a tuple every value counts, and None is a setting that is off."""
+    for rule, (low, high, names) in RANGES.items():
+        for name in names.split():
+            value = getattr(args, name)
+            values = value if isinstance(value, tuple | list) else () if value is None else (value,)
+            if not all(low <= each <= high for each in values):
+                raise ValueError(f"{flag(name)} {value}: must be {rule}")
+    args.total_timesteps, args.checkpoint_every = int(args.total_timesteps), int(args.checkpoint_every)  # of 1e6
+    for name in ("env_id", "runs_dir", "resume", "config"):
+        if getattr(args, name) == "":
+            raise ValueError(f"{flag(name)}: is empty")
+    for name in ("env_kwargs", "eval_env_kwargs"):
+        try:
+            dict(**json.loads(getattr(args, name)))
+        except (ValueError, TypeError):
+            raise ValueError(f"{flag(name)} {getattr(args, name)}: must be JSON such as '{{\"g\": 9.81}}'") from None
+
+
+class EnvPool(Environments):
+    """EnvPool seeds its episodes itself, so that they cannot be played again."""
+
+    def _make(self, args: Args) -> gym.Env:
+        import envpool
+
+        kwargs = json.loads(args.env_kwargs)
+        return envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=args.seed, **kwargs)
+
+    def _reset(self, which: np.ndarray) -> np.ndarray:
+        first = self.envs.reset(np.flatnonzero(which))[0]
+        observations = first if which.all() else self.observations.copy()
+        observations[which] = first
+        return observations
+
+    def state(self) -> dict:
+        return {"seed": self.args.seed}
+
+    def restore(self, state: dict) -> bool:
+        self.__init__(replace(self.args, seed=(state["seed"] + 1) % 2**31))  # with other episodes than the first time
+        return False
+
+
+def bounds_of(actions: gym.spaces.Discrete) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last action's number."""
+    return np.array(actions.start, actions.dtype), np.array(actions.start + actions.n - 1, actions.dtype)
+
+
+def memory_of(args: Args) -> int:
+    """In bytes, where the replay buffer is."""
+    if args.device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
+    """The environments, and the arguments as they can be; what cannot work is refused before anything is written."""
+    for name, package in (("vec", "envpool"), ("track", "wandb")):
+        if getattr(args, name) in (package, True) and not find_spec(package):
+            refuse(f"{flag(name)}: {package} is not installed; pip install {package}")
+    online = args.track and os.environ.get("WANDB_MODE", "online") == "online"
+    if online and not importlib.import_module("wandb").login(prompt=False):
+        refuse("--track: W&B knows no key here; run `wandb login`, or set WANDB_MODE=offline")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        refuse("--device cuda: torch finds no CUDA device here; use cpu")
+    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
+    N, starts, spaces = args.num_envs, args.learning_starts, []
+    if args.total_timesteps < starts + N:
+        refuse(f"--total-timesteps {args.total_timesteps}: must be above --learning-starts {starts}")
+    if 0 < (risen := args.lr_warmup * args.total_timesteps) <= starts:
+        refuse(f"--lr-warmup {args.lr_warmup:g}: ends at step {risen:,.0f}, before --learning-starts {starts}")
+    if args.buffer_size < 4 * N:
+        refuse(f"--buffer-size {args.buffer_size}: must be at least 4 x --num-envs, {4 * N}")
+    try:
+        for make in (TrainEnv, partial(make_eval_env, render_mode="rgb_array" if args.capture_video else None)):
+            with closing(make(args)) as env:
+                actions = env.action_space
+                if not isinstance(actions, gym.spaces.Discrete):
+                    raise TypeError(
+                        f"acts in {actions}, no Discrete; ppo_discrete.py has MultiDiscrete, sac_continuous.py Box"
+                    )
+                _, info = env.reset(seed=0)
+                mask = info.get("action_mask", getattr(env, "mask", None)) if args.action_masks else None
+                spaces.append((env.observation_space.shape, actions, mask is not None))
+                first = 0 if mask is None else allowed(args, int(actions.n), [mask]).argmax()
+                env.step(actions.start + first)  # some values are no problem before
+                if env.render_mode:
+                    env.render()
+        args = replace(args, action_masks=mask is not None)
+        if args.action_masks and args.vec == "envpool":
+            raise ValueError("EnvPool gives no action masks; use --vec sync, or --no-action-masks")
+        seen = np.empty((1, *env.observation_space.shape), env.observation_space.dtype)
+        taken = sum(ring.nbytes for ring in Rings.of(args.buffer_size, seen, actions.n * args.action_masks, "meta"))
+        if taken > (memory := memory_of(args)):
+            refuse(f"--buffer-size {args.buffer_size}: takes {taken:,} bytes, of {memory:,} that there are")
+        envs = (EnvPool if args.vec == "envpool" else Environments)(args)
+        if spaces != [(envs.observations.shape[1:], actions, args.action_masks)] * 2:
+            envs.close()
+            raise TypeError("evaluation does not have the spaces and masks of training")
+    except Exception as error:
+        names = ("env_kwargs", "eval_env_kwargs", "vec", "capture_video")
+        given = ["env_id", *(name for name in names if getattr(args, name) != getattr(Args, name))]
+        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {error}")
+    return args, envs, actions
+
+
+def parse(argv: list[str] | None = None) -> Args:
+    """The defaults, then the file of `--config` or the run of `--resume`, then the command line: the last one wins."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    if args.resume and not (Path(args.resume) / f"{SCRIPT}.py").is_file():
+        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py")
+    if args.resume and args.config:
+        refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
+    path = f"{args.resume}/config.yaml" if args.resume else args.config
+    if not path:
+        return args
+    try:
+        settings = yaml.safe_load(Path(path).read_text()).items()
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        refuse(f"{path}: is no file of arguments: {error}")
+    words = []
+    for name, value in settings:
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        if any(str(each).startswith("--") for each in values):
+            refuse(f"{path}: {name} is {value}, which would be read as a flag")
+        if isinstance(value, bool):
+            words += [flag(name if value else f"no_{name}")]
+        else:
+            words += [flag(name), *map(str, values)]
+    return tyro.cli(Args, args=words + argv, description=__doc__)
+
+
+def catch_interrupts() -> list[int]:
+    """Collects SIGINT and SIGTERM, for a run to stop where it can be resumed; a second one stops it at once."""
+    caught: list[int] = []
+
+    def catch(number: int, _: object) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    signal.signal(signal.SIGINT, catch)
+    signal.signal(signal.SIGTERM, catch)
+    return caught
+
+
+if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # where a `module:Id-v0` of the user's may lie
+    train(interrupts=catch_interrupts(), args=parse())
