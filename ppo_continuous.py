@@ -741,7 +741,7 @@ def compile_by(
 ) -> Callable:
     """The function, compiled by calls on copies of what changes; as it is, where that is impossible."""
     started = time.perf_counter()
-    torch.compiler.reset()
+    torch.compiler.reset()  # what another run compiled in this process would be taken for this one's
 
     def compared(guards: Sequence) -> list[bool]:
         """At every call: flags and shapes. Settings and the agent stay, and would take a fifth of the time."""
