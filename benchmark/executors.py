@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 from benchmark.errors import refuse
-from benchmark.jobs import ROOT, Job, run_job
+from benchmark.jobs import ROOT, Job, failed, run_job
 
 
 def run_locally(jobs: list[Job], workers: int, silence: float, stop: threading.Event) -> Iterator:
@@ -61,8 +61,9 @@ def run_on_ray(
                 job = waiting.pop(reference)
                 try:
                     yield job, ray.get(reference)
-                except RayError:
-                    yield job, "interrupted" if cancelled else "failed"
+                except RayError as error:
+                    told = f"Ray ended it ({type(error).__name__})"
+                    yield job, "interrupted" if cancelled else failed(job, told)
             if not ended:
                 yield None
     finally:

@@ -191,6 +191,13 @@ def fail(job: Job, reason: str, seconds: float) -> str:
     return "failed"
 
 
+def failed(job: Job, reason: str) -> str:
+    """Of a job that was ended from outside, by a cluster."""
+    with suppress(OSError):  # where nothing can be written, that is told instead
+        fail(job, reason, 0.0)
+    return "failed"
+
+
 def last_sign(job: Job, log: IO) -> float:
     """When the job last wrote something."""
     run = job.run()

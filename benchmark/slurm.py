@@ -13,13 +13,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from benchmark.errors import refuse
-from benchmark.jobs import ROOT, Job, fail, run_job
+from benchmark.jobs import ROOT, Job, failed, run_job
 from benchmark.runs import read_json, write_atomically
 
 NOTICE = 90  # seconds before a job is out of time, at most half of it
@@ -201,9 +200,3 @@ def end_of(job: Job, state: str, cancelled: bool) -> str:
     if cancelled:
         return "interrupted"
     return failed(job, f"Slurm ended it ({state}); what it wrote is in {Path(job.directory).parent / 'slurm'}")
-
-
-def failed(job: Job, reason: str) -> str:
-    with suppress(OSError):  # where nothing can be written, that is told instead
-        fail(job, reason, 0.0)
-    return "failed"

@@ -19,6 +19,7 @@ import tyro
 from benchmark.errors import refuse
 from benchmark.executors import run_locally, run_on_ray
 from benchmark.jobs import Job
+from benchmark.options import at_least, make_folder
 from benchmark.slurm import Request, check_request, run_on_slurm
 from benchmark.suites import Suite, check, default_directory, jobs_of, keep_selection, read_suite
 
@@ -250,9 +251,7 @@ def sweep(
     """
     if suite and (scripts or env_ids):
         refuse("--scripts and --env-ids: a suite names its own")
-    for name, value in (("seeds", seeds), ("workers", workers), ("threads", threads)):
-        if value < 1:
-            refuse(f"--{name} {value}: must be at least 1")
+    at_least(1, seeds=seeds, workers=workers, threads=threads)
     if not silence > 0:
         refuse(f"--silence {silence}: must be above 0")
     for name, value, needed in (
@@ -281,10 +280,7 @@ def sweep(
         return
     if executor == "slurm":
         check_request(request)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        refuse(f"--output {directory}: {error.strerror}")
+    make_folder(directory)
     keep_selection(chosen, directory)
     print(f"{len(jobs)} jobs in {directory}" + (f", {len(settled)} of them settled before" if settled else ""))
 

@@ -18,6 +18,7 @@ import tyro
 
 from benchmark.errors import refuse
 from benchmark.jobs import ROOT
+from benchmark.options import at_least
 from benchmark.runs import write_atomically
 from benchmark.speed.cases import CASES, PACKAGES, Case, in_our_words, in_their_words
 from benchmark.suites import check
@@ -120,8 +121,7 @@ def speed(
     """
     if script not in CASES:
         refuse(f"no speed comparison for {script!r}; there is one for: {', '.join(CASES)}")
-    if rounds < 1:
-        refuse(f"--rounds {rounds}: must be at least 1")
+    at_least(1, rounds=rounds)
     if rollouts <= WARMUP:
         refuse(f"--rollouts {rollouts}: must be at least {WARMUP + 1}, as the first {WARMUP} are left out")
     if json_file and not json_file.parent.is_dir():

@@ -14,7 +14,7 @@ import tyro
 from benchmark.errors import refuse
 from benchmark.executors import run_locally
 from benchmark.jobs import ROOT, Job
-from benchmark.options import need
+from benchmark.options import at_least, make_folder, need
 from benchmark.runs import fingerprint, import_script
 from benchmark.speed.cases import CASES, PACKAGES
 from benchmark.speed.rl_zoo import SETTINGS
@@ -110,9 +110,7 @@ def versus(
     compared = [name for name, case in CASES.items() if "CnnPolicy" not in case.theirs.values()]
     if script not in compared:
         refuse(f"--script {script}: has no comparison; there is one for {', '.join(compared)}")
-    for name, value in (("seeds", seeds), ("eval-every", eval_every), ("threads", threads)):
-        if value is not None and value < 1:
-            refuse(f"--{name} {value}: must be at least 1")
+    at_least(1, seeds=seeds, eval_every=eval_every, threads=1 if threads is None else threads)
     if total_timesteps < eval_every:
         refuse(f"--total-timesteps {total_timesteps}: must be at least --eval-every, {eval_every}")
     check(ROOT / f"{script}.py", [env_id], [])
@@ -124,10 +122,7 @@ def versus(
     jobs = {each: jobs_of(each, env_id, seeds, words, threads, folder) for each in entered}
     in_turn = [job for round in zip(*jobs.values(), strict=True) for job in round]  # one seed of all before the next
     settled = previous_states(in_turn, retry_failed=True, advice="choose another --output")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        refuse(f"--output {folder}: {error.strerror}")
+    make_folder(folder)
 
     def execute(todo: list[Job], stop: threading.Event):
         return run_locally(todo, 1, 1800.0, stop)
