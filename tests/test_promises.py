@@ -776,11 +776,11 @@ def test_a_run_may_be_killed_at_any_operation_on_its_files(script, processes):
 WAYS = {"compiled": {"compile": True}, "async": {"vec": "async"}, "async-compiled": {"vec": "async", "compile": True}}
 
 
-@needs_compiler
 @pytest.mark.parametrize(
     ("script", "way"),
-    [("ppo_continuous", "compiled"), ("ppo_continuous", "async"), ("ppo_atari_cnn", "compiled")]
-    + [(name, "async-compiled") for name in SCRIPTS if name != "ppo_atari_cnn"],
+    [("ppo_continuous", "async")]
+    + [pytest.param(name, "compiled", marks=needs_compiler) for name in ("ppo_continuous", "ppo_atari_cnn")]
+    + [pytest.param(name, "async-compiled", marks=needs_compiler) for name in SCRIPTS if name != "ppo_atari_cnn"],
     indirect=["script"],
 )
 def test_a_run_that_is_stopped_twice_ends_as_if_it_were_not(script, way, capsys):
