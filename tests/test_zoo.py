@@ -34,7 +34,7 @@ def test_a_policy_earns_exactly_what_is_stated(run):
     table = run.evaluations
     last = table["step"] == table["step"].max()
     seeds = [int(seed) for seed in table["seed"][last][:EPISODES]]
-    episodes = play_all(load_player(run, find_policy(run, "last"), {}, None), seeds, sample=False, values=False)
+    episodes = play_all(load_player(run, find_policy(run, "last"), {}, None), seeds, sample=False)
     earned, stated = [episode.total for episode in episodes], table["return"][last][:EPISODES].tolist()
     if {info.get("architecture") for info in threadpool_info() if info["internal_api"] == "openblas"} <= KERNELS:
         assert earned == stated
