@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from benchmark import figures, page, stats, tables
 from benchmark.groups import Group, Material, environments_of, methods_of
-from benchmark.runs import write_atomically
+from benchmark.runs import file_name, write_atomically
 from benchmark.tables import Table
 
 FILMS_LIMIT = 40e6  # bytes of films in the page
@@ -127,12 +127,8 @@ def draw_runs(drawn: list[Group], baselines: dict[str, np.ndarray], colour: figu
     for env_id in environments_of(drawn):
         here = [group for group in drawn if group.env_id == env_id]
         if any(group.quantities() for group in here):
-            made[losses_of(env_id)] = figures.losses(here, colour)
+            made[file_name(f"losses-{env_id}")] = figures.losses(here, colour)
     return made
-
-
-def losses_of(env_id: str) -> str:
-    return "losses-" + "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in env_id)
 
 
 def draw_scores(scores: dict[str, np.ndarray], colour: figures.Colours) -> dict[str, Figure]:
@@ -164,7 +160,9 @@ def sections_of_figures(made: dict[str, Figure], captions: dict[str, str], group
     for title, names in SECTIONS.items():
         if shown := {name: captions[name] for name in names if name in made}:
             found[title] = pictures(shown, output)
-    named = {losses_of(env_id): f"{env_id}: what was logged of learning." for env_id in environments_of(groups)}
+    named = {
+        file_name(f"losses-{env_id}"): f"{env_id}: what was logged of learning." for env_id in environments_of(groups)
+    }
     if shown := {name: caption for name, caption in named.items() if name in made}:
         found["Losses"] = pictures(shown, output)
     return found

@@ -4,20 +4,42 @@ Both yield every job that has ended, with how ("done", "failed", "interrupted"),
 `stop` is set, running jobs are stopped where they can be resumed, and none begins.
 """
 
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 
 from benchmark.errors import refuse
-from benchmark.jobs import ROOT, Job, failed, run_job
+from benchmark.jobs import ROOT, SILENCE, Job, fail, run_job
 
 
-def run_locally(jobs: list[Job], workers: int, silence: float, stop: threading.Event) -> Iterator:
+class Stop(threading.Event):
+    signal = 0  # which set it
+
+
+@contextmanager
+def until_told() -> Iterator[Stop]:
+    """What SIGINT and SIGTERM set; a second one ends everything at once."""
+    stop = Stop()
+
+    def catch(number: int, _: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.signal = number
+        stop.set()
+
+    handlers = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run_locally(jobs: list[Job], stop: threading.Event, workers: int = 1, silence: float = SILENCE) -> Iterator:
     def work(job: Job) -> str:
-        try:
-            return "interrupted" if stop.is_set() else run_job(job, stop.is_set, silence)
-        except OSError:
-            return "failed"
+        return "interrupted" if stop.is_set() else run_job(job, stop.is_set, silence)
 
     with ThreadPoolExecutor(workers) as pool:
         waiting = {pool.submit(work, job): job for job in jobs}
@@ -30,7 +52,7 @@ def run_locally(jobs: list[Job], workers: int, silence: float, stop: threading.E
 
 
 def run_on_ray(
-    jobs: list[Job], address: str | None, cpus: float, gpus: float, silence: float, stop: threading.Event
+    jobs: list[Job], stop: threading.Event, address: str | None, cpus: float, gpus: float, silence: float
 ) -> Iterator:
     """A job whose node dies begins again on another node, where its run is found and resumed.
 
@@ -63,7 +85,7 @@ def run_on_ray(
                     yield job, ray.get(reference)
                 except RayError as error:
                     told = f"Ray ended it ({type(error).__name__})"
-                    yield job, "interrupted" if cancelled else failed(job, told)
+                    yield job, "interrupted" if cancelled else fail(job, told)
             if not ended:
                 yield None
     finally:

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 POSIX = os.name == "posix"
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PATIENCE = 60  # seconds in which a job that is told to stop may write its checkpoint
+SILENCE = 1800.0  # seconds without a sign of life after which a job is ended
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,20 @@ def alone(held: IO) -> dict[str, object]:
     return {"start_new_session": True, "pass_fds": [held.fileno()], "preexec_fn": die_with_parent}
 
 
-def run_job(job: Job, stopped: Callable[[], bool] = lambda: False, silence: float = 1800.0, grace: float = 0.0) -> str:
+def run_job(job: Job, stopped: Callable[[], bool] = lambda: False, silence: float = SILENCE, grace: float = 0.0) -> str:
     """Runs a job to its end: "done", "failed" or, once `stopped` says so, "interrupted".
 
-    A job that writes nothing for `silence` seconds is ended; that is a failure too. One that is stopped is told after
-    `grace` seconds, if it has not ended by itself. Runs of another version of its script get hidden: who begins the
-    job has asked for that.
+    A job that writes nothing for `silence` seconds is ended; that is a failure too, as is one whose files cannot be
+    written. One that is stopped is told after `grace` seconds, if it has not ended by itself.
     """
+    try:
+        return carry_out(job, stopped, silence, grace)
+    except OSError:
+        return "failed"
+
+
+def carry_out(job: Job, stopped: Callable[[], bool], silence: float, grace: float) -> str:
+    """Runs of another version of its script get hidden: who begins the job has asked for that."""
     directory = Path(job.directory)
     directory.mkdir(parents=True, exist_ok=True)
     held = lock(job, stopped)
@@ -141,7 +149,7 @@ def run_job(job: Job, stopped: Callable[[], bool] = lambda: False, silence: floa
     with held, job.log.open("ab") as log:
         own = job.run()
         if not own and fingerprint(Path(job.script)) != job.version:
-            return fail(job, f"{job.script} is not what it was at the start", 0.0)
+            return fail(job, f"{job.script} is not what it was at the start")
         for run in find_runs([directory]):
             if not own or run.directory != own.directory:
                 run.directory.rename(run.directory.with_name(f".{time.time_ns()}-{run.directory.name}"))
@@ -182,19 +190,12 @@ def run_job(job: Job, stopped: Callable[[], bool] = lambda: False, silence: floa
         if process.returncode < 0
         else f"exit status {process.returncode}"
     )
-    return fail(job, reason, time.monotonic() - started)
+    return fail(job, reason)
 
 
-def fail(job: Job, reason: str, seconds: float) -> str:
-    failure = {"reason": reason, "seconds": seconds, "log": tail(job.log, 20)}
-    write_atomically(job.failure, json.dumps(failure, indent=2) + "\n")
-    return "failed"
-
-
-def failed(job: Job, reason: str) -> str:
-    """Of a job that was ended from outside, by a cluster."""
+def fail(job: Job, reason: str) -> str:
     with suppress(OSError):  # where nothing can be written, that is told instead
-        fail(job, reason, 0.0)
+        write_atomically(job.failure, json.dumps({"reason": reason, "log": tail(job.log, 20)}, indent=2) + "\n")
     return "failed"
 
 

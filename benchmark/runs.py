@@ -130,6 +130,11 @@ def import_script(path: Path) -> ModuleType:
     return module
 
 
+def file_name(text: str) -> str:
+    """Of anything, such as an environment's id with slashes and colons."""
+    return "".join(letter if letter.isalnum() or letter in "-_.=" else "-" for letter in text)
+
+
 def fingerprint(source: Path) -> str:
     """Of a script; "unknown" where there is none."""
     try:

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmark.errors import refuse
-from benchmark.jobs import ROOT, Job, failed, run_job
+from benchmark.jobs import ROOT, Job, fail, run_job
 from benchmark.runs import read_json, write_atomically
 
 NOTICE = 90  # seconds before a job is out of time, at most half of it
@@ -69,7 +69,7 @@ def check_request(request: Request) -> None:
         refuse(f"--executor slurm: sbatch {shlex.join(words)} is refused: {told[-1]}")
 
 
-def run_on_slurm(jobs: list[Job], request: Request, silence: float, stop: threading.Event) -> Iterator:
+def run_on_slurm(jobs: list[Job], stop: threading.Event, request: Request, silence: float) -> Iterator:
     """Jobs that Slurm still has, from a sweep that was killed, are not given to it again.
 
     The nodes must see this folder and the jobs' directories under the same paths.
@@ -160,10 +160,7 @@ def work(job: Job, silence: float) -> str:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     # Slurm signals the run itself too, where it does not track processes by cgroups; told twice, a run stops at once.
-    try:
-        how = run_job(job, stop.is_set, silence, grace=5)
-    except OSError:
-        how = "failed"
+    how = run_job(job, stop.is_set, silence, grace=5)
     if how != "interrupted":
         return how
     number = JobEnvironment().job_id  # of this element: $SLURM_JOB_ID may mean the whole array
@@ -190,7 +187,7 @@ def outcome(job: Job, slurm_job) -> str:
     try:
         return slurm_job.result()
     except UncompletedJobError:
-        return failed(job, f"could not be run on its node; {slurm_job.paths.stdout} says why")
+        return fail(job, f"could not be run on its node; {slurm_job.paths.stdout} says why")
 
 
 def end_of(job: Job, state: str, cancelled: bool) -> str:
@@ -199,4 +196,4 @@ def end_of(job: Job, state: str, cancelled: bool) -> str:
         return "done"
     if cancelled:
         return "interrupted"
-    return failed(job, f"Slurm ended it ({state}); what it wrote is in {Path(job.directory).parent / 'slurm'}")
+    return fail(job, f"Slurm ended it ({state}); what it wrote is in {Path(job.directory).parent / 'slurm'}")

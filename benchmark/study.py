@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -10,14 +9,13 @@ import tyro
 
 from benchmark.errors import refuse
 from benchmark.evaluate import draw_without_display, film, to_gif
-from benchmark.executors import run_locally
 from benchmark.groups import Group, gather
 from benchmark.jobs import Job
 from benchmark.options import at_least, check_seed, make_folder, need
 from benchmark.report import film_of, find_baselines
-from benchmark.runs import Run, replacing, write_atomically, write_table
+from benchmark.runs import Run, file_name, replacing, write_atomically, write_table
 from benchmark.suites import Suite, check, jobs_of
-from benchmark.sweep import previous_states, run_sweep, tell_failures
+from benchmark.sweep import end_if_failed, previous_states, run_sweep
 
 
 def keep_checkpoint(run: Run, share: float, baselines: dict, folder: Path, filmed: bool) -> dict:
@@ -59,14 +57,7 @@ def train_one(job: Job, output: Path) -> Run:
     if not settled:
         check(Path(job.script), [job.env_id], job.words)
     make_folder(output)
-
-    def execute(todo: list[Job], stop: threading.Event):
-        return run_locally(todo, 1, 1800.0, stop)
-
-    ended = run_sweep([job], settled, execute)
-    tell_failures(ended, "the same command tries again")
-    if "failed" in ended.values():
-        raise SystemExit(1)
+    end_if_failed(run_sweep([job], settled), "the same command tries again")
     return job.run()
 
 
@@ -99,7 +90,7 @@ def study(
     check_seed(seed)
     draw_without_display()
     suite = Suite([script], [env_id], [seed], words=("--num-evals", "20", *words))
-    directory = (output or Path("studies") / f"{env_id.replace('/', '-')}__{Path(script).stem}__{seed}").resolve()
+    directory = (output or Path("studies") / file_name(f"{env_id}__{Path(script).stem}__{seed}")).resolve()
     (job,) = jobs_of(suite, directory / "run", threads)
     trained = train_one(job, directory)
     from benchmark.compose import Wish, make_report

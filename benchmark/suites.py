@@ -15,7 +15,7 @@ import yaml
 
 from benchmark.errors import choices, nearest, refuse
 from benchmark.jobs import ROOT, Job
-from benchmark.runs import fingerprint, import_script, read_json, write_atomically
+from benchmark.runs import file_name, fingerprint, import_script, read_json, write_atomically
 
 IS_CLONE = (ROOT / "pyproject.toml").is_file()
 
@@ -139,8 +139,7 @@ def jobs_of(suite: Suite, directory: Path, threads: int) -> list[Job]:
     for seed, script, env_id, point in itertools.product(suite.seeds, scripts, suite.env_ids, points):
         setting = " ".join(f"{name.replace('_', '-')}={str(value).replace(' ', '')}" for name, value in point)
         chosen = [word for name, value in point for word in as_words(name, value)]
-        name = "__".join([env_id, script.stem, *([setting] if setting else []), str(seed)])
-        name = "".join(letter if letter.isalnum() or letter in "-_.=" else "-" for letter in name)
+        name = file_name("__".join([env_id, script.stem, *([setting] if setting else []), str(seed)]))
         if len(name) > 150:
             name = f"{name[:120]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
         words = (*common, *suite.words, *chosen)

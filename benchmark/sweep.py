@@ -1,15 +1,15 @@
 """Sweeps: many runs as subprocesses, that go on where they were stopped and hide no failure."""
 
 import shlex
-import signal
 import statistics
 import sys
-import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 from benchmark.errors import refuse
-from benchmark.executors import run_locally, run_on_ray
+from benchmark.executors import run_locally, run_on_ray, until_told
 from benchmark.jobs import Job
 from benchmark.options import at_least, make_folder
 from benchmark.slurm import Request, check_request, run_on_slurm
@@ -41,9 +41,6 @@ class Watch:
         self.before = {job: described_at(job) for job in jobs}
         self.first: dict[Job, float] = {}  # share of each job that was done before it ran here
         self.finals: dict[Job, dict[str, float]] = {}  # the last return of a kind: "evaluation" or "training"
-
-    def end(self, job: Job, how: str) -> None:
-        self.ended[job] = how
 
     def running(self) -> dict[Job, dict]:
         """The running jobs with their last progress."""
@@ -143,17 +140,8 @@ def previous_states(jobs: list[Job], retry_failed: bool, advice: str | None) -> 
     return settled
 
 
-def run_sweep(jobs: list[Job], settled: dict[Job, str], execute) -> dict[Job, str]:
-    """Runs what is not settled, shows how it goes, and returns how each job ended. `execute(jobs, stop)` runs them."""
-    stop, caught = threading.Event(), []
-
-    def catch(number: int, _: object) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-        stop.set()
-
-    handlers = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+def run_sweep(jobs: list[Job], settled: dict[Job, str], execute: Callable = run_locally) -> Watch:
+    """Runs what is not settled by `execute(jobs, stop)`, shows how it goes, and returns how it went."""
     watch = Watch(jobs, dict(settled))
     todo = sorted((job for job in jobs if job not in settled), key=lambda job: job.state() != "interrupted")
     live = nullcontext()
@@ -162,38 +150,41 @@ def run_sweep(jobs: list[Job], settled: dict[Job, str], execute) -> dict[Job, st
 
         live = Live(refresh_per_second=2, transient=True)
     said = 0.0
-    try:
-        with live as screen:
-            for event in execute(todo, stop):
-                if event:
-                    watch.end(*event)
-                    if event[1] != "interrupted":
-                        told = "".join(f"  {k} return {v:,.1f}" for k, v in watch.final(event[0]).items())
-                        line = f"{event[1]}: {event[0].name}{told}"
-                        screen.console.print(line, highlight=False) if screen else print(line, flush=True)
-                running = watch.running()
-                if screen:
-                    screen.update(watch.table(running))
-                elif time.monotonic() - said > 60:
-                    said = time.monotonic()
-                    print(watch.headline(running), flush=True)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if caught:
+    with until_told() as stop, live as screen:
+        for event in execute(todo, stop):
+            if event:
+                job, how = event
+                watch.ended[job] = how
+                if how != "interrupted":
+                    told = "".join(f"  {kind} return {value:,.1f}" for kind, value in watch.final(job).items())
+                    line = f"{how}: {job.name}{told}"
+                    screen.console.print(line, highlight=False) if screen else print(line, flush=True)
+            running = watch.running()
+            if screen:
+                screen.update(watch.table(running))
+            elif time.monotonic() - said > 60:
+                said = time.monotonic()
+                print(watch.headline(running), flush=True)
+    if stop.is_set():
         print(f"stopped; the same command goes on: {watch.headline({})}")
-        raise SystemExit(128 + caught[0])
-    return watch.ended
+        raise SystemExit(128 + stop.signal)
+    return watch
 
 
-def tell_failures(ended: dict[Job, str], advice: str) -> None:
-    failed = [job for job, how in ended.items() if how == "failed"]
+def tell_failure(job: Job) -> None:
+    failure = job.reason()
+    print(f"\n{job.name}: {failure['reason']}; {job.log}")
+    print("\n".join(f"    {line}" for line in failure["log"][-8:]), flush=True)
+
+
+def end_if_failed(watch: Watch, advice: str) -> None:
+    """Tells what failed, if any did, and ends with status 1."""
+    failed = [job for job, how in watch.ended.items() if how == "failed"]
     if failed:
-        print(f"\n{len(failed)} of {len(ended)} failed; {advice}:")
-    for job in failed:
-        failure = job.reason()
-        print(f"\n{job.name}: {failure['reason']}; {job.log}")
-        print("\n".join(f"    {line}" for line in failure["log"][-8:]))
+        print(f"\n{len(failed)} of {len(watch.ended)} failed; {advice}:")
+        for job in failed:
+            tell_failure(job)
+        raise SystemExit(1)
 
 
 def sweep(
@@ -284,22 +275,16 @@ def sweep(
     keep_selection(chosen, directory)
     print(f"{len(jobs)} jobs in {directory}" + (f", {len(settled)} of them settled before" if settled else ""))
 
-    def execute(todo: list[Job], stop: threading.Event):
-        if executor == "ray":
-            return run_on_ray(todo, address, cpus, gpus, silence * 60, stop)
-        if executor == "slurm":
-            return run_on_slurm(todo, request, silence * 60, stop)
-        return run_locally(todo, workers, silence * 60, stop)
-
-    ended = run_sweep(jobs, settled, execute)
-    for (script, env_id, setting), group in Watch(jobs, ended).groups().items():
-        finals = [run.result["evaluation"].get("mean") for job in group if ended[job] == "done" and (run := job.run())]
-        finals = [value for value in finals if value is not None]
+    execute = partial(run_locally, workers=workers, silence=silence * 60)
+    if executor == "ray":
+        execute = partial(run_on_ray, address=address, cpus=cpus, gpus=gpus, silence=silence * 60)
+    elif executor == "slurm":
+        execute = partial(run_on_slurm, request=request, silence=silence * 60)
+    watch = run_sweep(jobs, settled, execute)
+    for (script, env_id, setting), group in watch.groups().items():
+        finals = [value for job in group if (value := watch.final(job).get("evaluation")) is not None]
         mean = f"{statistics.fmean(finals):,.1f}" if finals else "-"
-        print(
-            f"{script:<16} {env_id:<26} {setting}  {len(finals)} of {len(group)} seeds  final evaluation return {mean}"
-        )
+        told = f"{len(finals)} of {len(group)} seeds  final evaluation return {mean}"
+        print(f"{script:<16} {env_id:<26} {setting}  {told}")
     print(f"report: python -m benchmark report {directory}")
-    tell_failures(ended, "--retry-failed tries them again")
-    if "failed" in ended.values():
-        raise SystemExit(1)
+    end_if_failed(watch, "--retry-failed tries them again")

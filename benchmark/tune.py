@@ -1,13 +1,11 @@
-"""Searches for better arguments of a script with Optuna: each trial is a few runs, stopped early if they lag behind."""
+"""Searches for better arguments of a script with Optuna: each trial is a few runs, ended early if they lag behind."""
 
 import json
 import math
-import signal
 import statistics
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,32 +15,27 @@ import yaml
 from filelock import FileLock, Timeout
 
 from benchmark.errors import nearest, refuse
-from benchmark.jobs import ROOT, Job, run_job
+from benchmark.executors import run_locally, until_told
+from benchmark.jobs import Job
 from benchmark.options import at_least, make_folder, need
-from benchmark.runs import fingerprint, import_script, write_atomically, write_table
+from benchmark.runs import Run, file_name, fingerprint, import_script, write_atomically, write_table
 from benchmark.suites import Suite, as_words, check, find_script, jobs_of
+from benchmark.sweep import tell_failure
 
 # What runs are given for the search's sake, and no setting that it finds.
 BUDGET = {"total_timesteps", "num_evals", "eval_episodes", "checkpoint_every", "capture_video", "track", "runs_dir"}
-BUDGET |= {"seed", "threads", "compile", "device"}
-
-KINDS = ("float", "log_float", "int", "log_int")
+BUDGET |= {"seed", "threads", "compile", "device", "resume", "config"}
 
 
 @dataclass(frozen=True)
 class Search:
     """What makes a study; another one is not mixed into it."""
 
-    script: str
     env_id: str
     seeds: int
     space: dict[str, dict[str, list]]
-    words: tuple[str, ...]
+    words: list[str]
     version: str  # fingerprint of the script
-
-    def description(self) -> dict:
-        ours = self.script.removeprefix(f"{ROOT}/")  # is the same wherever it is
-        return vars(self) | {"script": ours, "words": list(self.words)}
 
 
 def read_space(path: Path, script: Path) -> dict[str, dict[str, list]]:
@@ -57,37 +50,32 @@ def read_space(path: Path, script: Path) -> dict[str, dict[str, list]]:
         name = str(key).replace("-", "_")
         if name not in names:
             refuse(f"--space {path}: {script.stem} has no argument {key}{nearest(name, names)}")
-        if not isinstance(value, dict) or len(value) != 1 or not {*value} <= {*KINDS, "categorical"}:
-            refuse(f"--space {path}: {key}: must be one of {', '.join(KINDS)} or categorical, with a list")
-        ((kind, range_),) = value.items()
-        if problem := problem_of(kind, range_):
-            refuse(f"--space {path}: {key}: {problem}")
+        if not is_range(value):
+            refuse(
+                f"--space {path}: {key}: must be float, log_float, int or log_int with two numbers, the lower first, or"
+                " categorical with choices; YAML reads 1e-4 as text and 1.0e-4 as a number"
+            )
         space[name] = value
     return space
 
 
-def problem_of(kind: str, range_: object) -> str:
-    if not isinstance(range_, list) or not range_:
-        return f"{kind} needs a list"
-    if kind == "categorical":
-        return ""
-    if texts := [end for end in range_ if isinstance(end, str)]:
-        return f"{texts[0]!r} is text; YAML's numbers are written 1.0e-4"
-    numbers = len(range_) == 2 and all(type(end) in (int, float) and math.isfinite(end) for end in range_)
-    whole = "int" in kind
-    if not numbers or not range_[0] < range_[1] or (whole and any(end % 1 for end in range_)):
-        return f"{kind} needs two {'whole ' * whole}numbers, the lower first"
-    return f"{kind} needs numbers above 0" if "log" in kind and range_[0] <= 0 else ""
+def is_range(value: object) -> bool:
+    if not isinstance(value, dict) or len(value) != 1:
+        return False
+    ((kind, range_),) = value.items()
+    if not isinstance(range_, list) or kind == "categorical":
+        return isinstance(range_, list) and bool(range_)
+    allowed = (int,) if kind in ("int", "log_int") else (int, float) if kind in ("float", "log_float") else ()
+    numbers = len(range_) == 2 and all(type(end) in allowed and math.isfinite(end) for end in range_)
+    return numbers and range_[0] < range_[1] and not (kind.startswith("log") and range_[0] <= 0)
 
 
-def distribution(kind: str, range_: list):
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if kind == "categorical":
-        return CategoricalDistribution([json.dumps(choice) for choice in range_])  # lists, too, can be chosen
-    if "int" in kind:
-        return IntDistribution(*map(int, range_), log="log" in kind)
-    return FloatDistribution(*range_, log="log" in kind)
+def suggest(trial, name: str, value: dict[str, list]) -> object:
+    ((kind, range_),) = value.items()
+    if kind == "categorical":  # of anything, lists too
+        return json.loads(trial.suggest_categorical(name, [json.dumps(choice) for choice in range_]))
+    draw = trial.suggest_int if "int" in kind else trial.suggest_float
+    return draw(name, *range_, log="log" in kind)
 
 
 def evaluation_means(job: Job) -> list[tuple[float, float]]:
@@ -103,273 +91,131 @@ def evaluation_means(job: Job) -> list[tuple[float, float]]:
     return [(float(step), float(table["return"][table["step"] == step].mean())) for step in whole]
 
 
+def settings_of(run: Run, space: dict) -> dict[str, object]:
+    """What sets a run apart from its script's defaults, apart from what the search is run with."""
+    defaults = {field.name: field.default for field in fields(run.module().Args)}
+    defaults = json.loads(json.dumps(defaults)) | {"env_id": None}  # tuples are lists in its file
+    own = {name: value for name, value in run.config.items() if name not in BUDGET and value != defaults[name]}
+    return own | {name: run.config[name] for name in space}
+
+
 class Tuner:
-    """A study and the folder of its runs, in which several of these may work at the same time."""
+    """A study, and the folder of the runs that this process makes for it."""
 
-    def __init__(self, search: Search, study, folder: Path, trials: int, workers: int, threads: int, seed: int):
-        self.search, self.study, self.folder, self.trials = search, study, folder, trials
-        self.threads, self.seed = threads, seed
-        self.slots, self.stop, self.mutex = threading.Semaphore(workers), threading.Event(), threading.Lock()
-        space = {name: next(iter(value.items())) for name, value in search.space.items()}
-        self.distributions = {name: distribution(*value) for name, value in space.items()}
+    def __init__(self, script: Path, search: Search, study, folder: Path, stop: threading.Event):
+        self.script, self.search, self.study, self.folder, self.stop = script, search, study, folder, stop
+        self.config = folder / file_name(f"{script.stem}__{search.env_id}.yaml")
+        self.writing = threading.Lock()
 
-    def counted(self) -> list:
-        """All trials but those that were interrupted: their folders are those of later ones."""
-        return list({folder_of(trial): trial for trial in self.study.get_trials(deepcopy=False)}.values())
+    def trials(self) -> list:
+        """All but those that were interrupted: later ones go on in their folders."""
+        every = self.study.get_trials(deepcopy=False)
+        return list({trial.user_attrs.get("folder", trial.number): trial for trial in every}.values())
+
+    def left(self, wanted: int) -> int:
+        return max(0, wanted - sum(trial.state.is_finished() for trial in self.trials()))
 
     def best(self):
-        complete = [trial for trial in self.counted() if trial.state.name == "COMPLETE"]
+        complete = [trial for trial in self.trials() if trial.state.name == "COMPLETE"]
         return max(complete, key=lambda trial: trial.value, default=None)
-
-    def parameters(self, trial) -> dict[str, object]:
-        return {n: json.loads(v) if "categorical" in self.search.space[n] else v for n, v in trial.params.items()}
-
-    def owner(self, trial) -> FileLock:
-        """Held by the process that runs the trial."""
-        folder = self.folder / folder_of(trial)
-        folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(folder / "owner.lock")
-
-    def is_left(self, trial) -> bool:
-        """Whether it is running, but no process that is alive runs it."""
-        if trial.state.name != "RUNNING":
-            return False
-        try:
-            with self.owner(trial).acquire(timeout=0):
-                return True
-        except Timeout:
-            return False
-
-    def begin(self):
-        """The next trial, with its lock, unless there are enough; first those that an ended process left.
-
-        Optuna's heartbeats would tell of those after a while only, and in a database only.
-        """
-        from optuna.samplers import TPESampler
-
-        with self.mutex, FileLock(self.folder / "study.lock"):
-            left = {trial.number for trial in self.counted() if self.is_left(trial)}
-            for trial in self.counted():  # read again: what was told just before it was let go is not running any more
-                if trial.number in left and trial.state.name == "RUNNING":
-                    self.put_back(trial)
-            if self.stop.is_set() or sum(trial.state.name != "WAITING" for trial in self.counted()) >= self.trials:
-                return None, None
-            # A seed for each trial: processes that share the study, or begin it again, draw nothing twice.
-            self.study.sampler = TPESampler(seed=self.seed + len(self.study.get_trials(deepcopy=False)))
-            trial = self.study.ask(self.distributions)
-            held = self.owner(trial)
-            held.acquire()
-            return trial, held
 
     def put_back(self, trial) -> None:
         """Its arguments and its folder, with the runs begun, go to a trial that waits."""
-        self.study.enqueue_trial(trial.params, user_attrs={"folder": folder_of(trial)})
-        self.study.tell(trial.number, state=state("FAIL"))
+        self.study.enqueue_trial(trial.params, user_attrs={"folder": trial.user_attrs["folder"]})
 
-    def work(self) -> None:
-        """Trial after trial, until there are enough."""
-        while not self.stop.is_set():
-            trial, held = self.begin()
-            if trial is None:
-                return
-            try:
-                self.carry_out(trial)
-            finally:
-                held.release()
-            self.write()
+    def recover(self) -> None:
+        """What seems to run in this folder, which no other process works in, was left by one that was killed."""
+        from optuna.trial import TrialState
 
-    def jobs(self, trial) -> list[Job]:
-        words = [word for name, value in self.parameters(trial).items() for word in as_words(name, value)]
-        search, seeds = self.search, list(range(1, self.search.seeds + 1))
-        suite = Suite([search.script], [search.env_id], seeds, words=(*search.words, *words))
-        made = jobs_of(suite, self.folder / folder_of(trial), self.threads)
-        return [replace(job, version=search.version) for job in made]
-
-    def carry_out(self, trial) -> None:
-        jobs, pruned, started = self.jobs(trial), threading.Event(), time.monotonic()
-
-        def train(job: Job) -> str:
-            with self.slots:
-                try:
-                    return run_job(job, lambda: self.stop.is_set() or pruned.is_set())
-                except OSError:
-                    return "failed"
-
-        reported = 0
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            running = [pool.submit(train, job) for job in jobs]
-            while not all(future.done() for future in running):
-                time.sleep(0.3)
-                for means in list(zip(*map(evaluation_means, jobs), strict=False))[reported:]:
-                    trial.report(statistics.fmean(mean for _, mean in means), int(means[0][0]))
-                    reported += 1
-                    if trial.should_prune():
-                        pruned.set()
-            ends = [future.result() for future in running]
-        trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
-        if "failed" in ends:
-            job = jobs[ends.index("failed")]
-            self.tell(trial, failure=job.reason() | {"file": str(job.log)})
-        elif all(end == "done" for end in ends):
-            finals = [job.run().result["evaluation"].get("mean") for job in jobs]
-            if None in finals:
-                self.tell(trial, failure={"reason": "was not evaluated", "log": [], "file": str(jobs[0].log)})
-            else:
-                self.tell(trial, value=statistics.fmean(finals))
-        elif pruned.is_set():
-            self.tell(trial)
-        else:
-            with self.mutex:
+        for trial in self.study.get_trials(states=[TrialState.RUNNING]):
+            if Path(trial.user_attrs.get("folder", "")).parent == self.folder:
                 self.put_back(trial)
+                self.study.tell(trial.number, state=TrialState.FAIL)
 
-    def tell(self, trial, value: float | None = None, failure: dict | None = None) -> None:
-        """How it ended: early, if neither is given."""
-        how = "FAIL" if failure else "PRUNED" if value is None else "COMPLETE"
-        if failure:
-            trial.set_user_attr("failure", failure)
-        with self.mutex:
-            self.study.tell(trial, value, state(how))
-        best = self.best()
+    def attempt(self, trial, workers: int, threads: int) -> float:
+        """The mean final return of a trial's runs, which end early where their evaluations fall behind."""
+        from optuna import TrialPruned
+
+        search, folder = self.search, trial.user_attrs.get("folder", str(self.folder / f"trial-{trial.number:04d}"))
+        chosen = {name: suggest(trial, name, value) for name, value in search.space.items()}
+        trial.set_user_attr("folder", folder)
+        trial.set_user_attr("parameters", chosen)
+        words = [word for name, value in chosen.items() for word in as_words(name, value)]
+        seeds = list(range(1, search.seeds + 1))
+        suite = Suite([str(self.script)], [search.env_id], seeds, words=(*search.words, *words))
+        jobs = [replace(job, version=search.version) for job in jobs_of(suite, Path(folder), threads)]
+        ends, halt, reported, behind = {}, threading.Event(), 0, False
+        for ended in run_locally(jobs, halt, workers):
+            if ended:
+                job, ends[job] = ended
+            for means in list(zip(*map(evaluation_means, jobs), strict=False))[reported:]:
+                trial.report(statistics.fmean(mean for _, mean in means), int(means[0][0]))
+                reported, behind = reported + 1, behind or trial.should_prune()
+            if behind or self.stop.is_set():
+                halt.set()
+        if failed := [job for job in jobs if ends[job] == "failed"]:
+            tell_failure(failed[0])
+        elif {*ends.values()} == {"done"}:
+            runs = [job.run() for job in jobs]
+            trial.set_user_attr("settings", settings_of(runs[0], search.space))
+            if all(run.result["evaluation"] for run in runs):
+                return statistics.fmean(run.result["evaluation"]["mean"] for run in runs)
+            print(f"{jobs[0].name}: was not evaluated")
+        elif behind:
+            raise TrialPruned
+        else:
+            self.put_back(trial)
+        return math.nan  # which Optuna takes for a failure
+
+    def tell(self, trial) -> None:
+        """A line on how it ended, and the files; nothing where it was interrupted."""
+        if trial.number not in [other.number for other in self.trials()]:
+            return
         parameters = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
-        text = how.lower() if value is None else f"{value:,.5g}"
-        reached = f"{best.value:,.5g}" if best else "-"
+        text = trial.state.name.lower() if trial.state.name != "COMPLETE" else f"{trial.value:,.5g}"
+        reached = f"{best.value:,.5g}" if (best := self.best()) else "-"
         print(f"trial {trial.number:>3}  {text:>10}  best {reached:>10}   {parameters}", flush=True)
+        self.write()
 
     def write(self) -> None:
-        """results.json and trials.csv, and a file for --config with the best trial's arguments."""
-        with self.mutex, FileLock(self.folder / "study.lock"):
-            trials, best, names = self.counted(), self.best(), list(self.search.space)
+        """trials.csv, results.json, and a file for --config with the best trial's arguments."""
+        with self.writing:
+            names = list(self.search.space)
             rows = [["trial", "state", "value", *names, "seconds", "folder"]]
-            for trial in trials:
+            for trial in self.trials():
                 chosen = [trial.params.get(name, "") for name in names]
-                value = "" if trial.value is None else trial.value
-                seconds = trial.user_attrs.get("seconds", "")
-                rows.append([trial.number, trial.state.name, value, *chosen, seconds, folder_of(trial)])
+                seconds = trial.duration.total_seconds() if trial.duration else ""
+                folder = trial.user_attrs.get("folder", "")
+                rows.append([trial.number, trial.state.name, trial.value, *chosen, seconds, folder])
             write_table(self.folder / "trials.csv", rows)
-            states = [trial.state.name for trial in trials]
-            results = self.search.description() | {"trials": {name: states.count(name) for name in sorted({*states})}}
-            if best:
-                parameters = self.parameters(best)
-                results |= {"best": {"trial": best.number, "value": best.value, "parameters": parameters}}
-                config = {"env_id": self.search.env_id} | settings_of(self.search.words) | parameters
-                write_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
-            write_atomically(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
-
-    @property
-    def config(self) -> Path:
-        env_id = self.search.env_id.replace("/", "-").replace(":", "-")
-        return self.folder / f"{Path(self.search.script).stem}__{env_id}.yaml"
+            if best := self.best():
+                write_atomically(self.config, yaml.safe_dump(best.user_attrs["settings"], sort_keys=False))
+                found = {"trial": best.number, "value": best.value, "parameters": best.user_attrs["parameters"]}
+                results = {"script": self.script.stem} | vars(self.search) | {"best": found}
+                write_atomically(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
 
 
-def folder_of(trial) -> str:
-    """Where its runs are; a trial that goes on with an interrupted one has that one's."""
-    return trial.user_attrs.get("folder", f"trial-{trial.number:04d}")
-
-
-def state(name: str):
-    from optuna.trial import TrialState
-
-    return TrialState[name]
-
-
-def settings_of(words: tuple[str, ...]) -> dict[str, object]:
-    """What the arguments of every run set, and the file of their --config; but not what the search is run with."""
-    found, filed = given(words), {}
-    if path := found.pop("config", None):
-        try:
-            filed = dict(**yaml.safe_load(Path(str(path)).read_text()))
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-            refuse(f"--config {path}: is no file of arguments: {' '.join(str(error).split())}")
-    settings = filed | {name: value for name, value in found.items() if name not in BUDGET}
-    return {name: value for name, value in settings.items() if name != "env_id"}
-
-
-def given(words: tuple[str, ...]) -> dict[str, object]:
-    """The arguments among the words of a command line."""
-    found: dict[str, list] = {}
-    for word in words:
-        if word.startswith("--"):
-            flag, equals, value = word[2:].partition("=")
-            values = found[flag.replace("-", "_")] = [value_of(value)] if equals else []
-        else:
-            values.append(value_of(word))
-    named: dict[str, object] = {}
-    for name, values in found.items():
-        off = name.startswith("no_") and not values
-        named[name[3:] if off else name] = values if len(values) > 1 else values[0] if values else not off
-    return named
-
-
-def value_of(word: str) -> object:
-    try:
-        return yaml.safe_load(word)
-    except yaml.YAMLError:
-        return word
-
-
-def open_study(search: Search, storage: str | None, folder: Path, prune: bool):
+def open_study(name: str, search: Search, storage: str, prune: bool, seed: int):
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    url = storage or f"sqlite:///{folder / 'study.db'}"
-    kept = JournalStorage(JournalFileBackend(url)) if "://" not in url else url
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=0) if prune else optuna.pruners.NopPruner()
-    name = f"{Path(search.script).stem}__{search.env_id}"
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    pruner = optuna.pruners.MedianPruner() if prune else optuna.pruners.NopPruner()
     try:
-        with FileLock(folder / "study.lock"):  # two that begin at once would both make the tables
-            study = optuna.create_study(
-                storage=kept, study_name=name, pruner=pruner, direction="maximize", load_if_exists=True
-            )
-    except Exception as error:
-        refuse(f"--storage {url}: {' '.join(str(error).split())[:200]}")
-    described = search.description()
-    earlier = described | study.user_attrs.get("search", {})
-    if differing := [name for name in described if earlier[name] != described[name]]:
-        refuse(f"{url}: holds a study with other {', '.join(differing)}; choose another --output or --storage")
-    study.set_user_attr("search", described)
-    return study
-
-
-def carry_on(tuner: Tuner, at_once: int) -> int:
-    """Works until there are enough trials, or until a signal, which is returned; a second one ends it at once."""
-    caught: list[int] = []
-
-    def catch(number: int, _: object) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-        tuner.stop.set()
-
-    handlers = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with ThreadPoolExecutor(at_once) as pool:
-            for future in [pool.submit(tuner.work) for _ in range(at_once)]:
-                future.result()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    tuner.write()
-    return caught[0] if caught else 0
-
-
-def conclude(tuner: Tuner) -> int:
-    """Draws and tells what was found; how many trials failed."""
-    failed = [trial for trial in tuner.counted() if trial.state.name == "FAIL"]
-    for trial in failed:
-        failure = trial.user_attrs["failure"]
-        print(f"\ntrial {trial.number} failed: {failure['reason']}; {failure['file']}")
-        print("\n".join(f"    {line}" for line in failure["log"][-8:]))
-    if best := tuner.best():
-        from benchmark.tune_figures import plot_search
-
-        plot_search(tuner.study, tuner.folder)
-        print(
-            f"\nbest: trial {best.number} with {best.value:,.5g}; results, settings and figures are in {tuner.folder}"
+        kept = storage if "://" in storage else JournalStorage(JournalFileBackend(storage))
+        study = optuna.create_study(
+            storage=kept, study_name=name, pruner=pruner, direction="maximize", load_if_exists=True
         )
-        print(f"  python {Path(tuner.search.script).name} --config {tuner.config}")
-    return len(failed)
+    except Exception as error:  # whatever a database says
+        refuse(f"--storage {storage}: {' '.join(str(error).split())[:200]}")
+    earlier = vars(search) | study.user_attrs.get("search", {})
+    if differing := [name for name, value in vars(search).items() if earlier[name] != value]:
+        refuse(f"{storage}: holds a study with other {', '.join(differing)}; choose another --output or --storage")
+    study.set_user_attr("search", vars(search))
+    # Another seed each time: a search that is begun again, or joined, draws nothing twice.
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.get_trials(deepcopy=False)))
+    return study
 
 
 def tune(
@@ -396,7 +242,7 @@ def tune(
             -- --total-timesteps 30_000 --num-evals 4
 
     A trial whose evaluations fall behind the median of those before it is ended early. Started again, the search goes
-    on; several processes or machines may share it, by the same output folder and storage.
+    on. Several machines may share it, by the same storage and each its own output folder.
 
     Args:
         script: name of one of ours, or path of another
@@ -417,14 +263,34 @@ def tune(
     need("optuna", "matplotlib")
     path = find_script(script)
     check(path, [env_id], words)
-    search = Search(str(path), env_id, seeds, read_space(space, path), words, fingerprint(path))
-    settings_of(words)  # refuses a file that is none
-    folder = (output or Path("tuning") / f"{path.stem}__{env_id.replace('/', '-').replace(':', '-')}").resolve()
+    search = Search(env_id, seeds, read_space(space, path), list(words), fingerprint(path))
+    folder = (output or Path("tuning") / file_name(f"{path.stem}__{env_id}")).resolve()
     make_folder(folder)
-    study = open_study(search, storage, folder, prune)
-    tuner = Tuner(search, study, folder, trials, workers, threads, seed)
-    if caught := carry_on(tuner, max(1, workers // seeds)):
+    at_once, url = max(1, workers // seeds), storage or f"sqlite:///{folder / 'study.db'}"
+    try:
+        with FileLock(folder / "lock", timeout=0), until_told() as stop:
+            study = open_study(f"{path.stem}__{env_id}", search, url, prune, seed)
+            tuner = Tuner(path, search, study, folder, stop)
+            tuner.recover()
+
+            def settle(_, trial) -> None:
+                tuner.tell(trial)
+                if stop.is_set() or not tuner.left(trials):  # others may add to the study
+                    study.stop()
+
+            attempt = partial(tuner.attempt, workers=min(workers, seeds), threads=threads)
+            study.optimize(attempt, tuner.left(trials), n_jobs=at_once, callbacks=[settle])
+            tuner.write()
+    except Timeout:
+        refuse(f"--output {folder}: another search works there")
+    if stop.is_set():
         print("stopped; the same command goes on")
-        raise SystemExit(128 + caught)
-    if conclude(tuner):
+        raise SystemExit(128 + stop.signal)
+    if best := tuner.best():
+        from benchmark.tune_figures import plot_search
+
+        plot_search(study, folder)
+        print(f"\nbest: trial {best.number} with {best.value:,.5g}; all of it is in {folder}")
+        print(f"  python {path.name} --config {tuner.config}")
+    if any(trial.state.name == "FAIL" for trial in tuner.trials()):
         raise SystemExit(1)

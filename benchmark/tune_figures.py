@@ -4,19 +4,9 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import NullFormatter
 
 from benchmark.figures import STYLE, plt, save
-
-
-def label_plainly(figure: Figure) -> None:
-    """Powers of ten as numbers: no label is taken for mathematics, as choices may hold dollars."""
-    for axes in figure.axes:
-        for axis in (axes.xaxis, axes.yaxis):
-            if axis.get_scale() == "log":
-                axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-                axis.set_minor_formatter(NullFormatter())
 
 
 def plot_search(study, folder: Path) -> None:
@@ -36,6 +26,10 @@ def plot_search(study, folder: Path) -> None:
         with plt.rc_context(STYLE), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that they are experimental
             figure = np.ravel(plot(study, target_name="mean return"))[0].figure
-            label_plainly(figure)
+            for axes in figure.axes:
+                for axis in (axes.xaxis, axes.yaxis):
+                    if axis.get_scale() == "log":  # no powers, which are mathematics, as choices with dollars are not
+                        axis.set_major_formatter("{x:g}")
+                        axis.set_minor_formatter(NullFormatter())
             save(figure, folder / name)
             plt.close(figure)

@@ -16,7 +16,7 @@ import yaml
 from benchmark.errors import refuse
 from benchmark.groups import Group, gather
 from benchmark.options import make_folder
-from benchmark.runs import Run, is_run
+from benchmark.runs import Run, file_name, is_run
 from benchmark.suites import as_words
 
 # Arguments that say where a run was made, and nothing of what was learnt.
@@ -72,7 +72,7 @@ def median_run(group: Group) -> Run:
 def put(group: Group, output: Path) -> Path:
     """The median seed of a group becomes its entry, in the place of an earlier one; both are whole at any time."""
     run = median_run(group)
-    entry = output / f"{group.env_id.replace('/', '-').replace(':', '-')}__{run.script}"
+    entry = output / file_name(f"{group.env_id}__{run.script}")
     if entry.exists() and not (is_run(entry) and not (entry / "checkpoint.pt").exists()):
         refuse(f"--output {output}: {entry} is no entry of a zoo, and in its place")
     with tempfile.TemporaryDirectory(prefix=".new-", dir=output) as folder:

@@ -27,7 +27,7 @@ import yaml
 from stable_baselines3.common.callbacks import BaseCallback
 
 from benchmark.evaluate import play
-from benchmark.runs import write_atomically, write_table
+from benchmark.runs import file_name, write_atomically, write_table
 from benchmark.speed.libraries import build, load, make_envs
 
 SCRIPT = Path(__file__).stem
@@ -118,7 +118,7 @@ def keep(args: Args, examiner: Examiner, recent: list[float]) -> Path:
     meta = {"script": SCRIPT, "command": shlex.join([sys.executable, *sys.argv]), "device": "cpu"}
     meta |= {"host": platform.node(), "packages": {name: version(name) for name in packages}}
     meta |= {"started": datetime.now().astimezone().isoformat(timespec="seconds")}
-    runs, name = Path(args.runs_dir), f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}"
+    runs, name = Path(args.runs_dir), file_name(f"{args.env_id}__{SCRIPT}__{args.seed}")
     runs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=runs, ignore_cleanup_errors=True) as folder:
         new = Path(folder)

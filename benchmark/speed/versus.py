@@ -2,8 +2,6 @@
 
 import json
 import os
-import sys
-import threading
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,14 +10,13 @@ from typing import Annotated
 import tyro
 
 from benchmark.errors import refuse
-from benchmark.executors import run_locally
 from benchmark.jobs import ROOT, Job
 from benchmark.options import at_least, make_folder, need
-from benchmark.runs import fingerprint, import_script
+from benchmark.runs import file_name, fingerprint, import_script
 from benchmark.speed.cases import CASES, PACKAGES
 from benchmark.speed.rl_zoo import SETTINGS
 from benchmark.suites import check
-from benchmark.sweep import previous_states, run_sweep, tell_failures
+from benchmark.sweep import end_if_failed, previous_states, run_sweep
 
 LEARNER = Path(__file__).with_name("learner.py")
 LIBRARIES = {"sb3": "Stable-Baselines3", "sbx": "SBX"}
@@ -115,7 +112,7 @@ def versus(
         refuse(f"--total-timesteps {total_timesteps}: must be at least --eval-every, {eval_every}")
     check(ROOT / f"{script}.py", [env_id], [])
     threads = threads or import_script(ROOT / f"{script}.py").Args.threads
-    folder = (output or Path("versus") / f"{env_id.replace('/', '-').replace(':', '-')}__{script}").resolve()
+    folder = (output or Path("versus") / file_name(f"{env_id}__{script}")).resolve()
     words = ("--total-timesteps", str(total_timesteps), "--num-evals", str(total_timesteps // eval_every))
     words += ("--eval-episodes", str(EPISODES))
     entered = contestants(script, env_id)
@@ -123,17 +120,11 @@ def versus(
     in_turn = [job for round in zip(*jobs.values(), strict=True) for job in round]  # one seed of all before the next
     settled = previous_states(in_turn, retry_failed=True, advice="choose another --output")
     make_folder(folder)
-
-    def execute(todo: list[Job], stop: threading.Event):
-        return run_locally(todo, 1, 1800.0, stop)
-
     try:
-        ended = run_sweep(in_turn, settled, execute)
+        watch = run_sweep(in_turn, settled)
     finally:
         from benchmark.speed.race import tell
 
         found = {c.label: [job.run() for job in own if job.state() == "done"] for c, own in jobs.items()}
         tell(found, env_id, THRESHOLDS.get(env_id, ()), folder)
-    tell_failures(ended, "the same command tries again")
-    if "failed" in ended.values():
-        sys.exit(1)
+    end_if_failed(watch, "the same command tries again")
