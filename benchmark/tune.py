@@ -124,11 +124,11 @@ class Tuner:
         self.study.enqueue_trial(trial.params, user_attrs={"folder": trial.user_attrs["folder"]})
 
     def recover(self) -> None:
-        """What seems to run in this folder, which no other process works in, was left by one that was killed."""
+        """What seems to run for this folder, which no other process has, was left by one that was killed."""
         from optuna.trial import TrialState
 
         for trial in self.study.get_trials(states=[TrialState.RUNNING]):
-            if Path(trial.user_attrs.get("folder", "")).parent == self.folder:
+            if trial.user_attrs.get("owner") == str(self.folder):
                 self.put_back(trial)
                 self.study.tell(trial.number, state=TrialState.FAIL)
 
@@ -138,6 +138,7 @@ class Tuner:
 
         search, folder = self.search, trial.user_attrs.get("folder", str(self.folder / f"trial-{trial.number:04d}"))
         chosen = {name: suggest(trial, name, value) for name, value in search.space.items()}
+        trial.set_user_attr("owner", str(self.folder))
         trial.set_user_attr("folder", folder)
         trial.set_user_attr("parameters", chosen)
         words = [word for name, value in chosen.items() for word in as_words(name, value)]

@@ -3,6 +3,10 @@
 import csv
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -17,6 +21,7 @@ from benchmark.random_policy import arguments_of, baseline_of, random_baseline
 from benchmark.runs import Run
 from tests.envs import Clock
 
+ROOT = Path(__file__).parent.parent
 SETTINGS = ["--total-timesteps", "2048", "--num-envs", "4", "--num-steps", "64", "--num-minibatches", "4"]
 
 
@@ -125,6 +130,22 @@ def test_films_and_animations(run, tmp_path):
         assert clip.n_frames in (200, 201) and clip.get_frame(1).std() > 5
     with VideoFileClip(str(tmp_path / f"{run.directory.name}.gif")) as clip:
         assert clip.size[0] == 320 and clip.get_frame(1).std() > 5
+
+
+def test_what_is_stopped_leaves_no_half_of_a_film(tmp_path):
+    words = [sys.executable, "-m", "benchmark", "evaluate", "zoo/HalfCheetah-v4__ppo_continuous", "--video"]
+    process = subprocess.Popen([*words, "--episodes", "1", "-o", str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not list(tmp_path.iterdir()):
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM and not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    words = [sys.executable, "-m", "benchmark", "evaluate", "--help"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
 
 
 def test_a_fork_is_evaluated_by_its_own_copy(run, tmp_path):
