@@ -1,6 +1,6 @@
 """The figures of a report, one column of a paper wide. Colours are Okabe and Ito's, one per method throughout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill
@@ -22,6 +22,7 @@ from benchmark.stats import mean, mean_band, with_interval
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
 RANDOM = "#8A8A8A"
 NORMALISED = "normalised score (0: random policy, 1: best mean)"
+STEPS = "environment steps"
 SHARES = (0.25, 0.5, 1.0)
 WIDTH = 3.4  # inches: a column of a paper
 STYLE = {
@@ -51,9 +52,9 @@ def colours(methods: list[str]) -> Colours:
     return dict(zip(methods, cycle(COLOURS), strict=False))
 
 
-def save(figure: Figure, path: Path, style: dict[str, object] = STYLE) -> None:
+def save(figure: Figure, path: Path) -> None:
     """As PNG and SVG, behind the path's name, which may hold dots."""
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         with replacing(path.with_name(f"{path.name}.png")) as unfinished:
             figure.savefig(unfinished)
         figure.set_layout_engine("none")  # it stays as it was laid out, which is most of the time this takes
@@ -137,35 +138,22 @@ def thousands(value: float, _: object) -> str:
 
 
 def over_steps(axis: Axes) -> None:
-    axis.set_xlabel("environment steps")
+    axis.set_xlabel(STEPS)
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.xaxis.set_major_formatter(FuncFormatter(thousands))
 
 
-def learning_curves(groups: list[Group], baselines: Baselines, colour: Colours, over: str) -> Figure:
-    """Mean evaluation return over "steps" or "minutes"."""
+def curves(
+    groups: list[Group], baselines: Baselines, colour: Colours, of: Callable[[Group], tuple], x: str, y: str
+) -> Figure:
+    """A band per method: `of` gives its points (K,) and the seeds' curves (seeds, K)."""
 
     def draw(axis: Axes, env_id: str, here: list[Group]) -> None:
         draw_random(axis, baselines, env_id)
         for group in here:
-            steps, curves = group.curves
-            x = steps if over == "steps" else group.seconds.mean(0) / 60
-            draw_band(axis, x, curves, colour[group.method], group.method)
-        over_steps(axis) if over == "steps" else axis.set_xlabel("minutes of training")
-        axis.set_ylabel("evaluation return")
-
-    return panels(groups, draw)
-
-
-def training_curves(groups: list[Group], baselines: Baselines, colour: Colours) -> Figure:
-    """Mean return of the episodes that training played, over steps."""
-
-    def draw(axis: Axes, env_id: str, here: list[Group]) -> None:
-        draw_random(axis, baselines, env_id)
-        for group in here:
-            draw_band(axis, group.spans, group.returns_in_training, colour[group.method], group.method)
-        over_steps(axis)
-        axis.set_ylabel("training return")
+            draw_band(axis, *of(group), colour[group.method], group.method)
+        over_steps(axis) if x == STEPS else axis.set_xlabel(x)
+        axis.set_ylabel(y)
 
     return panels(groups, draw)
 
@@ -215,25 +203,24 @@ def checkpoints(groups: list[Group], baselines: Baselines, colour: Colours) -> F
     return panels(groups, draw)
 
 
-def boxes(groups: list[Group], baselines: Baselines, colour: Colours) -> Figure:
+def boxes(groups: list[Group], baselines: Baselines, colour: Colours, shares: Sequence[float] = SHARES) -> Figure:
     """All evaluation episodes at shares of the run, beside the random policy's."""
 
     def draw(axis: Axes, env_id: str, here: list[Group]) -> None:
-        first = [baselines[env_id]] if env_id in baselines else []
-        width = 0.8 / len(here)
-        look = {"flierprops": {"markersize": 2}, "medianprops": {"color": "black"}, "patch_artist": True}
-        for returns in first:
-            box = axis.boxplot([returns], positions=[-0.3], widths=min(0.4, width), **look)
-            box["boxes"][0].set(facecolor=RANDOM, alpha=0.7)
+        def box(returns: list[np.ndarray], places: list[float], width: float, shade: str) -> None:
+            look = {"flierprops": {"markersize": 2}, "medianprops": {"color": "black"}, "patch_artist": True}
+            for patch in axis.boxplot(returns, positions=places, widths=min(0.4, width), **look)["boxes"]:
+                patch.set(facecolor=shade, alpha=0.7)
+
+        ticks, width = {1 + k: f"{share:.0%}" for k, share in enumerate(shares)}, 0.8 / len(here)
+        if env_id in baselines:
+            ticks[-0.3] = "random"
+            box([baselines[env_id]], [-0.3], width, RANDOM)
         for k, group in enumerate(here):
-            places = [1 + place + (k - (len(here) - 1) / 2) * width for place in range(len(SHARES))]
-            returns = [group.at_share(share) for share in SHARES]
-            box = axis.boxplot(returns, positions=places, widths=min(0.4, width * 0.9), **look)
-            for patch in box["boxes"]:
-                patch.set(facecolor=colour[group.method], alpha=0.7)
+            places = [1 + place + (k - (len(here) - 1) / 2) * width for place in range(len(shares))]
+            box([group.at_share(share) for share in shares], places, 0.9 * width, colour[group.method])
             axis.plot([], color=colour[group.method], lw=6, alpha=0.7, label=group.method)
-        labels = (["random"] if first else []) + [f"{share:.0%}" for share in SHARES]
-        axis.set_xticks([-0.3] * len(first) + list(range(1, len(SHARES) + 1)), labels)
+        axis.set_xticks(list(ticks), ticks.values())
         axis.set_xlabel("share of the run")
         axis.set_ylabel("return of an evaluation episode")
         axis.grid(axis="x", visible=False)
@@ -241,58 +228,37 @@ def boxes(groups: list[Group], baselines: Baselines, colour: Colours) -> Figure:
     return panels(groups, draw)
 
 
-def histograms(groups: list[Group], baselines: Baselines, colour: Colours) -> Figure:
+def histograms(groups: list[Group], baselines: Baselines, colour: Colours, shares: Sequence[float] = SHARES) -> Figure:
     """A row per environment, a column per share of the run: returns of all evaluation episodes."""
     environments = environments_of(groups)
     with plt.rc_context(STYLE):
-        figure, axes = blank(len(environments), len(SHARES), 1.3 * len(environments) + 0.3, sharey="row")
+        figure, axes = blank(len(environments), len(shares), 1.3 * len(environments) + 0.3, sharey="row")
         for row, env_id in zip(axes, environments, strict=True):
             here = [group for group in groups if group.env_id == env_id]
-            shown = {group.method: [group.at_share(share) for share in SHARES] for group in here}
-            random = baselines.get(env_id)
-            every = [values for returns in shown.values() for values in returns] + ([] if random is None else [random])
-            edges = np.histogram_bin_edges(np.concatenate(every), 24)
-            for k, (axis, share) in enumerate(zip(row, SHARES, strict=True)):
-                if random is not None:
-                    axis.hist(random, edges, **shares_of(random), color=RANDOM, alpha=0.6, label="random policy")
-                for method, returns in shown.items():
-                    shade, weights = colour[method], shares_of(returns[k])
-                    axis.hist(returns[k], edges, **weights, alpha=0.25, color=shade, label=method)
-                    axis.hist(returns[k], edges, **weights, histtype="step", lw=1.2, color=shade)
+            random = [baselines[env_id]] if env_id in baselines else []
+            every = [group.at_share(share) for group in here for share in shares]
+            edges = np.histogram_bin_edges(np.concatenate(every + random), 24)
+            for axis, share in zip(row, shares, strict=True):
+                for returns in random:
+                    axis.hist(returns, edges, **heights(returns), color=RANDOM, alpha=0.6, label="random policy")
+                for group in here:
+                    returns, shade = group.at_share(share), colour[group.method]
+                    axis.hist(returns, edges, **heights(returns), alpha=0.25, color=shade, label=group.method)
+                    axis.hist(returns, edges, **heights(returns), histtype="step", lw=1.2, color=shade)
                 axis.set_title(f"{share:.0%}")
                 axis.xaxis.set_major_locator(MaxNLocator(2))
-            row[1].set_title(fill(f"{env_id}, {SHARES[1]:.0%}", 26))
-        axes[-1, 1].set_xlabel("return of an evaluation episode")
+            middle = len(shares) // 2
+            row[middle].set_title(fill(f"{env_id}, {shares[middle]:.0%}", 26))
+        axes[-1, middle].set_xlabel("return of an evaluation episode")
         axes[0, 0].set_ylabel("share of episodes")
-        label_once(figure, list(axes.flat), columns=len(SHARES))
+        label_once(figure, list(axes.flat), columns=len(shares))
         legend_below(figure, list(axes.flat))
     return figure
 
 
-def shares_of(values: np.ndarray) -> dict[str, np.ndarray]:
+def heights(values: np.ndarray) -> dict[str, np.ndarray]:
     """What makes a histogram's heights shares."""
     return {"weights": np.full(len(values), 1 / len(values))}
-
-
-def one_checkpoint(returns: np.ndarray, random: np.ndarray | None, title: str) -> Figure:
-    """Box and histogram of some episodes' returns, beside the random policy's."""
-    shown = {"policy": (returns, COLOURS[0])} | ({} if random is None else {"random policy": (random, RANDOM)})
-    with plt.rc_context(STYLE):
-        figure, ((left, right),) = blank(1, 2, 1.9)
-        edges = np.histogram_bin_edges(np.concatenate([values for values, _ in shown.values()]), 24)
-        for place, (name, (values, shade)) in enumerate(shown.items()):
-            box = left.boxplot(
-                [values], positions=[place], widths=0.5, patch_artist=True, medianprops={"color": "black"}
-            )
-            box["boxes"][0].set(facecolor=shade, alpha=0.7)
-            right.hist(values, edges, color=shade, alpha=0.7, label=name)
-        left.set_xticks(range(len(shown)), shown)
-        left.set_ylabel("return of an episode")
-        left.grid(axis="x", visible=False)
-        right.set(xlabel="return of an episode", ylabel="episodes")
-        right.legend()
-        figure.suptitle(title)
-    return figure
 
 
 def profiles(

@@ -12,7 +12,7 @@ import yaml
 
 from benchmark.errors import unboxed
 from benchmark.runs import MARKS, Run, find_runs, read_json
-from benchmark.suites import Suite, selection_of
+from benchmark.suites import jobs_in_order
 
 # What may differ between runs of one group, as it does not change what is learnt.
 INCIDENTAL = {"env_id", "seed", "threads", "compile", "device", "num_evals", "eval_episodes", "checkpoint_every"}
@@ -202,82 +202,42 @@ def in_words(name: str, value: object) -> str:
     flag = SHORT.get(name, name.replace("_", " "))
     if isinstance(value, bool) or value is None:
         return flag if value else f"no {flag}"
-    if name in ("total_timesteps", "last_step"):
+    if name == "total_timesteps":
         return f"{number(value)} steps"
     values = value if isinstance(value, list | tuple) else [value]
     return " ".join([flag, *(number(v) if isinstance(v, int | float) else str(v) for v in values)])
 
 
-def settings_of(finished: list[Run]) -> dict[Run, dict[str, object]]:
-    """What may set runs apart, how far they went among it.
-
-    Returns after different numbers of steps are no repetitions of each other; but iterations may be whole episodes.
-    """
-    settings = {run: {k: v for k, v in run.config.items() if k not in INCIDENTAL} for run in finished}
-    shortest: dict[tuple[str, str], int] = {}  # of those that lie beside each other
-    for run in sorted(finished, key=lambda run: run.evaluations["step"].max()):
-        which, step = (run.script, run.config["env_id"]), int(run.evaluations["step"].max())
-        if step > (1 + NEAR) * shortest.get(which, 0):
-            shortest[which] = step
-        settings[run] |= {"last_step": shortest[which], "source": run.version}
-    return settings
-
-
-def differences(settings: dict[Run, dict[str, object]]) -> dict[Run, dict[str, object]]:
-    """Of the settings those that set methods apart: they vary between runs of one script on one environment."""
-    seen: dict[tuple, set[str]] = defaultdict(set)
-    for run, own in settings.items():
-        for name, value in own.items():
+def differences(runs: list[Run]) -> dict[Run, dict[str, object]]:
+    """Of each run's settings those that set methods apart: they vary between runs of its script on one environment."""
+    settings, seen = {}, defaultdict(set)
+    for run in runs:
+        settings[run] = {name: value for name, value in run.config.items() if name not in INCIDENTAL}
+        settings[run]["source"] = run.version
+        for name, value in settings[run].items():
             seen[run.script, run.config["env_id"], name].add(repr(value))
     apart = {(script, name) for (script, _, name), values in seen.items() if len(values) > 1}
-    ends: dict[tuple, set[int]] = defaultdict(set)  # where runs ended that were to go equally far
-    for run, own in settings.items():
-        ends[run.script, run.config["env_id"], own.get("total_timesteps")].add(own["last_step"])
-    found = {}
-    for run, own in settings.items():
-        found[run] = {name: value for name, value in own.items() if (run.script, name) in apart}
-        alike = ends[run.script, run.config["env_id"], own.get("total_timesteps")]
-        if "total_timesteps" in found[run] and len(alike) == 1:  # which then says it
-            found[run].pop("last_step", None)
-    return found
+    return {run: {k: v for k, v in own.items() if (run.script, k) in apart} for run, own in settings.items()}
 
 
-def rank(run: Run, own: dict[str, object], selection: Suite | None) -> tuple:
-    """Orders methods as their sweep did: by its scripts and the values of its grid; what it does not say, by value."""
-    scripts = [Path(script).stem for script in selection.scripts] if selection else []
-    grid = {name.replace("-", "_"): values for name, values in selection.grid.items()} if selection else {}
-    names = [*(name for name in grid if name in own), *sorted(own.keys() - grid.keys())]
-    settings = [(name, *place(own[name], grid.get(name, []))) for name in names]
-    return scripts.index(run.script) if run.script in scripts else math.inf, run.script, settings
-
-
-def place(value: object, values: list) -> tuple[int, float, str]:
-    value, values = as_number(value), [as_number(one) for one in values]
-    if value in values:
-        return 0, values.index(value), ""
-    return (1, value, "") if isinstance(value, float) else (2, 0, str(value))
-
-
-def as_number(value: object) -> object:
-    """YAML takes 1e-3 for a text."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return value
+def rank(run: Run, own: dict[str, object], jobs: list[str]) -> tuple:
+    """Orders methods as their sweep did; what it does not know, by script and value."""
+    name = run.directory.parent.name
+    values = [(k, v if isinstance(v, int | float) else math.inf, str(v)) for k, v in sorted(own.items())]
+    return jobs.index(name) if name in jobs else math.inf, run.script, values
 
 
 def gather(paths: list[Path]) -> Material:
     states = {run: read(run) for run in find_runs(paths)}
     finished = [run for run, state in states.items() if state == "finished"]
-    apart = differences(settings_of(finished))
-    folders = {run.directory.parent.parent for run in finished}
-    selections = {folder: selection_of(folder) for folder in folders}
+    apart = differences(finished)
     several = len({run.script for run in finished}) > 1
     labels: dict[Run, str] = {}
     for run, own in apart.items():
         script = [run.script] if several or not own else []
         labels[run] = ", ".join([*script, *(in_words(name, value) for name, value in own.items())])
-    ordered = sorted(finished, key=lambda run: rank(run, apart[run], selections[run.directory.parent.parent]))
+    sweeps = {folder: jobs_in_order(folder) for folder in {run.directory.parent.parent for run in finished}}
+    ordered = sorted(finished, key=lambda run: rank(run, apart[run], sweeps[run.directory.parent.parent]))
     places = {label: k for k, label in enumerate(dict.fromkeys(labels[run] for run in ordered))}
 
     grouped: dict[tuple[str, str], list[Run]] = defaultdict(list)
@@ -289,9 +249,8 @@ def gather(paths: list[Path]) -> Material:
     ]
     wrong = remains(paths, {run.directory for run in states})
     wrong |= {run.directory: state for run, state in states.items() if state not in ("finished", "unfinished")}
-    return Material(
-        in_order(groups), [run for run, state in states.items() if state == "unfinished"], dict(sorted(wrong.items()))
-    )
+    unfinished = [run for run, state in states.items() if state == "unfinished"]
+    return Material(in_order(groups), unfinished, dict(sorted(wrong.items())))
 
 
 def in_order(groups: list[Group]) -> list[Group]:

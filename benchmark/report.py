@@ -102,7 +102,7 @@ def report(
             directory makes its environment, so only report on runs whose script you trust
     """
     need("matplotlib", "scipy")
-    from benchmark.compose import Wish, make_report
+    from benchmark.compose import make_report
 
     for path in runs:
         if not path.is_dir():
@@ -119,9 +119,9 @@ def report(
     if output.exists() and not output.is_dir():
         refuse(f"--output {output}: is a file; name a folder")
     make_folder(output)
-    wish = Wish(", ".join(dict.fromkeys(path.resolve().name for path in runs[:3])), baseline, asked)
-    played = find_baselines(material.groups) if random else {}
-    print(make_report(material, wish, played, best_films(material.groups), output))
+    title = ", ".join(dict.fromkeys(path.resolve().name for path in runs[:3]))
+    played, films = find_baselines(material.groups) if random else {}, best_films(material.groups)
+    print(make_report(material, title, played, films, output, baseline, asked))
     for run in material.unfinished:
         print(f"left out: {run.directory} is unfinished")
     for path, reason in material.unreadable.items():

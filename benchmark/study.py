@@ -18,35 +18,32 @@ from benchmark.suites import Suite, check, jobs_of
 from benchmark.sweep import end_if_failed, previous_states, run_sweep
 
 
-def keep_checkpoint(run: Run, share: float, baselines: dict, folder: Path, filmed: bool) -> dict:
+def keep_checkpoint(group: Group, share: float, baselines: dict, folder: Path, filmed: bool) -> dict:
     """The policy at a share of the run, what it earned, how that is spread, and a film of its best episode."""
     from benchmark import figures
 
-    table = run.table("evaluations")
-    step = Group("", run.config["env_id"], [run]).step_at(share)
-    at = table["step"] == step
+    (run,), step = group.runs, int(group.step_at(share))
+    at = run.evaluations["step"] == step
+    here = {name: column[at] for name, column in run.evaluations.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "policy.pt") as unfinished:
-        shutil.copy(run.policies()[int(step)], unfinished)
-    write_table(
-        folder / "evaluations.csv", [table, *zip(*(column[at].tolist() for column in table.values()), strict=True)]
-    )
-    returns = table["return"][at]
-    figure = figures.one_checkpoint(
-        returns, baselines.get(run.config["env_id"]), f"{run.config['env_id']}, {share:.0%}"
-    )
-    figures.save(figure, folder / "returns")
-    best = int(returns.argmax())
-    shown = {"seed": int(table["seed"][at][best]), "return": float(returns[best])}
-    if filmed and not (folder / "episode.gif").exists():
-        module = run.module()
-        env = module.make_eval_env(module.Args(**run.config), "rgb_array")
-        film(module.load_policy(folder / "policy.pt"), env, shown["seed"], False, folder / "episode.mp4")
-        env.close()
-        to_gif(folder / "episode.mp4")
-    meta = {"step": int(step), "run": str(run.directory), "mean": float(returns.mean()), "std": float(returns.std())}
-    meta |= {"film": shown} if filmed else {}
+        shutil.copy(run.policies()[step], unfinished)
+    write_table(folder / "evaluations.csv", [here, *zip(*(column.tolist() for column in here.values()), strict=True)])
+    drawn = [group], baselines, figures.colours([group.method]), [share]
+    figures.save(figures.boxes(*drawn), folder / "boxes")
+    figures.save(figures.histograms(*drawn), folder / "histograms")
+    meta = {"step": step, "run": str(run.directory), "mean": here["return"].mean(), "std": here["return"].std()}
     meta |= {name: run.meta.get(name) for name in ("script", "git_commit", "packages")}
+    if filmed:
+        best = int(here["return"].argmax())
+        meta["film"] = {"seed": int(here["seed"][best]), "return": here["return"][best]}
+        if not (folder / "episode.gif").exists():
+            module = run.module()
+            env = module.make_eval_env(module.Args(**run.config), "rgb_array")
+            policy = module.load_policy(folder / "policy.pt")
+            film(policy, env, meta["film"]["seed"], False, folder / "episode.mp4")
+            env.close()
+            to_gif(folder / "episode.mp4")
     write_atomically(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
     return meta
 
@@ -93,7 +90,7 @@ def study(
     directory = (output or Path("studies") / file_name(f"{env_id}__{Path(script).stem}__{seed}")).resolve()
     (job,) = jobs_of(suite, directory / "run", threads)
     trained = train_one(job, directory)
-    from benchmark.compose import Wish, make_report
+    from benchmark.compose import make_report
 
     material = gather([trained.directory])
     if not material.groups:
@@ -101,10 +98,10 @@ def study(
     baselines, films = find_baselines(material.groups), {}
     for share in (0.25, 0.5, 1.0):
         folder = directory / "checkpoints" / f"{round(100 * share):03d}"
-        meta = keep_checkpoint(trained, share, baselines, folder, video)
+        meta = keep_checkpoint(material.groups[0], share, baselines, folder, video)
         earned = f"evaluation return {meta['mean']:,.1f} ± {meta['std']:,.1f}"
         print(f"{share:>4.0%}  step {meta['step']:>10,}  {earned}  {folder}")
         films |= {f"{share:.0%} of the run: {film_of(trained, meta['step'])}": folder / "episode.mp4"} if video else {}
-    wish = Wish(f"{Path(script).stem} on {env_id}")
-    print(make_report(material, wish, baselines, films, directory / "report"))
+    title = f"{Path(script).stem} on {env_id}"
+    print(make_report(material, title, baselines, films, directory / "report"))
     print(directory / "report" / "index.html")

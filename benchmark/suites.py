@@ -157,17 +157,16 @@ def default_directory(suite: Suite) -> Path:
     return Path("sweeps") / f"{scripts}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def keep_selection(suite: Suite, directory: Path) -> None:
+def keep_selection(suite: Suite, jobs: list[Job], directory: Path) -> None:
     """For reports, which compare in the order in which scripts and values were named."""
+    order = list(dict.fromkeys((job.script, job.setting) for job in jobs))
+    names = [job.name for job in sorted(jobs, key=lambda job: order.index((job.script, job.setting)))]
     try:
-        write_atomically(directory / "sweep.json", json.dumps(asdict(suite), indent=2) + "\n")
+        write_atomically(directory / "sweep.json", json.dumps(asdict(suite) | {"jobs": names}, indent=2) + "\n")
     except OSError as error:
         refuse(f"--output {directory}: {error.strerror}")
 
 
-def selection_of(directory: Path) -> Suite | None:
-    """What the sweep in this folder was to run; none if none was here."""
-    try:
-        return Suite(**(read_json(directory / "sweep.json") or {}))
-    except (OSError, TypeError):
-        return None
+def jobs_in_order(directory: Path) -> list[str]:
+    """The names of those that the sweep in this folder was to run; none if none was here."""
+    return (read_json(directory / "sweep.json") or {}).get("jobs", [])

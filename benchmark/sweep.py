@@ -272,7 +272,7 @@ def sweep(
     if executor == "slurm":
         check_request(request)
     make_folder(directory)
-    keep_selection(chosen, directory)
+    keep_selection(chosen, jobs, directory)
     print(f"{len(jobs)} jobs in {directory}" + (f", {len(settled)} of them settled before" if settled else ""))
 
     execute = partial(run_locally, workers=workers, silence=silence * 60)

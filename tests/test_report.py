@@ -16,6 +16,7 @@ from benchmark import figures, stats
 from benchmark.__main__ import main
 from benchmark.compose import FILMS_LIMIT
 from benchmark.groups import gather, methods_of
+from benchmark.jobs import Job
 from benchmark.report import with_baseline
 from benchmark.suites import Suite, keep_selection
 from benchmark.tables import mixed_versions
@@ -118,10 +119,9 @@ def test_labels_say_what_differs_in_words(tmp_path):
     make_run(tmp_path / "both", "A-v0", 1, script="sac_x")
     assert labels(tmp_path / "rates") == ["lr 3e-4, norm obs", "lr 1e-3, no norm obs"]
     assert labels(tmp_path / "both") == ["ppo_x, lr 3e-4, norm obs", "ppo_x, lr 1e-3, no norm obs", "sac_x"]
-    for total, last in ((60_000, 59_904), (100_000, 99_840)):
-        run = make_run(tmp_path / "lengths", "A-v0", 1, settings={"total_timesteps": total})
-        (run / "evaluations.csv").write_text(f"step,episode,seed,return,length\n{last},0,0,1,7\n")
-    assert labels(tmp_path / "lengths") == ["60k steps", "100k steps"]  # asked for, and not reached besides
+    for total in (60_000, 100_000):
+        make_run(tmp_path / "lengths", "A-v0", 1, settings={"total_timesteps": total})
+    assert labels(tmp_path / "lengths") == ["60k steps", "100k steps"]
 
 
 def labels(*paths: Path, baseline: str | None = None) -> list[str]:
@@ -133,10 +133,19 @@ def test_methods_stand_in_the_order_of_their_sweep_or_behind_the_baseline(tmp_pa
     folder = tmp_path / "sweeps" / "rates"
     for script in ("a_x", "b_x"):
         for rate, final in ((1e-3, 1.0), (3e-4, 2.0)):
-            job = folder / f"{script}-{rate}"
+            job = folder / f"A-v0__{script}__learning-rate={rate:.0e}__1"
             make_run(job, "A-v0", 1, script=script, final=final, settings={"learning_rate": rate})
     assert labels(folder) == ["a_x, lr 3e-4", "a_x, lr 1e-3", "b_x, lr 3e-4", "b_x, lr 1e-3"]
-    keep_selection(Suite(["b_x", "forks/a_x.py"], ["A-v0"], [1], grid={"learning-rate": ["1e-3", 3e-4]}), folder)
+    jobs = [
+        Job(f"forks/{script}.py", "A-v0", seed, (), setting, f"{folder}/A-v0__{script}__{setting}__{seed}", "0")
+        for seed in (2, 1)
+        for script in ("b_x", "a_x")
+        for setting in ("learning-rate=1e-03", "learning-rate=3e-04")
+    ]
+    keep_selection(Suite([], [], []), jobs, folder)
+    # Of the first seed one alone is finished, which does not put its method before all others.
+    first = folder / "A-v0__a_x__learning-rate=3e-04__2"
+    make_run(first, "A-v0", 2, script="a_x", final=2.0, settings={"learning_rate": 3e-4})
     ordered = ["b_x, lr 1e-3", "b_x, lr 3e-4", "a_x, lr 1e-3", "a_x, lr 3e-4"]
     assert labels(folder) == ordered
     assert labels(folder, baseline="a_x, lr 1e-3") == [ordered[2], *ordered[:2], ordered[3]]
@@ -183,7 +192,8 @@ def test_a_name_with_dollars_is_no_mathematics(tmp_path):
     for seed, rate in ((1, "$x^$"), (2, "$y^$")):
         make_run(tmp_path / "runs", "A$x^$-v0", seed, settings={"schedule": rate})
     groups = gather([tmp_path / "runs"]).groups
-    drawn = figures.learning_curves(groups, {}, figures.colours(methods_of(groups)), "steps")
+    colour = figures.colours(methods_of(groups))
+    drawn = figures.curves(groups, {}, colour, lambda group: group.curves, figures.STEPS, "return")
     figures.save(drawn, tmp_path / "curves-v0.1")
     shown = (tmp_path / "curves-v0.1.svg").read_text()
     assert all(f">{name}<" in shown for name in ("A$x^$-v0", "schedule $x^$", "schedule $y^$"))
@@ -306,7 +316,9 @@ def test_seeds_stand_beside_their_mean_and_nothing_hangs_from_zero(tmp_path):
 def test_figures_are_a_column_wide(tmp_path):
     for env_id in ("A-v0", "B-v0", "C-v0"):
         make_run(tmp_path, env_id, 1)
-    figures.save(figures.learning_curves(gather([tmp_path]).groups, {}, {"ppo_x": "red"}, "steps"), tmp_path / "curves")
+    groups = gather([tmp_path]).groups
+    drawn = figures.curves(groups, {}, {"ppo_x": "red"}, lambda group: group.curves, figures.STEPS, "return")
+    figures.save(drawn, tmp_path / "curves")
     width = int.from_bytes((tmp_path / "curves.png").read_bytes()[16:20])
     assert width == 200 * 3.4 and 'width="244.8pt"' in (tmp_path / "curves.svg").read_text()
 
@@ -341,15 +353,15 @@ def test_figures_show_the_methods_that_rank_best(tmp_path):
 
 def test_seeds_evaluated_at_other_steps(tmp_path):
     """A group's curve is at the steps that its seeds share; runs of other lengths are other groups."""
-    for seed, evaluations in ((1, 10), (2, 10), (3, 5)):
-        make_run(tmp_path / "runs", "A-v0", seed, evaluations=evaluations)
+    for seed in (1, 2):
+        make_run(tmp_path / "runs", "A-v0", seed)
     run = make_run(tmp_path / "runs", "A-v0", 4)
     (run / "evaluations.csv").write_text("step,episode,seed,return,length\n50,0,0,1,7\n100,0,0,2,7\n")
-    assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
-    assert [(row["method"], row["seeds"]) for row in rows(tmp_path / "out" / "results.csv")] == [
-        ("50 steps", "1"),
-        ("100 steps", "3"),
-    ]
+    make_run(tmp_path / "runs", "A-v0", 3, evaluations=5, settings={"total_timesteps": 50})
+    short, long = gather([tmp_path / "runs"]).groups
+    assert (short.method, len(short.runs)) == ("50 steps", 1)
+    assert (long.method, len(long.runs)) == ("100 steps", 3)
+    assert long.curves[0].tolist() == [50, 100] and long.curves[1].tolist() == [[0.5, 1], [1, 2], [1, 2]]
 
 
 def test_seeds_that_end_with_their_last_episodes_are_compared(tmp_path):

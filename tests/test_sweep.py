@@ -17,7 +17,6 @@ from benchmark import jobs, suites
 from benchmark.__main__ import COMMANDS, main
 from benchmark.jobs import tail
 from benchmark.runs import Run, find_runs, write_table
-from benchmark.suites import selection_of
 
 ROOT = Path(__file__).parent.parent
 STANDIN = str(ROOT / "tests" / "scripts.py")
@@ -58,8 +57,9 @@ def test_real_runs_and_their_repetition(tmp_path, capsys):
 def test_it_keeps_what_it_was_to_run_and_says_whose_return_it_shows(tmp_path, capsys):
     grid = {"learning-rate": [0.2, 0.1]}
     assert sweep(suite(tmp_path, grid=grid), "-o", tmp_path / "out") == 0
-    kept = selection_of(tmp_path / "out")
-    assert (kept.scripts, kept.seeds, kept.grid) == ([STANDIN], [1], grid)
+    kept = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert (kept["scripts"], kept["seeds"], kept["grid"]) == ([STANDIN], [1], grid)
+    assert kept["jobs"] == [f"Nowhere-v0__scripts__learning-rate={rate}__1" for rate in (0.2, 0.1)]
     assert re.search(
         r"done: Nowhere-v0__scripts__learning-rate=0.2__1  evaluation return -?\d", capsys.readouterr().out
     )
