@@ -100,27 +100,23 @@ def read_suite(path: Path) -> Suite:
         refuse(f"{path}: {' '.join(str(error).split())}{hint(path)}")
     if not isinstance(content, dict):
         refuse(f"{path}: a suite is a mapping with scripts, env_ids and seeds")
-    content = {str(key).replace("-", "_"): value for key, value in content.items()}
-    known = [f.name for f in fields(Suite) if f.name != "words"]
+    known = {"scripts": [], "env_ids": [], "seeds": 1, "args": {}, "grid": {}}
+    content = known | {str(key).replace("-", "_"): value for key, value in content.items()}
     for key in content:
         if key not in known:
             refuse(f"{path}: unknown key {key}{choices(key, known)}")
-    seeds = content.get("seeds", 1)
-    seeds = list(range(1, seeds + 1)) if type(seeds) is int else seeds
-    content = {"scripts": [], "env_ids": []} | content | {"seeds": seeds}
-    kinds = {"scripts": list, "env_ids": list, "args": dict, "grid": dict}
-    for key, kind in kinds.items():
-        if not isinstance(content.get(key, kind()), kind):
-            refuse(f"{path}: {key} must be a {'list' if kind is list else 'mapping'}")
+    if type(content["seeds"]) is int:
+        content["seeds"] = list(range(1, content["seeds"] + 1))
+    seeds = content["seeds"]
     if not isinstance(seeds, list) or not all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds):
         refuse(f"{path}: seeds must be a number of seeds, or a list of them, from 0 to 2147483647")
-    for key in ("scripts", "env_ids"):
-        if not all(isinstance(each, str) and each for each in content[key]):
-            refuse(f"{path}: {key}: {content[key]} must be names")
-    for key in ("args", "grid"):
-        if not all(isinstance(name, str) for name in content.get(key, {})):
-            refuse(f"{path}: {key}: {list(content[key])} must be names of arguments")
-    for name, values in content.get("grid", {}).items():
+    for key in ("scripts", "env_ids", "args", "grid"):
+        listed = key in ("scripts", "env_ids")
+        if not isinstance(content[key], list if listed else dict):
+            refuse(f"{path}: {key} must be a {'list' if listed else 'mapping'}")
+        if not all(isinstance(name, str) and name for name in content[key]):
+            refuse(f"{path}: {key}: {list(content[key])} must be {'names' if listed else 'names of arguments'}")
+    for name, values in content["grid"].items():
         if not isinstance(values, list) or not values:
             refuse(f"{path}: grid: {name} must be a list of values")
     return Suite(**content)

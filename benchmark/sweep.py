@@ -23,8 +23,6 @@ from benchmark.options import at_least, make_folder
 from benchmark.slurm import Request, check_request, run_on_slurm
 from benchmark.suites import Suite, check, default_directory, jobs_of, keep_selection, read_suite
 
-KINDS = ("evaluation", "training")  # of returns
-
 
 def described_at(job: Job) -> int | None:
     """When it began, by the clock of whoever keeps its files; other nodes' may differ."""
@@ -40,7 +38,7 @@ class Watch:
         self.began = time.monotonic()
         self.before = {job: described_at(job) for job in jobs}
         self.first: dict[Job, float] = {}  # share of each job that was done before it ran here
-        self.finals: dict[Job, dict[str, float]] = {}  # the last return of a kind: "evaluation" or "training"
+        self.finals: dict[Job, float | None] = {}  # evaluation returns
 
     def running(self) -> dict[Job, dict]:
         """The running jobs with their last progress."""
@@ -59,14 +57,12 @@ class Watch:
             self.first.setdefault(job, found[job]["share"])
         return found
 
-    def final(self, job: Job) -> dict[str, float]:
-        """The final evaluation's return, or training's where nothing was evaluated."""
-        if job not in self.finals and self.ended.get(job) == "done":
-            result = job.run().result
-            evaluation, training = (result["evaluation"] or {}).get("mean"), result["training_return"]
-            both = {"evaluation": evaluation} if evaluation is not None else {"training": training}
-            self.finals[job] = {kind: value for kind, value in both.items() if value is not None}
-        return self.finals.get(job, {})
+    def final(self, jobs: list[Job]) -> list[float]:
+        """The final evaluation returns of those that are done and were evaluated."""
+        for job in jobs:
+            if job not in self.finals and self.ended.get(job) == "done":
+                self.finals[job] = (job.run().result["evaluation"] or {}).get("mean")
+        return [value for job in jobs if (value := self.finals.get(job)) is not None]
 
     def left(self, running: dict[Job, dict]) -> str:
         """Time to the end, from what was done since the start."""
@@ -103,11 +99,10 @@ class Watch:
             table.add_column(column, justify="right")
         for (script, env_id, setting), jobs in self.groups().items():
             counts = Counter(self.ended.get(job) for job in jobs)
-            finals = [[v for job in jobs for k, v in self.final(job).items() if k == kind] for kind in KINDS]
-            means = [f"{statistics.fmean(values):,.1f}" if values else "-" for values in finals]
+            mean = f"{statistics.fmean(finals):,.1f}" if (finals := self.final(jobs)) else "-"
             failed = Text(str(counts["failed"]), style="bold red" if counts["failed"] else "")
             done = f"{counts['done']}/{len(jobs)}"
-            table.add_row(Text(f"{script}  {env_id}  {setting}"), done, failed, *means, "", "")
+            table.add_row(Text(f"{script}  {env_id}  {setting}"), done, failed, mean, "", "", "")
             for job in jobs:
                 if progress := running.get(job):
                     now = "-" if progress["return"] is None else f"{progress['return']:,.1f}"
@@ -156,7 +151,7 @@ def run_sweep(jobs: list[Job], settled: dict[Job, str], execute: Callable = run_
                 job, how = event
                 watch.ended[job] = how
                 if how != "interrupted":
-                    told = "".join(f"  {kind} return {value:,.1f}" for kind, value in watch.final(job).items())
+                    told = "".join(f"  evaluation return {value:,.1f}" for value in watch.final([job]))
                     line = f"{how}: {job.name}{told}"
                     screen.console.print(line, highlight=False) if screen else print(line, flush=True)
             running = watch.running()
@@ -282,8 +277,7 @@ def sweep(
         execute = partial(run_on_slurm, request=request, silence=silence * 60)
     watch = run_sweep(jobs, settled, execute)
     for (script, env_id, setting), group in watch.groups().items():
-        finals = [value for job in group if (value := watch.final(job).get("evaluation")) is not None]
-        mean = f"{statistics.fmean(finals):,.1f}" if finals else "-"
+        mean = f"{statistics.fmean(finals):,.1f}" if (finals := watch.final(group)) else "-"
         told = f"{len(finals)} of {len(group)} seeds  final evaluation return {mean}"
         print(f"{script:<16} {env_id:<26} {setting}  {told}")
     print(f"report: python -m benchmark report {directory}")

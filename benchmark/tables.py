@@ -29,15 +29,8 @@ class Table:
         """For the terminal."""
         lines = [self.header, *self.cells()]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        left = [name in self.textual() for name in self.header]
-        padded = [
-            [
-                text.ljust(width) if to_left else text.rjust(width)
-                for text, width, to_left in zip(line, widths, left, strict=True)
-            ]
-            for line in lines
-        ]
-        return "\n".join("  ".join(line).rstrip() for line in padded)
+        forms = [f"{'<' if name in self.textual() else '>'}{n}" for name, n in zip(self.header, widths, strict=True)]
+        return "\n".join("  ".join(map(format, line, forms)).rstrip() for line in lines)
 
     def markdown(self) -> str:
         rule = [":--" if name in self.textual() else "--:" for name in self.header]
@@ -125,22 +118,13 @@ def all_returns(groups: list[Group]) -> Table:
 
 
 def per_seed(groups: list[Group]) -> Table:
-    header = [
-        "environment",
-        "method",
-        "seed",
-        "final evaluation",
-        "best evaluation",
-        "training return",
-        "minutes",
-        "run",
-    ]
+    header = ["environment", "method", "seed", "final evaluation", "best evaluation", "training return"]
     rows = []
     for group in groups:
         for run, *numbers in zip(group.runs, group.final, group.best, group.training, strict=True):
             numbers = [*map(float, numbers), run.result["wall_time"] / 60]
             rows.append([group.env_id, group.method, run.config["seed"], *numbers, run.directory.name])
-    return Table(header, rows)
+    return Table([*header, "minutes", "run"], rows)
 
 
 def thresholds(
@@ -165,10 +149,8 @@ def thresholds(
             medians.append([*row, reached, float(np.median(steps)), float(np.median(seconds))])
             for run, *numbers in zip(group.runs, steps, seconds, strict=True):
                 seeds.append([*row, run.config["seed"], *map(float, numbers)])
-    return (
-        Table([*first, "reached by", "median steps", "median seconds"], medians),
-        Table([*first, "seed", "steps", "seconds"], seeds),
-    )
+    told = Table([*first, "reached by", "median steps", "median seconds"], medians)
+    return told, Table([*first, "seed", "steps", "seconds"], seeds)
 
 
 def scale(here: list[Group], baselines: dict[str, np.ndarray]) -> tuple[float, float] | None:
