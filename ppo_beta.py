@@ -7,7 +7,7 @@
 # ///
 """Proximal Policy Optimisation (PPO-clip) with a Beta policy, for bounded continuous actions, of vectors or images.
 
-    python ppo_beta.py --env-id HalfCheetah-v4 --num-envs 16
+    python ppo_beta.py --env-id HalfCheetah-v4
     python ppo_beta.py --config configs/ppo_beta/CarRacing-v3.yaml
     python ppo_beta.py --resume runs/HalfCheetah-v4__ppo_beta__1__20260101-120000
 

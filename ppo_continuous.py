@@ -7,7 +7,7 @@
 # ///
 """Proximal Policy Optimisation (PPO-clip) with a Gaussian policy, for continuous actions.
 
-    python ppo_continuous.py --env-id HalfCheetah-v4 --num-envs 16
+    python ppo_continuous.py --env-id HalfCheetah-v4
     python ppo_continuous.py --resume runs/HalfCheetah-v4__ppo_continuous__1__20260101-120000
 
 Schulman et al. 2017, https://arxiv.org/abs/1707.06347; advantages: https://arxiv.org/abs/1506.02438.
