@@ -22,4 +22,4 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """What lay beside `docs/` lies in it."""
-    return markdown if "/" in page.file.src_path else markdown.replace("](../", "](")
+    return markdown if "/" in page.file.src_path else markdown.replace("](../", "](").replace("](docs/", "](")
