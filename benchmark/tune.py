@@ -199,12 +199,14 @@ class Tuner:
 def open_study(name: str, search: Search, storage: str, prune: bool, seed: int):
     import optuna
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     pruner = optuna.pruners.MedianPruner() if prune else optuna.pruners.NopPruner()
     try:
-        kept = storage if "://" in storage else JournalStorage(JournalFileBackend(storage))
+        kept = storage
+        if "://" not in storage:
+            kept = JournalStorage(JournalFileBackend(storage, JournalFileOpenLock(storage)))
         study = optuna.create_study(
             storage=kept, study_name=name, pruner=pruner, direction="maximize", load_if_exists=True
         )
@@ -255,22 +257,24 @@ def tune(
         threads: torch threads of each run
         prune: end trials that fall behind
         seed: of the sampler
-        storage: an Optuna URL, or a journal file; by default an SQLite file in the output folder
+        storage: a journal file of Optuna's, or a database server's URL; by default study.log in the output folder
         output: a folder for the runs and the results; by default tuning/ and a name that follows from the others
         words: everything after --
     """
     at_least(1, trials=trials, seeds=seeds, workers=workers, threads=threads)
     at_least(0, seed=seed)
+    if storage and storage.startswith("sqlite"):  # which gives a trial that waits to two that ask at once
+        refuse(f"--storage {storage}: SQLite mixes trials up; name a journal file, or the URL of a database server")
     need("optuna", "matplotlib")
     path = find_script(script)
     check(path, [env_id], words)
     search = Search(env_id, seeds, read_space(space, path), list(words), fingerprint(path))
     folder = (output or Path("tuning") / file_name(f"{path.stem}__{env_id}")).resolve()
     make_folder(folder)
-    at_once, url = max(1, workers // seeds), storage or f"sqlite:///{folder / 'study.db'}"
+    at_once, kept = max(1, workers // seeds), storage or str(folder / "study.log")
     try:
         with FileLock(folder / "lock", timeout=0), until_told() as stop:
-            study = open_study(f"{path.stem}__{env_id}", search, url, prune, seed)
+            study = open_study(f"{path.stem}__{env_id}", search, kept, prune, seed)
             tuner = Tuner(path, search, study, folder, stop)
             tuner.recover()
 

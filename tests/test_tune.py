@@ -117,9 +117,26 @@ def test_a_stopped_search_goes_on(tmp_path, number):
     assert len(logs) == 2 and all(log.count("began") == 2 for log in logs)
 
 
-@pytest.mark.parametrize("storage", ["sqlite:///{}/study.db", "{}/journal.log"])
-def test_two_processes_share_a_study_each_with_its_own_folder(tmp_path, capsys, storage):
-    words = command(tmp_path, RATE, "--trials", 8, "--no-prune", "--storage", storage.format(tmp_path))
+def test_trials_at_once_go_on_in_their_folders(tmp_path):
+    """Those that wait are each taken once, by however many ask."""
+    space = RATE | {"mood": {"categorical": ["slow"]}}
+    words = command(tmp_path, space, "--trials", 4, "--workers", 4, "--seeds", 1)
+    process = subprocess.Popen([sys.executable, "-m", "benchmark", *words], cwd=ROOT)
+    while len(list(tmp_path.glob("out/trial-*/*/*/progress.csv"))) < 4:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    for path in tmp_path.glob("out/trial-*/*/*/config.yaml"):  # which what resumes reads
+        path.write_text(path.read_text().replace("slow", "well"))
+    assert tune(words) == 0
+    assert [row["state"] for row in trials(tmp_path)] == ["COMPLETE"] * 4
+    assert sorted(Path(row["folder"]).name for row in trials(tmp_path)) == [f"trial-{k:04d}" for k in range(4)]
+    logs = [path.read_text() for path in tmp_path.glob("out/trial-*/*/log.txt")]
+    assert len(logs) == 4 and all(log.count("began") == 2 for log in logs)
+
+
+def test_two_processes_share_a_study_each_with_its_own_folder(tmp_path, capsys):
+    words = command(tmp_path, RATE, "--trials", 8, "--no-prune", "--storage", tmp_path / "journal.log")
     other = [sys.executable, "-m", "benchmark", *words]
     other[other.index(str(tmp_path / "out"))] = str(tmp_path / "other")
     with subprocess.Popen(other, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
@@ -208,6 +225,8 @@ def test_choices_with_dollars_are_no_mathematics_but_powers_of_ten_are(tmp_path)
     ("words", "told"),
     [
         (["--seed", "-1"], "--seed -1: must be at least 0"),
+        (["--workers", "0"], "--workers 0: must be at least 1"),
+        (["--storage", "sqlite:///study.db"], "name a journal file, or the URL of a database server"),
         (["--", "--mod", "well"], "--mod: scripts has no such argument; did you mean --mood?"),
         (["--", "--resume", "x", "--config", "nowhere.yaml"], "--config: scripts has no such argument"),
     ],
