@@ -716,6 +716,7 @@ class Policy:
 
     def __init__(self, args: Args, agent: Agent):
         self.args, self.agent, self.shape = args, agent, tuple(agent.moments.mean.shape)
+        self.discount, self.bootstraps = args.gamma, ("truncated",)
         self.masked = args.action_masks
         self._judge, self._normalise = in_numpy(copy.deepcopy(agent.q).cpu()), agent.moments.normaliser()
 
@@ -733,6 +734,10 @@ class Policy:
         noise = torch.rand((1, 1 + self.agent.count)).numpy() if sample else np.ones((1, 1 + self.agent.count))
         masks = allowed(self.args, self.agent.count, [mask])
         return self.agent.for_environment(choose(values, noise, self.args.epsilon_end, masks)[0])
+
+    def value(self, observations: np.ndarray) -> np.ndarray:
+        """The discounted returns that the network expects of the best actions, whatever masks say."""
+        return self._judge(self._normalise(observations).reshape(len(observations), -1)).max(-1)
 
 
 def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:

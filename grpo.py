@@ -826,7 +826,8 @@ class Policy:
     """
 
     def __init__(self, args: Args, agent: Agent):
-        self.args, self.agent, self.shape = args, agent, tuple(agent.moments.mean.shape)
+        self.agent, self.shape = agent, tuple(agent.moments.mean.shape)
+        self.discount, self.bootstraps = args.gamma, ()
         self._act, self._normalise = agent.acting(), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:

@@ -632,11 +632,13 @@ class Policy:
     """What is deployed: one observation to an action, a batch of them to a batch of actions.
 
     Every row is computed alone, so that an action does not depend on what else is in the batch, to the last bit, and in
-    float32, whatever the training did. Deterministic, unless asked for a `sample` of the actions as in training.
+    float32, whatever the training did. Deterministic, unless asked for a `sample` of the actions as in training. It has
+    no `value`: what the critic expects are clipped rewards until the next lost life.
     """
 
     def __init__(self, args: Args, agent: Agent):
-        self.args, self.agent, self.shape = args, agent, (4, 84, 84)
+        self.agent, self.shape = agent, (4, 84, 84)
+        self.discount, self.bootstraps = args.gamma, ("truncated",)
 
     def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
         if np.shape(observations) == self.shape:

@@ -800,7 +800,8 @@ class Policy:
     """
 
     def __init__(self, args: Args, agent: Agent):
-        self.args, self.agent, self.shape = args, agent, tuple(agent.moments.mean.shape)
+        self.agent, self.shape = agent, tuple(agent.moments.mean.shape)
+        self.discount, self.bootstraps = args.gamma, ("truncated",)
         self._act, self._normalise = agent.policy(), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
@@ -814,6 +815,12 @@ class Policy:
     def _choose(self, observation: np.ndarray, sample: bool) -> np.ndarray:
         alpha, beta = self._act(self._normalise(observation).reshape(1, -1))
         return self.agent.for_environment(draw(alpha, beta) if sample else alpha / (alpha + beta))[0]
+
+    def value(self, observations: np.ndarray) -> np.ndarray:
+        """The discounted returns that the critic expects of a batch, in the environment's own rewards."""
+        rows = self._normalise(observations).reshape(len(observations), -1)
+        inputs = torch.tensor(rows, device=self.agent.critic[0].weight.device)
+        return self.agent.value(inputs).cpu().numpy() * self.agent.return_moments.deviation()
 
 
 def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:

@@ -649,7 +649,8 @@ class Policy:
     """
 
     def __init__(self, args: Args, agent: Agent):
-        self.args, self.agent, self.shape = args, agent, tuple(agent.moments.mean.shape)
+        self.agent, self.shape = agent, tuple(agent.moments.mean.shape)
+        self.discount, self.bootstraps = args.gamma, ("truncated",)
         self._act, self._normalise = in_numpy(agent.actor), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
@@ -665,6 +666,12 @@ class Policy:
         if sample:
             action = action + (self.agent.log_std.cpu().exp() * torch.randn(len(action))).numpy()
         return self.agent.for_environment(action)[0]
+
+    def value(self, observations: np.ndarray) -> np.ndarray:
+        """The discounted returns that the critic expects of a batch, in the environment's own rewards."""
+        rows = self._normalise(observations).reshape(len(observations), -1)
+        inputs = torch.tensor(rows, device=self.agent.log_std.device)
+        return self.agent.critic(inputs).squeeze(-1).cpu().numpy() * self.agent.return_moments.deviation()
 
 
 def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:

@@ -689,6 +689,7 @@ class Policy:
 
     def __init__(self, args: Args, agent: Agent):
         self.args, self.agent, self.shape = args, agent, tuple(agent.moments.mean.shape)
+        self.discount, self.bootstraps = args.gamma, ("truncated",)
         self.masked = args.action_masks
         self._act, self._normalise = in_numpy(agent.actor), agent.moments.normaliser()
 
@@ -708,6 +709,12 @@ class Policy:
         if sample:
             logits = logits + gumbel(self.agent.shape).numpy()
         return self.agent.for_environment(logits.argmax(-1))[0]
+
+    def value(self, observations: np.ndarray) -> np.ndarray:
+        """The discounted returns that the critic expects of a batch, in the environment's own rewards."""
+        rows = self._normalise(observations).reshape(len(observations), -1)
+        inputs = torch.tensor(rows, device=next(self.agent.parameters()).device)
+        return self.agent.critic(inputs).squeeze(-1).cpu().numpy() * self.agent.return_moments.deviation()
 
 
 def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:

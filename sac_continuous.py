@@ -732,7 +732,8 @@ class Policy:
     """
 
     def __init__(self, args: Args, agent: Agent):
-        self.args, self.agent, self.shape = args, agent, tuple(agent.moments.mean.shape)
+        self.agent, self.shape = agent, tuple(agent.moments.mean.shape)
+        self.discount, self.bootstraps = args.gamma, ("truncated",)
         self._act, self._normalise = in_numpy(agent.actor), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
@@ -748,6 +749,13 @@ class Policy:
         if sample:
             u = u + np.exp(log_std.clip(-20, 2)) * torch.randn(len(u)).numpy()
         return self.agent.for_environment(np.tanh(u))[0]
+
+    def value(self, observations: np.ndarray) -> np.ndarray:
+        """The lower of the critics' values of the deterministic actions; entropy, times alpha, counts as a reward."""
+        rows = self._normalise(observations).reshape(len(observations), -1)
+        inputs = torch.tensor(rows, device=self.agent.log_alpha[0].device)
+        mean, _ = gaussian(self.agent.actor(inputs))
+        return self.agent.critics(torch.cat((inputs, mean.tanh()), -1)).amin(0).squeeze(-1).cpu().numpy()
 
 
 def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:

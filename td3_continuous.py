@@ -697,7 +697,8 @@ class Policy:
     """
 
     def __init__(self, args: Args, agent: Agent):
-        self.args, self.agent, self.shape = args, agent, tuple(agent.moments.mean.shape)
+        self.agent, self.shape = agent, tuple(agent.moments.mean.shape)
+        self.discount, self.bootstraps = args.gamma, ("truncated",)
         self._act, self._normalise = in_numpy(agent.actor), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
@@ -713,6 +714,13 @@ class Policy:
         if sample:
             action = action + self.agent.exploration_noise * torch.randn(len(action)).numpy()
         return self.agent.for_environment(action)[0]
+
+    def value(self, observations: np.ndarray) -> np.ndarray:
+        """The lower of the critics' values of the policy's actions."""
+        rows = self._normalise(observations).reshape(len(observations), -1)
+        inputs = torch.tensor(rows, device=self.agent.actor.weights[0].device)
+        actions = self.agent.actor(inputs).squeeze(0).tanh()
+        return self.agent.critics(torch.cat((inputs, actions), -1)).amin(0).squeeze(-1).cpu().numpy()
 
 
 def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:

@@ -29,6 +29,7 @@ HEADER = f"{'episodes':>8} {'evaluation return':>22} {'lowest':>10} {'highest':>
 class Episode:
     seed: int
     rewards: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)  # of every observation; where it bootstraps, of the last too
     at_bounds: list[float] = field(default_factory=list)  # share of each action's components
     terminated: bool = False
 
@@ -55,8 +56,11 @@ def choose(policy: Callable, observations: np.ndarray, infos: list[dict], sample
     return policy(observations, **asked)
 
 
-def play(policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool) -> list[Episode]:
-    """An episode in each environment. Sampled actions, too, are the same each time."""
+def play(policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool, values: bool) -> list[Episode]:
+    """An episode in each environment. Values go on after the ends that the policy bootstraps from.
+
+    Sampled actions, too, are the same each time.
+    """
     torch.manual_seed(seeds[0])
     started = [env.reset(seed=seed) for env, seed in zip(envs, seeds, strict=True)]
     observations, infos = (list(column) for column in zip(*started, strict=True))
@@ -65,10 +69,15 @@ def play(policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool) 
     while running:
         batch = np.stack([observations[i] for i in running])
         actions = choose(policy, batch, [infos[i] for i in running], sample)
-        for i, action in zip(tuple(running), actions, strict=True):
+        expected = policy.value(batch) if values else [None] * len(running)
+        for i, action, value in zip(tuple(running), actions, expected, strict=True):
             observations[i], reward, terminated, truncated, infos[i] = envs[i].step(action)
             episodes[i].rewards.append(float(reward))
             episodes[i].at_bounds.append(share_at_bounds(action, envs[i].action_space))
+            if values:
+                episodes[i].values.append(float(value))
+                if ("terminated" if terminated else "truncated" if truncated else None) in policy.bootstraps:
+                    episodes[i].values.append(float(policy.value(np.asarray(observations[i])[None])[0]))
             if terminated or truncated:
                 episodes[i].terminated = bool(terminated)
                 running.remove(i)
@@ -110,6 +119,19 @@ def to_gif(video: Path) -> Path:
     return gif
 
 
+def realised_returns(episode: Episode, gamma: float) -> np.ndarray:
+    """The discounted return from every step on; where it bootstraps, with the last value in the rest's place."""
+    returns = np.empty(len(episode.rewards))
+    following = episode.values[-1] if len(episode.values) > len(returns) else 0.0
+    for t in reversed(range(len(returns))):
+        returns[t] = following = episode.rewards[t] + gamma * following
+    return returns
+
+
+def explained_variance(predicted: np.ndarray, realised: np.ndarray) -> float:
+    return float(1 - (realised - predicted).var() / realised.var()) if realised.var() else float("nan")
+
+
 @dataclass(frozen=True)
 class Player:
     """A run's policy, and what makes the environment that it plays."""
@@ -121,6 +143,44 @@ class Player:
     @property
     def name(self) -> str:
         return self.run.directory.name
+
+
+def plot_values(player: Player, episodes: list[Episode], path: Path) -> float:
+    """Scatter of predicted against realised returns, and both along the first episodes; the explained variance."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    realised = [realised_returns(episode, player.policy.discount) for episode in episodes]
+    predicted = [np.array(episode.values[: len(episode.rewards)]) for episode in episodes]
+    explained = explained_variance(np.concatenate(predicted), np.concatenate(realised))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left.scatter(np.concatenate(realised), np.concatenate(predicted), s=4, alpha=0.3, color="#0072B2", lw=0)
+    ends = [min(left.get_xlim()[0], left.get_ylim()[0]), max(left.get_xlim()[1], left.get_ylim()[1])]
+    left.plot(ends, ends, color="0.4", lw=1, ls="--")
+    left.set(xlabel="realised discounted return", ylabel="predicted value", title=f"explained variance {explained:.3f}")
+    for color, values, returns in zip(("#0072B2", "#D55E00", "#009E73"), predicted, realised, strict=False):
+        right.plot(values, color=color, lw=1.2)
+        right.plot(returns, color=color, lw=1.2, ls=":")
+    right.plot([], color="0.3", label="predicted")
+    right.plot([], color="0.3", ls=":", label="realised")
+    right.legend(frameon=False)
+    right.set(xlabel="step of the episode", title=f"along {min(3, len(episodes))} episodes")
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    config = player.run.config
+    figure.suptitle(f"{player.run.script} on {config['env_id']}, seed {config['seed']}", parse_math=False)
+    for suffix in (".png", ".svg"):
+        with replacing(path.with_suffix(suffix)) as unfinished:
+            figure.savefig(unfinished, dpi=200)
+    plt.close(figure)
+    rows = [["seed", "step", "predicted", "realised"]]
+    for episode, values, returns in zip(episodes, predicted, realised, strict=True):
+        rows += zip([episode.seed] * len(returns), range(len(returns)), values, returns, strict=True)
+    write_table(path.with_suffix(".csv"), rows)
+    return explained
 
 
 def draw_without_display() -> bool:
@@ -184,14 +244,21 @@ def load_player(run: Run, path: Path, kwargs: dict, mode: str | None) -> Player:
     return player
 
 
-def play_all(player: Player, seeds: list[int], sample: bool, mode: str | None = None) -> list[Episode]:
+def check_abilities(player: Player, values: bool, sample: bool) -> None:
+    if values and not hasattr(player.policy, "value"):
+        refuse(f"--analyze-value: the policy of {player.run.script} has no value(observations)")
+    if sample and "sample" not in inspect.signature(player.policy).parameters:
+        refuse(f"--stochastic: the policy of {player.run.script} takes no sample=True")
+
+
+def play_all(player: Player, seeds: list[int], sample: bool, values: bool, mode: str | None = None) -> list[Episode]:
     """An episode for each seed. Actions that are sampled depend on those beside them, so those play by themselves."""
     played: list[Episode] = []
     side_by_side = 1 if mode or sample else AT_ONCE
     for first in range(0, len(seeds), side_by_side):
         some = seeds[first : first + side_by_side]
         envs = [player.make_env(mode) for _ in some]
-        played += play(player.policy, envs, some, sample)
+        played += play(player.policy, envs, some, sample, values)
         for env in envs:
             env.close()
     return played
@@ -240,13 +307,14 @@ def evaluate(
     video: bool = False,
     gif: bool = False,
     render: bool = False,
+    analyze_value: bool = False,
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("evaluation"),
 ) -> None:
     """Play the policies of runs, each in the environment of its own evaluation, and print and keep the returns.
 
     The script's copy in the run directory is what loads the policy, so forks are evaluated just as well. It is run for
-    that, so evaluate only runs whose script you trust. "At bounds" is the share of the actions' components that lie
-    within a hundredth of their range of a bound.
+    that, so evaluate only runs whose script you trust. "At bounds" is
+    the share of the actions' components that lie within a hundredth of their range of a bound.
 
         python -m benchmark evaluate zoo/HalfCheetah-v4__ppo_continuous --gif
 
@@ -260,7 +328,8 @@ def evaluate(
         video: film the best episode of each run
         gif: and make a small animation of it
         render: show the episodes in a window, one after the other
-        output: a folder for episodes.csv and films
+        analyze_value: compare the critic's values with the discounted returns that followed
+        output: a folder for episodes.csv and what the other options ask for
     """
     at_least(1, episodes=episodes)
     at_least(0, seeds=min(seeds, default=0))
@@ -272,19 +341,21 @@ def evaluate(
     mode = "rgb_array" if video or gif else "human" if render else None
     players = [load_player(run, path, kwargs, mode) for run, path in paths.items() if path]
     for player in players:
-        if stochastic and "sample" not in inspect.signature(player.policy).parameters:
-            refuse(f"--stochastic: the policy of {player.run.script} takes no sample=True")
+        check_abilities(player, analyze_value, stochastic)
     make_folder(output)
 
     rows = [["run", "policy", "seed", "return", "length", "terminated", "at_bounds", "film"]]
     width = max(len(player.name) for player in players)
     print(f"{'run':<{width}} {HEADER}")
     for player in players:
-        played = play_all(player, chosen, stochastic, "human" if render else None)
+        played = play_all(player, chosen, stochastic, analyze_value, "human" if render else None)
         print(summary(player.name, played, width))
         film_path = output / f"{player.name}.mp4"
         filmed = film_best(player, played, stochastic, gif, film_path) if video or gif else {}
         rows += rows_of(player.name, policy, played, filmed)
+        if analyze_value:
+            path = output / f"{player.name}-value.png"
+            print(f"  explained variance {plot_values(player, played, path):.3f}  {path}")
     write_table(output / "episodes.csv", rows)
     for run, path in paths.items():
         if path is None:

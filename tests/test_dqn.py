@@ -594,9 +594,9 @@ def test_a_masked_policy_is_evaluated_as_it_was_in_the_run(small):
     args = Args(**yaml.safe_load((run / "config.yaml").read_text()))
     policy, seeds = load_policy(run / "checkpoint.pt"), list(range(10_000, 10_005))
     envs = [dqn.make_eval_env(args) for _ in seeds]
-    episodes = play(policy, envs, seeds, sample=False)
+    episodes = play(policy, envs, seeds, sample=False, values=True)
     assert [str(sum(episode.rewards)) for episode in episodes] == [row["return"] for row in rows(run, "evaluations")]
-    assert play(policy, envs, seeds, sample=True)
+    assert play(policy, envs, seeds, sample=True, values=False)
 
 
 @pytest.mark.parametrize(
@@ -642,7 +642,9 @@ def test_a_policy_does_what_is_worth_most():
     agent.moments.update(np.random.default_rng(0).normal(2, 3, (50, 2)))
     policy, observations = dqn.Policy(SMALL, agent), np.random.default_rng(1).normal(size=(20, 2))
     values = agent.q(torch.tensor(agent.moments.normaliser()(observations)))
+    np.testing.assert_allclose(policy.value(observations), values.amax(-1), rtol=1e-4)
     assert np.array_equal(policy(observations), values.argmax(-1) + 3)
+    assert policy.discount == SMALL.gamma and policy.bootstraps == ("truncated",)
 
 
 def test_a_policy_stays_what_it_was_when_the_network_learns_on():

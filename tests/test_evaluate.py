@@ -16,7 +16,7 @@ import pytest
 import benchmark.evaluate
 import ppo_continuous as ppo
 from benchmark.__main__ import main
-from benchmark.evaluate import share_at_bounds
+from benchmark.evaluate import Episode, explained_variance, realised_returns, share_at_bounds
 from benchmark.random_policy import arguments_of, baseline_of, random_baseline
 from benchmark.runs import Run
 from tests.envs import Clock
@@ -146,6 +146,47 @@ def test_a_reader_that_has_enough_is_no_error():
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
+
+
+def test_values_are_compared_with_what_followed(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert evaluate(run.directory, "--episodes", 2, "--analyze-value", "-o", tmp_path) == 0
+    path = tmp_path / f"{run.directory.name}-value.csv"
+    assert path.with_suffix(".png").stat().st_size > 10_000 and path.with_suffix(".svg").exists()
+    compared = rows(path)
+    predicted, realised = (np.array([float(row[name]) for row in compared]) for name in ("predicted", "realised"))
+    assert len(compared) == 400
+    assert f"explained variance {explained_variance(predicted, realised):.3f}" in capsys.readouterr().out
+    policy, env = ppo.load_policy(run.last_checkpoint), ppo.make_eval_env(ppo.Args(**run.config))
+    assert predicted[0] == pytest.approx(policy.value(env.reset(seed=10_000)[0][None])[0], rel=1e-4)
+
+
+def test_realised_returns():
+    ended = Episode(0, rewards=[1.0, 2.0, 4.0], values=[0.0] * 3)
+    cut = Episode(0, rewards=[1.0, 2.0, 4.0], values=[0.0, 0.0, 0.0, 8.0])
+    np.testing.assert_allclose(realised_returns(ended, 0.5), [3.0, 4.0, 4.0])
+    np.testing.assert_allclose(realised_returns(cut, 0.5), [4.0, 6.0, 8.0])
+
+
+@pytest.mark.parametrize("ends", [("truncated",), ("terminated", "truncated")])
+def test_values_go_on_at_the_policys_discount_after_the_ends_it_bootstraps_from(tmp_path, monkeypatch, ends):
+    pytest.importorskip("matplotlib")
+    words = ["--env-id", "tests.envs:Clock-v0", "--env-kwargs", '{"cut": false}', "--no-compile", "--num-evals", "0"]
+    run = Run(ppo.train(ppo.parse([*words, "--gamma", "0.9", *SETTINGS, "--runs-dir", str(tmp_path)])))
+    module = run.module()
+
+    class Policy(module.Policy):
+        def __init__(self, *arguments: object):
+            super().__init__(*arguments)
+            self.bootstraps = ends
+
+    module.Policy = Policy
+    monkeypatch.setattr(Run, "module", lambda self: module)
+    assert evaluate(run.directory, "--episodes", 1, "--analyze-value", "-o", tmp_path) == 0
+    after = ppo.load_policy(run.last_checkpoint).value(np.ones((1, 1), np.float32))[0]
+    last = float(rows(tmp_path / f"{run.directory.name}-value.csv")[-1]["realised"])
+    assert abs(after) > 1e-3
+    assert last == pytest.approx(1 + (0.9 * after if "terminated" in ends else 0), abs=1e-4)
 
 
 def test_a_fork_is_evaluated_by_its_own_copy(run, tmp_path):

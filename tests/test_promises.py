@@ -683,8 +683,9 @@ def test_truncation_bootstraps_and_termination_does_not(tmp_path, name, cut):
     script = Script(name, tmp_path)
     settings = {"env_id": "tests.envs:Clock-v0", "env_kwargs": json.dumps({"cut": cut}), "num_evals": 0}
     policy = script.module.load_policy(script.train(**settings | script.row.clock) / "checkpoint.pt")
+    assert policy.bootstraps == ("truncated",)
     t = np.arange(20)
-    expected = (1 - policy.args.gamma ** (np.inf if cut else 20 - t)) / (1 - policy.args.gamma)
+    expected = (1 - policy.discount ** (np.inf if cut else 20 - t)) / (1 - policy.discount)
     np.testing.assert_allclose(values_of(policy.agent, t[:, None] / 20), np.broadcast_to(expected, 20), atol=0.5)
 
 

@@ -79,7 +79,7 @@ class Examiner(BaseCallback):
 
         envs = [gym.make(self.args.env_id, disable_env_checker=True) for _ in seeds]
         with torch.random.fork_rng(devices=[]):
-            episodes = play(policy, envs, seeds, sample=False)
+            episodes = play(policy, envs, seeds, sample=False, values=False)
         for k, (env, episode) in enumerate(zip(envs, episodes, strict=True)):
             env.close()
             row = {"step": step, "episode": k, "seed": episode.seed}
