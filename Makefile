@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 SCRIPT ?= ppo_continuous.py
-ARGS ?= --env-id HalfCheetah-v4 --num-envs 16
+ARGS ?= --env-id HalfCheetah-v4
 
 .PHONY: train test docs family
 train: $(VENV)/train

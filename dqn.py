@@ -715,17 +715,17 @@ class Policy:
     """
 
     def __init__(self, args: Args, agent: Agent):
-        self.agent, self.discount, self.bootstraps = agent, args.gamma, ("truncated",)
-        self.args, self.masked = args, args.action_masks
-        self.shape = tuple(agent.moments.mean.shape)
+        self.args, self.agent, self.shape = args, agent, tuple(agent.moments.mean.shape)
+        self.masked = args.action_masks
         self._judge, self._normalise = in_numpy(copy.deepcopy(agent.q).cpu()), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False, mask: Sequence | None = None) -> np.ndarray:
         if np.shape(observations) == self.shape:
             return self._choose(observations, mask, sample)
-        rows = self._batch(observations)
-        masks = [None] * len(rows) if mask is None else mask
-        actions = [self._choose(*each, sample) for each in zip(rows, masks, strict=True)]
+        if np.shape(observations)[1:] != self.shape:
+            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
+        masks = [None] * len(observations) if mask is None else mask
+        actions = [self._choose(*each, sample) for each in zip(observations, masks, strict=True)]
         return np.array(actions).reshape(-1, *self.agent.low.shape)
 
     def _choose(self, observation: np.ndarray, mask: Sequence | None, sample: bool) -> np.ndarray:
@@ -733,17 +733,6 @@ class Policy:
         noise = torch.rand((1, 1 + self.agent.count)).numpy() if sample else np.ones((1, 1 + self.agent.count))
         masks = allowed(self.args, self.agent.count, [mask])
         return self.agent.for_environment(choose(values, noise, self.args.epsilon_end, masks)[0])
-
-    def value(self, observations: np.ndarray) -> np.ndarray:
-        """The discounted return that the network expects of the best action, whatever a mask says."""
-        if np.shape(observations) == self.shape:
-            return self.value(np.asarray(observations)[None])[0]
-        return self._judge(self._normalise(self._batch(observations)).reshape(len(observations), -1)).max(-1)
-
-    def _batch(self, observations: np.ndarray) -> np.ndarray:
-        if np.shape(observations)[1:] != self.shape:
-            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
-        return np.asarray(observations)
 
 
 def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:

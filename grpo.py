@@ -826,8 +826,7 @@ class Policy:
     """
 
     def __init__(self, args: Args, agent: Agent):
-        self.agent, self.discount, self.bootstraps = agent, args.gamma, ()
-        self.shape = tuple(agent.moments.mean.shape)
+        self.args, self.agent, self.shape = args, agent, tuple(agent.moments.mean.shape)
         self._act, self._normalise = agent.acting(), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:

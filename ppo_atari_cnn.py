@@ -632,29 +632,25 @@ class Policy:
     """What is deployed: one observation to an action, a batch of them to a batch of actions.
 
     Every row is computed alone, so that an action does not depend on what else is in the batch, to the last bit, and in
-    float32, whatever the training did. Deterministic, unless asked for a `sample` of the actions as in training. It has
-    no `value`: what the critic expects are clipped rewards until the next lost life.
+    float32, whatever the training did. Deterministic, unless asked for a `sample` of the actions as in training.
     """
 
     def __init__(self, args: Args, agent: Agent):
-        self.agent, self.discount, self.bootstraps = agent, args.gamma, ("truncated",)
-        self.shape = (4, 84, 84)
+        self.args, self.agent, self.shape = args, agent, (4, 84, 84)
 
     def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
         if np.shape(observations) == self.shape:
             return self._choose(observations, sample)
-        return np.array([self._choose(observation, sample) for observation in self._batch(observations)], int)
+        if np.shape(observations)[1:] != self.shape:
+            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
+        actions = [self._choose(observation, sample) for observation in observations]
+        return np.array(actions, int)
 
     def _choose(self, observation: np.ndarray, sample: bool) -> np.ndarray:
         logits, _ = self.agent(torch.tensor(observation[None], device=self.agent.actor.bias.device))
         if sample:
             logits -= torch.empty_like(logits).exponential_().log()  # the largest is then a draw
         return logits.argmax(-1).cpu().numpy()[0]
-
-    def _batch(self, observations: np.ndarray) -> np.ndarray:
-        if np.shape(observations)[1:] != self.shape:
-            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
-        return np.asarray(observations)
 
 
 def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:

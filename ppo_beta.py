@@ -7,7 +7,7 @@
 # ///
 """Proximal Policy Optimisation (PPO-clip) with a Beta policy, for bounded continuous actions, of vectors or images.
 
-    python ppo_beta.py --env-id HalfCheetah-v4 --num-envs 16
+    python ppo_beta.py --env-id HalfCheetah-v4
     python ppo_beta.py --config configs/ppo_beta/CarRacing-v3.yaml
     python ppo_beta.py --resume runs/HalfCheetah-v4__ppo_beta__1__20260101-120000
 
@@ -800,32 +800,20 @@ class Policy:
     """
 
     def __init__(self, args: Args, agent: Agent):
-        self.agent, self.discount, self.bootstraps = agent, args.gamma, ("truncated",)
-        self.shape = tuple(agent.moments.mean.shape)
+        self.args, self.agent, self.shape = args, agent, tuple(agent.moments.mean.shape)
         self._act, self._normalise = agent.policy(), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
         if np.shape(observations) == self.shape:
             return self._choose(observations, sample)
-        actions = [self._choose(observation, sample) for observation in self._batch(observations)]
+        if np.shape(observations)[1:] != self.shape:
+            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
+        actions = [self._choose(observation, sample) for observation in observations]
         return np.array(actions).reshape(-1, *self.agent.low.shape)
 
     def _choose(self, observation: np.ndarray, sample: bool) -> np.ndarray:
         alpha, beta = self._act(self._normalise(observation).reshape(1, -1))
         return self.agent.for_environment(draw(alpha, beta) if sample else alpha / (alpha + beta))[0]
-
-    def value(self, observations: np.ndarray) -> np.ndarray:
-        """The discounted return that the critic expects, in the environment's own rewards."""
-        if np.shape(observations) == self.shape:
-            return self.value(np.asarray(observations)[None])[0]
-        rows = self._normalise(self._batch(observations)).reshape(len(observations), -1)
-        values = self.agent.value(torch.tensor(rows, device=self.agent.critic[0].weight.device)).cpu().numpy()
-        return values * self.agent.return_moments.deviation()
-
-    def _batch(self, observations: np.ndarray) -> np.ndarray:
-        if np.shape(observations)[1:] != self.shape:
-            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
-        return np.asarray(observations)
 
 
 def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:

@@ -7,7 +7,7 @@
 # ///
 """Proximal Policy Optimisation (PPO-clip) with a Gaussian policy, for continuous actions.
 
-    python ppo_continuous.py --env-id HalfCheetah-v4 --num-envs 16
+    python ppo_continuous.py --env-id HalfCheetah-v4
     python ppo_continuous.py --resume runs/HalfCheetah-v4__ppo_continuous__1__20260101-120000
 
 Schulman et al. 2017, https://arxiv.org/abs/1707.06347; advantages: https://arxiv.org/abs/1506.02438.
@@ -649,14 +649,15 @@ class Policy:
     """
 
     def __init__(self, args: Args, agent: Agent):
-        self.agent, self.discount, self.bootstraps = agent, args.gamma, ("truncated",)
-        self.shape = tuple(agent.moments.mean.shape)
+        self.args, self.agent, self.shape = args, agent, tuple(agent.moments.mean.shape)
         self._act, self._normalise = in_numpy(agent.actor), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
         if np.shape(observations) == self.shape:
             return self._choose(observations, sample)
-        actions = [self._choose(observation, sample) for observation in self._batch(observations)]
+        if np.shape(observations)[1:] != self.shape:
+            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
+        actions = [self._choose(observation, sample) for observation in observations]
         return np.array(actions).reshape(-1, *self.agent.low.shape)
 
     def _choose(self, observation: np.ndarray, sample: bool) -> np.ndarray:
@@ -664,19 +665,6 @@ class Policy:
         if sample:
             action = action + (self.agent.log_std.cpu().exp() * torch.randn(len(action))).numpy()
         return self.agent.for_environment(action)[0]
-
-    def value(self, observations: np.ndarray) -> np.ndarray:
-        """The discounted return that the critic expects, in the environment's own rewards."""
-        if np.shape(observations) == self.shape:
-            return self.value(np.asarray(observations)[None])[0]
-        rows = self._normalise(self._batch(observations)).reshape(len(observations), -1)
-        values = self.agent.critic(torch.tensor(rows, device=self.agent.log_std.device)).squeeze(-1).cpu().numpy()
-        return values * self.agent.return_moments.deviation()
-
-    def _batch(self, observations: np.ndarray) -> np.ndarray:
-        if np.shape(observations)[1:] != self.shape:
-            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
-        return np.asarray(observations)
 
 
 def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:

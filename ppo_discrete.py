@@ -688,17 +688,17 @@ class Policy:
     """
 
     def __init__(self, args: Args, agent: Agent):
-        self.agent, self.discount, self.bootstraps = agent, args.gamma, ("truncated",)
-        self.args, self.masked = args, args.action_masks
-        self.shape = tuple(agent.moments.mean.shape)
+        self.args, self.agent, self.shape = args, agent, tuple(agent.moments.mean.shape)
+        self.masked = args.action_masks
         self._act, self._normalise = in_numpy(agent.actor), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False, mask: Sequence | None = None) -> np.ndarray:
         if np.shape(observations) == self.shape:
             return self._choose(observations, mask, sample)
-        rows = self._batch(observations)
-        masks = [None] * len(rows) if mask is None else mask
-        actions = [self._choose(*each, sample) for each in zip(rows, masks, strict=True)]
+        if np.shape(observations)[1:] != self.shape:
+            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
+        masks = [None] * len(observations) if mask is None else mask
+        actions = [self._choose(*each, sample) for each in zip(observations, masks, strict=True)]
         return np.array(actions).reshape(-1, *self.agent.low.shape)
 
     def _choose(self, observation: np.ndarray, mask: Sequence | None, sample: bool) -> np.ndarray:
@@ -708,20 +708,6 @@ class Policy:
         if sample:
             logits = logits + gumbel(self.agent.shape).numpy()
         return self.agent.for_environment(logits.argmax(-1))[0]
-
-    def value(self, observations: np.ndarray) -> np.ndarray:
-        """The discounted return that the critic expects, in the environment's own rewards."""
-        if np.shape(observations) == self.shape:
-            return self.value(np.asarray(observations)[None])[0]
-        rows = self._normalise(self._batch(observations)).reshape(len(observations), -1)
-        inputs = torch.tensor(rows, device=next(self.agent.parameters()).device)
-        values = self.agent.critic(inputs).squeeze(-1).cpu().numpy()
-        return values * self.agent.return_moments.deviation()
-
-    def _batch(self, observations: np.ndarray) -> np.ndarray:
-        if np.shape(observations)[1:] != self.shape:
-            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
-        return np.asarray(observations)
 
 
 def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:

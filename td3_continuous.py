@@ -697,14 +697,15 @@ class Policy:
     """
 
     def __init__(self, args: Args, agent: Agent):
-        self.agent, self.discount, self.bootstraps = agent, args.gamma, ("truncated",)
-        self.shape = tuple(agent.moments.mean.shape)
+        self.args, self.agent, self.shape = args, agent, tuple(agent.moments.mean.shape)
         self._act, self._normalise = in_numpy(agent.actor), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
         if np.shape(observations) == self.shape:
             return self._choose(observations, sample)
-        actions = [self._choose(observation, sample) for observation in self._batch(observations)]
+        if np.shape(observations)[1:] != self.shape:
+            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
+        actions = [self._choose(observation, sample) for observation in observations]
         return np.array(actions).reshape(-1, *self.agent.low.shape)
 
     def _choose(self, observation: np.ndarray, sample: bool) -> np.ndarray:
@@ -712,20 +713,6 @@ class Policy:
         if sample:
             action = action + self.agent.exploration_noise * torch.randn(len(action)).numpy()
         return self.agent.for_environment(action)[0]
-
-    def value(self, observations: np.ndarray) -> np.ndarray:
-        """The lower of the critics' values of the policy's action."""
-        if np.shape(observations) == self.shape:
-            return self.value(np.asarray(observations)[None])[0]
-        rows = self._normalise(self._batch(observations)).reshape(len(observations), -1)
-        inputs = torch.tensor(rows, device=self.agent.actor.weights[0].device)
-        actions = self.agent.actor(inputs).squeeze(0).tanh()
-        return self.agent.critics(torch.cat((inputs, actions), -1)).amin(0).squeeze(-1).cpu().numpy()
-
-    def _batch(self, observations: np.ndarray) -> np.ndarray:
-        if np.shape(observations)[1:] != self.shape:
-            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
-        return np.asarray(observations)
 
 
 def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:

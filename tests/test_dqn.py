@@ -617,26 +617,23 @@ def test_masks_that_evaluation_lacks_or_envpool_does_not_give_are_refused(small,
 # ------------------------------------------------------------------------------------------------------------ policy
 
 
-def test_a_value_is_that_of_the_best_action():
+def test_a_policy_does_what_is_worth_most():
     torch.manual_seed(0)
     agent = agent_of(replace(SMALL, norm_obs=True))
     agent.moments.update(np.random.default_rng(0).normal(2, 3, (50, 2)))
     policy, observations = dqn.Policy(SMALL, agent), np.random.default_rng(1).normal(size=(20, 2))
     values = agent.q(torch.tensor(agent.moments.normaliser()(observations)))
-    np.testing.assert_allclose(policy.value(observations), values.amax(-1), rtol=1e-4)
-    assert policy.value(observations[0]) == pytest.approx(values[0].max().item(), rel=1e-4)
     assert np.array_equal(policy(observations), values.argmax(-1) + 3)
-    assert policy.discount == SMALL.gamma and policy.bootstraps == ("truncated",)
 
 
 def test_a_policy_stays_what_it_was_when_the_network_learns_on():
     agent, observations = agent_of(), np.random.default_rng(0).normal(size=(50, 2))
     learners = learners_of(agent, 1.0)
     policy = dqn.Policy(SMALL, agent)
-    before = policy.value(observations)
+    before = policy(observations)
     learners.q.adam_step(torch.randn_like(learners.q.theta), 1e-8)
-    assert np.array_equal(policy.value(observations), before)
-    assert not np.array_equal(dqn.Policy(SMALL, agent).value(observations), before)
+    assert np.array_equal(policy(observations), before)
+    assert not np.array_equal(dqn.Policy(SMALL, agent)(observations), before)
 
 
 def test_a_policy_does_not_depend_on_where_its_observations_lie():
@@ -647,7 +644,7 @@ def test_a_policy_does_not_depend_on_where_its_observations_lie():
         start = -memory.ctypes.data % 64 + offset
         observations = memory[start : start + data.nbytes].view(np.float32).reshape(2, 17)
         observations[:] = data
-        answers.add(policy.value(observations).tobytes())
+        answers.add(policy._judge(observations).tobytes())
     assert len(answers) == 1
 
 
@@ -656,14 +653,14 @@ def test_a_loaded_policy_is_the_one_that_was_trained(small, monkeypatch):
 
     def keep(args, run, agent, step, progress):
         observations = np.random.default_rng(step).normal(size=(50, 1))
-        kept.append((step, observations, dqn.Policy(args, agent).value(observations)))
+        kept.append((step, observations, dqn.Policy(args, agent)(observations)))
         evaluate(args, run, agent, step, progress)
 
     monkeypatch.setattr(dqn, "evaluate", keep)
     run = train(replace(small, num_evals=2, learning_rate=0.01))
-    for step, observations, values in kept:
-        assert np.array_equal(load_policy(run / "policies" / f"step-{step:09d}.pt").value(observations), values)
-    assert np.array_equal(load_policy(str(run / "checkpoint.pt")).value(observations), values)
+    for step, observations, actions in kept:
+        assert np.array_equal(load_policy(run / "policies" / f"step-{step:09d}.pt")(observations), actions)
+    assert np.array_equal(load_policy(str(run / "checkpoint.pt"))(observations), actions)
 
 
 # ----------------------------------------------------------------------------------------------------------- EnvPool

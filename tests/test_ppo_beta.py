@@ -387,7 +387,6 @@ def test_a_policy_acts_as_the_mean_does_and_samples_around_it(shape):
     samples = policy(np.stack([observation] * 2000), sample=True)
     np.testing.assert_allclose(samples.mean(0), policy(observation), atol=0.06)
     np.testing.assert_allclose(samples.std(0), beta_policy.stddev * torch.tensor([4, 1]), rtol=0.06)
-    assert policy.discount == SMALL.gamma and policy.bootstraps == ("truncated",)
 
 
 def test_a_loaded_policy_of_images_has_exactly_the_returns_of_its_evaluation(images):

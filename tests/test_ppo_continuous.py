@@ -665,19 +665,6 @@ def test_the_config_holds_the_rollouts_length(small):
 # ------------------------------------------------------------------------------------------------------------ policy
 
 
-def test_a_value_is_in_the_environments_own_rewards():
-    agent = agent_of()
-    agent.moments.update(np.random.default_rng(0).normal(2, 3, (50, 3)))
-    agent.return_moments.update(np.random.default_rng(1).normal(0, 7, 50))
-    policy = ppo.Policy(SMALL, agent)
-    observations = np.random.default_rng(2).normal(size=(5, 3))
-    inputs = torch.tensor(agent.moments.normaliser()(observations))
-    expected = agent.critic(inputs).squeeze(-1) * agent.return_moments.deviation()
-    np.testing.assert_allclose(policy.value(observations), expected, rtol=1e-5)
-    assert policy.value(observations[0]) == pytest.approx(expected[0].item(), rel=1e-5)
-    assert policy.discount == SMALL.gamma and policy.bootstraps == ("truncated",)
-
-
 def test_a_policy_acts_as_the_mean_does_and_samples_around_it():
     torch.manual_seed(0)
     agent = agent_of(low=[-2, 0], high=[2, 1])

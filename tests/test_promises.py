@@ -46,7 +46,6 @@ class Row:
     filmed: str  # one that is filmed
     mistakes: dict[str, str]  # its own, and what has to be said of them
     clock: dict | None = None  # a run in which the critic learns what Ends-v0 is worth; None where there is no critic
-    values: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor] | None = None  # the critic's, of observations
     compiled: dict = dataclasses.field(default_factory=dict)  # what a compiled run has besides
     kills: int = 2  # in each of those environments; more where what is saved is another
     length: int = 10  # of the episodes of the small run
@@ -78,12 +77,6 @@ Q_CLOCK = {
 }
 
 
-def lowest(agent: torch.nn.Module, observations: torch.Tensor) -> torch.Tensor:
-    """Of two critics, where every action is as good as any other."""
-    inputs = torch.cat((observations, torch.zeros(len(observations), 1)), 1)
-    return agent.critics(inputs).amin(0).squeeze(-1)
-
-
 SCRIPTS = {
     "ppo_continuous": Row(
         small={
@@ -104,7 +97,6 @@ SCRIPTS = {
         filmed="Pendulum-v1",
         kills=4,
         clock=PPO_CLOCK,
-        values=lambda agent, seen: agent.critic(seen).squeeze(-1) * agent.return_moments.deviation(),
         mistakes={
             "--env-id CartPole-v1": "--env-id CartPole-v1: acts in Discrete(2)",
             "--env-id tests.envs:Bits-v0": "MultiBinary(3)",
@@ -179,7 +171,6 @@ SCRIPTS = {
         played="Hopper-v4",
         filmed="Pendulum-v1",
         clock=Q_CLOCK | {"actor_sizes": (1,), "autotune": False, "alpha": 1e-6},
-        values=lowest,
         compiled={"norm_obs": True},
         kills=4,
         mistakes={
@@ -229,7 +220,6 @@ SCRIPTS = {
         played="Hopper-v4",
         filmed="Pendulum-v1",
         clock=Q_CLOCK | {"actor_sizes": (1,), "policy_frequency": 1},
-        values=lowest,
         compiled={"norm_obs": True, "policy_frequency": 2},
         mistakes={
             "--env-id CartPole-v1": "--env-id CartPole-v1: acts in Discrete(2)",
@@ -271,7 +261,6 @@ SCRIPTS = {
         played="Hopper-v4",
         filmed="Pendulum-v1",
         clock=PPO_CLOCK,
-        values=lambda agent, seen: agent.value(seen) * agent.return_moments.deviation(),
         compiled={"env_id": "tests.envs:Filmed-v0", "resize": 16, "ent_coef": 0.01},
         mistakes={
             "--env-id CartPole-v1": "--env-id CartPole-v1: acts in Discrete(2)",
@@ -307,7 +296,6 @@ SCRIPTS = {
         played="LunarLander-v3",
         filmed="LunarLander-v3",
         clock=PPO_CLOCK | {"env_id": "tests.envs:TickingEnds-v0"},
-        values=lambda agent, seen: agent.critic(seen).squeeze(-1) * agent.return_moments.deviation(),
         compiled={"ent_coef": 0.01},
         mistakes={
             "--env-id Pendulum-v1": "--env-id Pendulum-v1: acts in Box(-2.0, 2.0, (1,), float32)",
@@ -396,7 +384,6 @@ SCRIPTS = {
         filmed="LunarLander-v3",
         clock={name: value for name, value in Q_CLOCK.items() if name != "critic_sizes"}
         | {"env_id": "tests.envs:TickingEnds-v0", "hidden_sizes": (64, 64), "updates_per_step": 0.5},
-        values=lambda agent, seen: agent.q(seen).amax(-1),
         compiled={"norm_obs": True, "n_step": 3, "target_network_frequency": 2, "tau": 0.5},
         kills=4,
         mistakes={
@@ -642,14 +629,25 @@ def test_filming_changes_nothing_and_shows_the_best_episode(script, monkeypatch)
         assert abs(clip.n_frames - int(best["length"])) <= 1 and clip.get_frame(1).std() > 5
 
 
+def values_of(agent: torch.nn.Module, observations: np.ndarray) -> torch.Tensor:
+    """What the critics expect of the agent's own actions, in the environment's rewards."""
+    inputs = torch.tensor(agent.moments.normaliser()(observations))
+    if hasattr(agent, "q"):
+        return agent.q(inputs).amax(-1)
+    if hasattr(agent, "critics"):
+        actions = agent.actor(inputs).squeeze(0)[:, : agent.low.numel()].tanh()
+        return agent.critics(torch.cat((inputs, actions), -1)).amin(0).squeeze(-1)
+    return agent.critic(inputs).squeeze(-1) * agent.return_moments.deviation()
+
+
 @those_with(lambda row: row.clock)
 def test_truncation_bootstraps_and_termination_does_not(script):
     run = script.train(**{"num_evals": 0} | script.row.clock)
     agent = script.module.load_policy(run / "checkpoint.pt").agent
     t = np.arange(20)
-    observations = torch.tensor(np.append(t / 20, -1), dtype=torch.float32)[:, None]
+    observations = np.append(t / 20, -1)[:, None]
     expected = 10 * np.append(1 - 0.9 ** (20 - t), 1)  # with the other's, the last of these would be 6 and 10
-    np.testing.assert_allclose(script.row.values(agent, observations).numpy(force=True), expected, atol=1.5)
+    np.testing.assert_allclose(values_of(agent, observations), expected, atol=1.5)
 
 
 @needs_compiler

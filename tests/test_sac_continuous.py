@@ -636,20 +636,6 @@ def test_a_policy_acts_as_the_mean_does_and_samples_around_it():
     np.testing.assert_allclose(u.std(0), deviation, rtol=0.05)
 
 
-def test_a_value_is_the_lower_of_the_critics_of_the_policys_own_action():
-    torch.manual_seed(0)
-    agent = agent_of(replace(SMALL, norm_obs=True))
-    agent.moments.update(np.random.default_rng(0).normal(2, 3, (50, 3)))
-    policy, observations = sac.Policy(SMALL, agent), np.random.default_rng(1).normal(size=(20, 3))
-    inputs = torch.tensor(agent.moments.normaliser()(observations))
-    actions = torch.tensor(policy(observations), dtype=torch.float32)
-    both = agent.critics(torch.cat((inputs, actions), -1)).squeeze(-1)
-    assert set(both.argmin(0).tolist()) == {0, 1}
-    np.testing.assert_allclose(policy.value(observations), both.amin(0), rtol=1e-4)
-    assert policy.value(observations[0]) == pytest.approx(both[:, 0].min().item(), rel=1e-4)
-    assert policy.discount == SMALL.gamma and policy.bootstraps == ("truncated",)
-
-
 def test_a_policy_does_not_depend_on_where_its_observations_lie():
     policy = sac.Policy(SMALL, agent_of(SMALL, 17))
     data, answers = np.random.default_rng(0).normal(size=(2, 17)).astype(np.float32), set()

@@ -465,20 +465,6 @@ def test_a_policy_acts_without_noise_and_samples_with_that_of_training():
     assert wild.min(0).tolist() == [-2, 0] and wild.max(0).tolist() == [2, 1]
 
 
-def test_a_value_is_the_lower_of_the_critics_of_the_policys_action():
-    agent = agent_with_moments()
-    policy, observations = td3.Policy(SMALL, agent), np.random.default_rng(1).normal(size=(20, 3))
-    inputs = torch.tensor(agent.moments.normaliser()(observations))
-    actions = torch.tensor((policy(observations) - [0, 0.5]) / [2, 0.5], dtype=torch.float32)
-    both = agent.critics(torch.cat((inputs, actions), -1)).squeeze(-1)
-    agent.critics.biases[-1][0] -= (both[0] - both[1]).median()  # so that each is the lower of some
-    both = agent.critics(torch.cat((inputs, actions), -1)).squeeze(-1)
-    assert set(both.argmin(0).tolist()) == {0, 1}
-    np.testing.assert_allclose(policy.value(observations), both.amin(0), rtol=1e-4, atol=1e-6)
-    assert policy.value(observations[0]) == pytest.approx(both[:, 0].min().item(), rel=1e-4)
-    assert policy.discount == SMALL.gamma and policy.bootstraps == ("truncated",)
-
-
 def test_a_loaded_policy_is_the_one_that_was_trained(small, monkeypatch):
     kept, evaluate = [], td3.evaluate
 
