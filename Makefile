@@ -11,7 +11,7 @@ train: $(VENV)/train
 test: $(VENV)/dev
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/python -m pytest -n auto
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 docs: $(VENV)/docs # the site, in site/
 	$(VENV)/bin/mkdocs build --strict

@@ -139,6 +139,24 @@ class Ticks(Clock):
     action_space = gym.spaces.Discrete(2)
 
 
+class Ends(Clock):
+    """The clock in episodes that end by themselves; those of odd seeds are cut, and show -1 instead."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        self.cut = seed % 2 == 1
+        return super().reset(seed=seed)[0] - self.cut, {}
+
+    def step(self, action):
+        observation, *results = super().step(action)
+        return np.where(self.cut, np.float32(-1), observation), *results
+
+
+class TickingEnds(Ends):
+    action_space = gym.spaces.Discrete(2)
+
+
 class Echo(gym.Env):
     """Pays the share of an action's parts that name what the observation shows; each part begins at another number.
 
@@ -286,6 +304,8 @@ class Several(Clock):
 
 gym.register("Clock-v0", Clock)
 gym.register("Ticks-v0", Ticks)
+gym.register("Ends-v0", Ends)
+gym.register("TickingEnds-v0", TickingEnds)
 gym.register("Echo-v0", Echo)
 gym.register("Signs-v0", Signs)
 gym.register("Opposites-v0", Opposites)

@@ -16,7 +16,6 @@ import tyro
 import yaml
 
 from benchmark.__main__ import COMMANDS, WITH_WORDS, later
-from tests.test_promises import SCRIPTS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -54,31 +53,16 @@ def undescribed_columns(page: str, columns: dict[str, list[str]]) -> list[str]:
     return missing
 
 
-@pytest.fixture(scope="module")
-def columns(tmp_path_factory):
-    """The columns of a script's tables, by a run of a second."""
-
-    def of(script: str) -> dict[str, list[str]]:
-        module = importlib.import_module(script)
-        settings = SCRIPTS[script].small | {"compile": False, "runs_dir": str(tmp_path_factory.mktemp(script))}
-        settings |= {"num_evals": 1, "eval_episodes": 1}
-        if "num_steps" in settings:
-            settings["total_timesteps"] = settings["num_envs"] * settings["num_steps"]
-        run = module.train(module.Args(**settings))
-        names = ("progress", "episodes", "evaluations")
-        return {name: (run / f"{name}.csv").read_text().splitlines()[0].split(",") for name in names}
-
-    return of
-
-
 @pytest.mark.parametrize("script", NAMES)
 def test_every_flag_has_an_entry_with_its_default(script):
     assert undescribed_flags(script, page_of(script)) == []
 
 
 @pytest.mark.parametrize("script", NAMES)
-def test_every_column_has_an_entry(script, columns):
-    assert undescribed_columns(page_of(script), columns(script)) == []
+def test_every_column_has_an_entry(script, finished_run):
+    run, tables = finished_run(script), ("progress", "episodes", "evaluations")
+    columns = {table: (run / f"{table}.csv").read_text().splitlines()[0].split(",") for table in tables}
+    assert undescribed_columns(page_of(script), columns) == []
 
 
 def test_a_missing_entry_is_noticed():

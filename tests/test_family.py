@@ -46,6 +46,14 @@ def test_every_script_belongs_to_the_family():
     assert {path.name for path in SCRIPTS} == {family.FLAGSHIP, *family.DIFFERENT}
 
 
+def test_every_script_hears_of_interrupts():
+    """What it is run by is no block, and only of some scripts is a process interrupted in the tests."""
+    for path in SCRIPTS:
+        *_, last = ast.parse(path.read_text()).body
+        assert ast.unparse(last).startswith("if __name__ == '__main__':"), path.name
+        assert ast.unparse(last.body[-1]) == "train(interrupts=catch_interrupts(), args=parse())", path.name
+
+
 def test_every_exception_is_one():
     """What stands in DIFFERENT is in both scripts, and differs."""
     ours = (ROOT / family.FLAGSHIP).read_text()

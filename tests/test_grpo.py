@@ -14,7 +14,6 @@ import yaml
 import grpo
 from grpo import Args, train
 from tests.envs import Luck
-from tests.marks import needs_compiler
 from tests.test_promises import rows
 from tools import family
 
@@ -376,34 +375,6 @@ def test_an_update_stops_at_the_gradient_norm():
         measures = grpo.update(agent, replace(SMALL, max_grad_norm=limit), learner, batch, torch.tensor(0.0))
         norm = min(limit, measures[-1].item())
         assert 10 * learner.first_moment.norm() == pytest.approx(norm, rel=1e-3)
-
-
-@needs_compiler
-def test_the_compiled_update_is_the_update():
-    agent, batch = example()
-    learner, said, kl_coef = grpo.Learner.of(agent, "cpu"), [], torch.tensor(0.1)
-    learner.learning_rate.fill_(1e-3)
-    fast = grpo.compile_update(SMALL, agent, learner, SimpleNamespace(say=said.append), ())
-    assert "compiled in" in said[-1] and not torch.count_nonzero(learner.first_moment)
-    start, results = [tensor.clone() for tensor in learner], []
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for function in (fast, grpo.update):
-            for tensor, value in zip(learner, start, strict=True):
-                tensor.copy_(value)
-            measures = [
-                function(agent, SMALL, learner, grpo.fill(batch, torch.arange(size), 32), kl_coef * size)
-                for size in (32, 20)
-            ]
-            results.append((learner.theta.clone(), torch.stack(measures)))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
-
-
-@needs_compiler
-def test_a_run_compiles_once(small):
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        run = train(replace(small, **PENDULUM, compile=True))
-    assert "compiled in" in (run / "run.log").read_text()
 
 
 def test_the_penalty_adapts_outside_its_dead_band():

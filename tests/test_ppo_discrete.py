@@ -19,7 +19,6 @@ import ppo_discrete as ppo
 from benchmark.evaluate import play
 from ppo_discrete import Args, train
 from tests.envs import Barred
-from tests.marks import needs_compiler
 from tests.test_promises import rows
 
 SMALL = Args(
@@ -171,22 +170,6 @@ def test_a_policy_takes_the_likeliest_choice_and_samples_by_the_probabilities(sp
         assert 1.2 / len(part.probs) < part.probs.max() < 0.98
 
 
-@needs_compiler
-def test_the_compiled_update_is_the_update():
-    space, args = SPACES["MultiDiscrete"], replace(SMALL, num_envs=4, num_steps=16, num_minibatches=2, ent_coef=0.01)
-    agent = agent_of(space, args)
-    batch, learner, said = random_batch(agent, space), learner_of(agent, rate=1e-3), []
-    fast = ppo.compile_update(args, agent, learner, SimpleNamespace(say=said.append), ())
-    assert "compiled in" in said[-1] and not torch.count_nonzero(learner.first_moment)
-    indices, start = torch.randperm(64)[:32], [tensor.clone() for tensor in learner]
-    measures = fast(agent, args, learner, batch, indices)
-    compiled = learner.theta.clone()
-    for tensor, value in zip(learner, start, strict=True):
-        tensor.copy_(value)
-    torch.testing.assert_close(ppo.update(agent, args, learner, batch, indices), measures)
-    torch.testing.assert_close(learner.theta, compiled)
-
-
 # ----------------------------------------------------------------------------------------------- from steps to batches
 
 TURNS = replace(UNMASKED, env_id="tests.envs:Turns-v0", num_steps=200, norm_obs=False)
@@ -266,8 +249,8 @@ def test_epochs_of_minibatches_end_once_one_has_moved_too_far(played):
 
 @pytest.mark.parametrize("env_id", ["Echo-v0", "Signs-v0"])
 def test_learns_what_to_say_wherever_the_numbers_start(small, env_id):
-    args = replace(small, env_id=f"tests.envs:{env_id}", total_timesteps=12_800, num_steps=64, num_evals=1)
-    run = train(replace(args, learning_rate=5e-3, update_epochs=5, gamma=0.0, eval_episodes=10))
+    args = replace(small, env_id=f"tests.envs:{env_id}", total_timesteps=6400, num_steps=64, num_evals=1)
+    run = train(replace(args, learning_rate=0.01, update_epochs=5, gamma=0.0, eval_episodes=10))
     assert np.mean([float(row["return"]) for row in rows(run, "evaluations")]) > 9  # of 10; at random less than 4
 
 
