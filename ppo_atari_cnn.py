@@ -501,7 +501,8 @@ def collect(
             episodes += [when | {"return": total, "length": length} for total, length in finished]
     observations[T] = torch.from_numpy(envs.observations)
     outputs[T] = look(observations[T])
-    tensors = actions, log_prob(outputs[:T, :, :A], actions), outputs[..., A], torch.cat(last_values)
+    values = outputs[..., A].contiguous()  # for other strides the update would be compiled again
+    tensors = actions, log_prob(outputs[:T, :, :A], actions), values, torch.cat(last_values)
     tensors += tuple(map(torch.from_numpy, (rewards, terminated, truncated, chosen)))
     return Rollout(observations, episodes, *(tensor.to(device) for tensor in tensors))
 

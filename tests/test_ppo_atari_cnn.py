@@ -6,7 +6,6 @@ import json
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -16,7 +15,6 @@ from torch import nn
 
 import ppo_atari_cnn as ppo
 from ppo_atari_cnn import Args, Environments, make_eval_env, train
-from tests.marks import needs_compiler
 from tests.test_promises import load, rows
 
 SMALL = Args(
@@ -276,23 +274,6 @@ def test_loss_equals_the_papers(agent, clip_vloss, norm_adv):
     torch.testing.assert_close(kl, (ratio - 1 - ratio.log()).mean())
     torch.testing.assert_close(clipped, ((ratio - 1).abs() > 0.1).float().mean())
     torch.testing.assert_close(loss, policy_loss + 0.5 * value_loss - 0.01 * entropy)
-
-
-@needs_compiler
-def test_the_compiled_update_is_the_update(agent):
-    args, said = replace(SMALL, num_steps=16), []
-    batch, learner = random_batch(agent), ppo.Learner.of(agent, "cpu")
-    learner.learning_rate.fill_(1e-4)
-    fast = ppo.compile_update(args, agent, learner, SimpleNamespace(say=said.append), ())
-    assert "compiled in" in said[-1] and not torch.count_nonzero(learner.first_moment)
-    indices, start = torch.randperm(32)[:16], [tensor.clone() for tensor in learner]
-    with torch.compiler.set_stance("fail_on_recompile"):  # what a run calls it with is what it was compiled for
-        measures = fast(agent, args, learner, batch, indices)
-    compiled = learner.theta.clone()
-    for tensor, value in zip(learner, start, strict=True):
-        tensor.copy_(value)
-    torch.testing.assert_close(ppo.update(agent, args, learner, batch, indices), measures, atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(learner.theta, compiled, atol=2e-5, rtol=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------------- learning

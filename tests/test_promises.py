@@ -652,13 +652,11 @@ def test_truncation_bootstraps_and_termination_does_not(script):
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    "script", [name for name in SCRIPTS if name not in ("ppo_continuous", "ppo_atari_cnn")], indirect=True
-)
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "ppo_continuous"], indirect=True)
 def test_what_is_compiled_is_the_update(script, monkeypatch):
     """In a run: it is compiled once, which changes nothing, and then computes what the update does, of every kind.
 
-    The other two have such a test of their own.
+    The flagship has such a test of its own.
     """
     module, compile_update, calls = script.module, script.module.compile_update, Counter()
 
