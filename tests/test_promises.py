@@ -738,9 +738,11 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_were_not(script, k
         assert rows(undisturbed, table) == rows(run, table)
 
 
-@pytest.mark.parametrize("script", ["ppo_continuous", "dqn"], indirect=True)  # without a replay buffer, and with one
-def test_a_run_may_be_killed_at_any_operation_on_its_files(script, processes):
-    settings = {"num_evals": 2, "checkpoint_every": 512}
+@pytest.mark.parametrize(
+    ("script", "evaluations"), [("ppo_continuous", 2), ("dqn", 1)], indirect=["script"]
+)  # without a replay buffer, and with one
+def test_a_run_may_be_killed_at_any_operation_on_its_files(script, evaluations, processes):
+    settings = {"num_evals": evaluations, "checkpoint_every": 512}
     undisturbed = script.train(**settings, runs_dir=str(script.runs / "undisturbed"))
     runs = script.runs / "killed"
     words, number, died, policies = script.words(**settings, runs_dir=str(runs)), 0, True, set()
@@ -802,8 +804,11 @@ def wait_for(condition, seconds: float = 60) -> object:
     return found
 
 
-@about("catch_interrupts", "Run.begin", "Run.stop")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("script", "number"),  # a `Run` each of its own
+    [("ppo_continuous", signal.SIGINT), ("sac_continuous", signal.SIGTERM), ("dqn", signal.SIGINT)],
+    indirect=["script"],
+)
 def test_an_interrupted_run_says_how_to_go_on_and_is_nobody_elses_until_then(script, number, capsys):
     words = [sys.executable, str(script.path), *script.words(total_timesteps=1e6, checkpoint_every=1e6, num_evals=0)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:

@@ -253,20 +253,20 @@ def test_a_job_that_hangs_is_ended(tmp_path, capsys, monkeypatch, mood):
 def test_a_stopped_sweep_stops_its_jobs_and_goes_on_later(tmp_path):
     words = [sys.executable, "-m", "benchmark", "sweep", "--scripts", "ppo_continuous", "--env-ids", "Pendulum-v1"]
     words += ["--seeds", "2", "--workers", "2", "-o", str(tmp_path / "out"), "--", *REAL, "--num-evals", "0"]
-    words[words.index("1024")] = "20480"
+    words[words.index("1024")] = "6144"
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    while sum(len(run.last_rows("progress", 5)) == 5 for run in runs(tmp_path)) < 2:
+    while sum(len(run.last_rows("progress", 3)) == 3 for run in runs(tmp_path)) < 2:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert "stopped; the same command goes on" in process.communicate(timeout=120)[0]
     assert process.returncode == 130
     stopped = [run.last_rows("progress", 1)[0]["step"] for run in runs(tmp_path)]
-    assert all(run.result is None and run.last_checkpoint.exists() for run in runs(tmp_path)) and max(stopped) < 20480
+    assert all(run.result is None and run.last_checkpoint.exists() for run in runs(tmp_path)) and max(stopped) < 6144
 
     assert subprocess.run(words, cwd=ROOT, capture_output=True).returncode == 0
     finished = runs(tmp_path)
-    assert len(finished) == 2 and all(run.result["steps"] == 20480 for run in finished)
-    assert [len(run.table("progress")["step"]) for run in finished] == [160, 160]
+    assert len(finished) == 2 and all(run.result["steps"] == 6144 for run in finished)
+    assert [len(run.table("progress")["step"]) for run in finished] == [48, 48]
 
 
 def test_a_killed_sweep_takes_its_jobs_along(tmp_path):
