@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shlex
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,6 +198,14 @@ def mixed_versions(groups: list[Group]) -> list[str]:
     ]
 
 
+def repeatable(command: str) -> str:
+    """A run's command without where python, the script and the run lay."""
+    words = shlex.split(command)
+    if "--runs-dir" in words:
+        del words[(place := words.index("--runs-dir")) : place + 2]
+    return shlex.join(["python", *(Path(word).name for word in words[1:2]), *words[2:]])
+
+
 def provenance(groups: list[Group]) -> Table:
     header = ["environment", "method", "seeds", "commit", "versions", "host", "device", "command of the first"]
     rows = []
@@ -206,7 +215,12 @@ def provenance(groups: list[Group]) -> Table:
         versions = {" ".join(f"{k} {v}" for k, v in m.get("packages", {}).items()) for m in metas}
         places = [", ".join(sorted({str(m.get(name, "-")) for m in metas})) for name in ("host", "device")]
         seeds = " ".join(str(run.config["seed"]) for run in group.runs)
-        told = [", ".join(sorted(commits)), "; ".join(sorted(versions)), *places, metas[0].get("command", "-")]
+        told = [
+            ", ".join(sorted(commits)),
+            "; ".join(sorted(versions)),
+            *places,
+            repeatable(metas[0].get("command", "")),
+        ]
         rows.append([group.env_id, group.method, seeds, *told])
     return Table(header, rows)
 

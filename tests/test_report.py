@@ -12,7 +12,7 @@ from scipy.stats import trim_mean
 
 pytest.importorskip("matplotlib")
 
-from benchmark import figures, stats
+from benchmark import figures, stats, tables
 from benchmark.__main__ import main
 from benchmark.compose import FILMS_LIMIT
 from benchmark.groups import gather, methods_of
@@ -443,3 +443,9 @@ def test_improvement_counts_every_seed_where_environments_have_different_numbers
     ]
     middle, low, high = stats.probability_of_improvement(pairs)
     assert middle == pytest.approx(np.mean([4.5 / 9, 0.5])) and 0 <= low < middle < high <= 1
+
+
+def test_a_command_is_told_without_where_things_lay():
+    command = "/home/me/.venv/bin/python /home/me/solorl/ppo_x.py --env-id Hopper-v4 --runs-dir '/home/me/a b' --seed 2"
+    assert tables.repeatable(command) == "python ppo_x.py --env-id Hopper-v4 --seed 2"
+    assert tables.repeatable("") == "python"
