@@ -130,13 +130,13 @@ def alone(held: IO) -> dict[str, object]:
 def run_job(job: Job, stopped: Callable[[], bool] = lambda: False, silence: float = SILENCE, grace: float = 0.0) -> str:
     """Runs a job to its end: "done", "failed" or, once `stopped` says so, "interrupted".
 
-    A job that writes nothing for `silence` seconds is ended; that is a failure too, as is one whose files cannot be
-    written. One that is stopped is told after `grace` seconds, if it has not ended by itself.
+    A job that writes nothing for `silence` seconds is ended; that is a failure too, as is one that cannot be begun or
+    whose files cannot be written. One that is stopped is told after `grace` seconds, if it has not ended by itself.
     """
     try:
         return carry_out(job, stopped, silence, grace)
-    except OSError:
-        return "failed"
+    except OSError as error:
+        return fail(job, f"could not be run: {error}")
 
 
 def carry_out(job: Job, stopped: Callable[[], bool], silence: float, grace: float) -> str:

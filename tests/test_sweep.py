@@ -348,6 +348,15 @@ def test_half_a_run_directory_is_not_taken_for_a_run(tmp_path):
     assert len(runs(tmp_path)) == 1
 
 
+def test_a_job_that_cannot_be_begun_says_why(tmp_path, monkeypatch):
+    def none(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    (job,) = jobs_in(tmp_path)
+    monkeypatch.setattr("benchmark.jobs.subprocess.Popen", none)
+    assert jobs.run_job(job) == "failed" and "Cannot allocate memory" in job.reason()["reason"]
+
+
 def test_a_job_that_cannot_be_written_fails_alone(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "Nowhere-v0__scripts__1").touch()
