@@ -713,7 +713,8 @@ def test_what_is_not_finite_stops_the_run(script, capsys):
 def processes():
     """Starts processes that have imported everything already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro", "mujoco", *SCRIPTS])
+    slow = ["torch._dynamo", "torch.utils.tensorboard", "gymnasium", "tyro", "mujoco"]  # imported by the first update
+    context.set_forkserver_preload([*slow, *SCRIPTS])
     multiprocessing.forkserver.ensure_running()
     return context.Process
 
