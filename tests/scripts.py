@@ -40,7 +40,7 @@ def main() -> None:
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in vars(args).items() if k != "resume"}))
         (run / Path(__file__).name).write_text(Path(__file__).read_text())
-        (run / "meta.json").write_text(json.dumps({"script": Path(__file__).stem}))
+        (run / "meta.json").write_text(json.dumps({"script": Path(__file__).stem, "folder": os.getcwd()}))
         (run / "progress.csv").write_text("step,wall_time,sps\n")
         (run / "episodes.csv").write_text("step,wall_time,return,length\n")
         (run / "evaluations.csv").write_text("step,episode,seed,return,length\n")

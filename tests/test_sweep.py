@@ -250,6 +250,18 @@ def test_a_job_that_hangs_is_ended(tmp_path, capsys, monkeypatch, mood):
         os.kill(int(told.split("began ")[1].split()[0]), 0)
 
 
+def test_a_job_lives_as_long_as_it_writes_to_its_log_or_a_table_and_runs_where_the_sweep_began(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where relative paths among its arguments are meant from
+    assert sweep(suite(tmp_path), "-o", "out") == 0
+    (run,), (job,) = runs(tmp_path), jobs_in(tmp_path)
+    assert run.meta["folder"] == str(tmp_path)
+    with job.log.open("ab") as log:
+        for path in (job.log, run.directory / "progress.csv", run.directory / "episodes.csv", job.log):
+            os.utime(path, (now := time.time() + 1000, now))
+            assert jobs.last_sign(job, log) == path.stat().st_mtime
+            os.utime(path, (0, 0))
+
+
 def test_a_stopped_sweep_stops_its_jobs_and_goes_on_later(tmp_path):
     words = [sys.executable, "-m", "benchmark", "sweep", "--scripts", "ppo_continuous", "--env-ids", "Pendulum-v1"]
     words += ["--seeds", "2", "--workers", "2", "-o", str(tmp_path / "out"), "--", *REAL, "--num-evals", "0"]
