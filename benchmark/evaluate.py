@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from benchmark.errors import refuse
-from benchmark.options import at_least, make_folder, read_kwargs
+from benchmark.options import at_least, make_folder, need, read_kwargs
 from benchmark.runs import Run, find_runs, replacing, write_table
 
 AT_ONCE = 20  # environments played side by side
@@ -333,6 +333,8 @@ def evaluate(
     """
     at_least(1, episodes=episodes)
     at_least(0, seeds=min(seeds, default=0))
+    if analyze_value:
+        need("matplotlib")
     kwargs = read_kwargs(env_kwargs)
     if draw_without_display() and render:
         refuse("--render: there is no display here; --gif and --video make a film")
