@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from benchmark import jobs, suites
 from benchmark.__main__ import COMMANDS, main
 from benchmark.jobs import tail
 from benchmark.runs import Run, find_runs, write_table
+from benchmark.sweep import run_sweep
 
 ROOT = Path(__file__).parent.parent
 STANDIN = str(ROOT / "tests" / "scripts.py")
@@ -350,6 +352,19 @@ def jobs_in(tmp_path: Path, **content: object) -> list[jobs.Job]:
     from benchmark.suites import jobs_of, read_suite
 
     return jobs_of(read_suite(Path(suite(tmp_path, **content))), tmp_path / "out", 1)
+
+
+def test_what_was_interrupted_goes_on_before_anything_begins(tmp_path):
+    first, second = jobs_in(tmp_path, seeds=2, args={"mood": "leave"})
+    subprocess.run(second.command(), check=True, stdout=subprocess.DEVNULL)
+    begun = []
+
+    def execute(waiting: list[jobs.Job], _: object) -> Iterator[tuple[jobs.Job, str]]:
+        begun.extend(waiting)
+        yield from ((job, "failed") for job in waiting)
+
+    run_sweep([first, second], {}, execute)
+    assert begun == [second, first]
 
 
 def test_half_a_run_directory_is_not_taken_for_a_run(tmp_path):
