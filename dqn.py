@@ -572,7 +572,7 @@ def collect(
     actions = choose(values, torch.rand((N, 1 + A)).numpy(), epsilon_of(args, step), masks_of(args, agent, envs))
     watch.lap("acting")
     true_next, rewards, terminated, truncated, finished = envs.step(agent.for_environment(actions))
-    if not (np.isfinite(rewards).all() and np.isfinite(true_next).all()):
+    if not all((np.abs(numbers) < 3e38).all() for numbers in (rewards, true_next, envs.observations)):  # as float32
         raise FloatingPointError(f"not finite at step {step + N:,}: what the environment pays or shows")
     ended = terminated | truncated
     seen = np.concatenate((true_next[ended], envs.observations)) if finished else envs.observations
@@ -593,9 +593,11 @@ def masks_of(args: Args, agent: Agent, envs: Environments, ended: np.ndarray | N
     if not args.action_masks:
         return np.ones((args.num_envs + ended.sum(), agent.count), bool)
     now = allowed(args, agent.count, envs.envs.get_attr("mask"))
+    if not ended.any():
+        return now
     last = [mask for mask, over in zip(envs.envs.get_attr("last_mask"), ended, strict=True) if over]
     last = [mask if mask is not None and np.any(mask) else np.ones(agent.count) for mask in last]
-    return np.concatenate((allowed(args, agent.count, last), now)) if last else now
+    return np.concatenate((allowed(args, agent.count, last), now))
 
 
 def improve(
@@ -679,7 +681,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                 continue
             means = torch.stack(measured).nanmean(0).tolist() if measured else [math.nan] * len(MEASURES)
             measures, measured = dict(zip(MEASURES, means, strict=True)), []
-            if not learners.q.theta.isfinite().all():
+            if math.inf in map(abs, means) or not learners.q.theta.isfinite().all():
                 raise FloatingPointError(f"not finite at step {step:,}: {measures}")
             watch.lap("updating")
             seconds = {name: spent - booked[name] for name, spent in watch.seconds.items()}
@@ -1047,7 +1049,9 @@ class Run(ExitStack):
                 self.tensorboard.add_scalar(kind + name.replace("sps", "SPS"), row[name], row["step"])
 
     def save(self, step: int) -> None:
-        """The checkpoint before this one stays as `checkpoint.previous.pt`."""
+        """The checkpoint before this one stays as `checkpoint.previous.pt`. Of networks that diverged there is none."""
+        if not all(parameter.isfinite().all() for parameter in self.agent.parameters()):
+            raise FloatingPointError(f"not finite at step {step:,}: the parameters")
         sizes = {}
         for path in self.directory.glob("*.csv"):
             with path.open("a") as file:
@@ -1123,7 +1127,8 @@ def refuse(problem: str) -> NoReturn:
 
 
 RANGES = {
-    "between 1 and 1e15": (1, 1e15, "total_timesteps checkpoint_every num_envs eval_episodes"),
+    "between 1 and 1e9": (1, 1e9, "total_timesteps"),  # observations are numbered in 32 bits
+    "between 1 and 1e15": (1, 1e15, "checkpoint_every num_envs eval_episodes"),
     "between 1 and 1e12": (1, 1e12, "buffer_size"),
     "between 1 and 65536": (1, 65536, "batch_size target_network_frequency hidden_sizes"),
     "between 1 and 100": (1, 100, "n_step"),  # so many steps are compiled
@@ -1190,7 +1195,7 @@ def memory_of(args: Args) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
+def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete]:
     """The environments, and the arguments as they can be; what cannot work is refused before anything is written."""
     for name, package in (("vec", "envpool"), ("track", "wandb")):
         if getattr(args, name) in (package, True) and not find_spec(package):
@@ -1205,7 +1210,7 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
     N, starts, spaces = args.num_envs, args.learning_starts, []
     if args.total_timesteps < starts + N:
-        refuse(f"--total-timesteps {args.total_timesteps}: must be above --learning-starts {starts}")
+        refuse(f"--total-timesteps {args.total_timesteps}: must be at least {starts + N}, after --learning-starts")
     if 0 < (risen := args.lr_warmup * args.total_timesteps) <= starts:
         refuse(f"--lr-warmup {args.lr_warmup:g}: ends at step {risen:,.0f}, before --learning-starts {starts}")
     if args.buffer_size < 4 * N:

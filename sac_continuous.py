@@ -381,7 +381,6 @@ class Networks(nn.Module):
 
     def __init__(self, count: int, sizes: tuple[int, ...]):
         super().__init__()
-        self.count = count
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for inputs, outputs in itertools.pairwise(sizes):
             bound = inputs**-0.5  # as in torch's linear layers
@@ -390,7 +389,7 @@ class Networks(nn.Module):
 
     def forward(self, inputs: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """(B, inputs) to (count, B, outputs); what lies between the first and the last layer is computed in `dtype`."""
-        x = inputs.expand(self.count, *inputs.shape)
+        x = inputs.expand(len(self.weights[0]), *inputs.shape)
         *hidden, (weight, bias) = zip(self.weights, self.biases, strict=True)
         for n, (hidden_weight, hidden_bias) in enumerate(hidden):
             kind = dtype if n else torch.float32  # observations need all of their digits
@@ -592,7 +591,7 @@ def collect(
     args: Args, agent: Agent, act: Callable, buffer: ReplayBuffer, envs: Environments, step: int, watch: "Stopwatch"
 ) -> list[dict]:
     """A step of every environment from `step` on, into the buffer; the rows of episodes.csv."""
-    N, A, device = args.num_envs, agent.low.numel(), agent.log_alpha[0].device
+    N, A, device = args.num_envs, agent.low.numel(), buffer.rings.rewards.device
     if step < args.learning_starts:
         actions = 2 * torch.rand((N, A), device=device) - 1
     else:
@@ -600,8 +599,10 @@ def collect(
         actions = act(inputs, torch.randn((N, A), device=device))
     environment_actions = agent.for_environment(actions.cpu().numpy())
     watch.lap("acting")
+    if not np.isfinite(environment_actions).all():
+        raise FloatingPointError(f"not finite at step {step + N:,}: what the policy does")
     true_next, rewards, terminated, truncated, finished = envs.step(environment_actions)
-    if not (np.isfinite(rewards).all() and np.isfinite(true_next).all()):
+    if not all((np.abs(numbers) < 3e38).all() for numbers in (rewards, true_next, envs.observations)):  # as float32
         raise FloatingPointError(f"not finite at step {step + N:,}: what the environment pays or shows")
     ended = terminated | truncated
     buffer.add(actions, rewards, terminated, ended, true_next, envs.observations)
@@ -622,7 +623,7 @@ def improve(
     optimise: Callable,
 ) -> list[Tensor]:
     """The updates that follow the N steps up to `step`; what each has measured."""
-    N, B, A, device = args.num_envs, args.batch_size, agent.low.numel(), agent.log_alpha[0].device
+    N, B, A, device = args.num_envs, args.batch_size, agent.low.numel(), buffer.rings.rewards.device
     factor = lr_factor(args, step // N, args.total_timesteps // N)
     for learner, rate in zip(learners[:3], (args.policy_lr, args.q_lr, None), strict=True):
         learner.learning_rate.fill_(factor * (rate or args.learning_rate))
@@ -696,7 +697,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                 continue
             means = torch.stack(measured).nanmean(0).tolist() if measured else [math.nan] * len(MEASURES)
             measures, measured = dict(zip(MEASURES, means, strict=True)), []
-            if not all(learner.theta.isfinite().all() for learner in learners[:3]):
+            if math.inf in map(abs, means) or not all(learner.theta.isfinite().all() for learner in learners[:3]):
                 raise FloatingPointError(f"not finite at step {step:,}: {measures}")
             watch.lap("updating")
             seconds = {name: spent - booked[name] for name, spent in watch.seconds.items()}
@@ -810,7 +811,7 @@ def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) ->
 def compile_update(
     args: Args, agent: Agent, learners: Learners, buffer: ReplayBuffer, run: "Run", interrupts: Sequence[int]
 ) -> Callable:
-    device, D, A, B = learners.target.device, agent.moments.mean.numel(), agent.low.numel(), args.batch_size
+    device, D, A, B = buffer.rings.rewards.device, agent.moments.mean.numel(), agent.low.numel(), args.batch_size
     scale, noise = (torch.ones(size, device=device) for size in ((2, D), (1 + args.policy_frequency, B, A)))
     slots = torch.zeros(B, dtype=torch.int64, device=device)
     numbers = 1, args.policy_frequency, args.target_network_frequency
@@ -1039,7 +1040,7 @@ class Run(ExitStack):
             f"{SCRIPT}  {args.env_id}  {D} observations, {A} actions in {agent.low.min():g} to {agent.high.max():g}\n"
             f"{args.total_timesteps // N * N:,} steps of {N} environments ({args.vec}), from step {starts:,} on"
             f" {args.updates_per_step:g} updates of {args.batch_size} per step\n"
-            f"{size:,} parameters, {args.precision}, {agent.log_alpha[0].device}\n{self.directory}"
+            f"{size:,} parameters, {args.precision}, {self.buffer.rings.rewards.device}\n{self.directory}"
         )
         if not exact:
             self.say("the running episodes could not be restored exactly; they begin anew, all else continues")
@@ -1061,7 +1062,9 @@ class Run(ExitStack):
                 self.tensorboard.add_scalar(kind + name.replace("sps", "SPS"), row[name], row["step"])
 
     def save(self, step: int) -> None:
-        """The checkpoint before this one stays as `checkpoint.previous.pt`."""
+        """The checkpoint before this one stays as `checkpoint.previous.pt`. Of networks that diverged there is none."""
+        if not all(parameter.isfinite().all() for parameter in self.agent.parameters()):
+            raise FloatingPointError(f"not finite at step {step:,}: the parameters")
         sizes = {}
         for path in self.directory.glob("*.csv"):
             with path.open("a") as file:
@@ -1137,7 +1140,8 @@ def refuse(problem: str) -> NoReturn:
 
 
 RANGES = {
-    "between 1 and 1e15": (1, 1e15, "total_timesteps checkpoint_every num_envs eval_episodes"),
+    "between 1 and 1e9": (1, 1e9, "total_timesteps"),  # observations are numbered in 32 bits
+    "between 1 and 1e15": (1, 1e15, "checkpoint_every num_envs eval_episodes"),
     "between 1 and 1e12": (1, 1e12, "buffer_size"),
     "between 1 and 65536": (1, 65536, "batch_size target_network_frequency actor_sizes critic_sizes"),
     "between 1 and 100": (1, 100, "policy_frequency"),  # so many steps of the actor are compiled
@@ -1223,7 +1227,7 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
     N, starts, spaces = args.num_envs, args.learning_starts, []
     if args.total_timesteps < starts + N:
-        refuse(f"--total-timesteps {args.total_timesteps}: must be above --learning-starts {starts}")
+        refuse(f"--total-timesteps {args.total_timesteps}: must be at least {starts + N}, after --learning-starts")
     if 0 < (risen := args.lr_warmup * args.total_timesteps) <= starts:
         refuse(f"--lr-warmup {args.lr_warmup:g}: ends at step {risen:,.0f}, before --learning-starts {starts}")
     if args.buffer_size < 4 * N:

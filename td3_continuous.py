@@ -75,7 +75,7 @@ class Args:
     vec: Literal["sync", "async", "envpool"] = "sync"  # how: in turn, in a process each, or by EnvPool
     total_timesteps: int | float = 1_000_000  # steps over all environments
     seed: int = 1  # seed of everything random
-    device: Literal["cpu", "cuda", "auto"] = "auto"  # where the networks and the replay buffer are
+    device: Literal["cpu", "cuda", "auto"] = "cpu"  # where the networks and the replay buffer are
     threads: int = 2  # torch threads
     compile: bool = True  # compile the update (needs a C++ compiler)
     # of the update's products between hidden layers; auto is bf16 on GPUs and x86 processors that multiply in it
@@ -566,8 +566,10 @@ def collect(
         actions = act(inputs, torch.randn((N, A), device=device))
     environment_actions = agent.for_environment(actions.cpu().numpy())
     watch.lap("acting")
+    if not np.isfinite(environment_actions).all():
+        raise FloatingPointError(f"not finite at step {step + N:,}: what the policy does")
     true_next, rewards, terminated, truncated, finished = envs.step(environment_actions)
-    if not (np.isfinite(rewards).all() and np.isfinite(true_next).all()):
+    if not all((np.abs(numbers) < 3e38).all() for numbers in (rewards, true_next, envs.observations)):  # as float32
         raise FloatingPointError(f"not finite at step {step + N:,}: what the environment pays or shows")
     ended = terminated | truncated
     buffer.add(actions, rewards, terminated, ended, true_next, envs.observations)
@@ -661,7 +663,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                 continue
             means = torch.stack(measured).nanmean(0).tolist() if measured else [math.nan] * len(MEASURES)
             measures, measured = dict(zip(MEASURES, means, strict=True)), []
-            if not all(learner.theta.isfinite().all() for learner in learners[:2]):
+            if math.inf in map(abs, means) or not all(learner.theta.isfinite().all() for learner in learners[:2]):
                 raise FloatingPointError(f"not finite at step {step:,}: {measures}")
             watch.lap("updating")
             seconds = {name: spent - booked[name] for name, spent in watch.seconds.items()}
@@ -1025,7 +1027,9 @@ class Run(ExitStack):
                 self.tensorboard.add_scalar(kind + name.replace("sps", "SPS"), row[name], row["step"])
 
     def save(self, step: int) -> None:
-        """The checkpoint before this one stays as `checkpoint.previous.pt`."""
+        """The checkpoint before this one stays as `checkpoint.previous.pt`. Of networks that diverged there is none."""
+        if not all(parameter.isfinite().all() for parameter in self.agent.parameters()):
+            raise FloatingPointError(f"not finite at step {step:,}: the parameters")
         sizes = {}
         for path in self.directory.glob("*.csv"):
             with path.open("a") as file:
@@ -1101,11 +1105,13 @@ def refuse(problem: str) -> NoReturn:
 
 
 RANGES = {
-    "between 1 and 1e15": (1, 1e15, "total_timesteps checkpoint_every num_envs eval_episodes"),
+    "between 1 and 1e9": (1, 1e9, "total_timesteps"),  # observations are numbered in 32 bits
+    "between 1 and 1e15": (1, 1e15, "checkpoint_every num_envs eval_episodes"),
     "between 1 and 1e12": (1, 1e12, "buffer_size"),
     "between 1 and 65536": (1, 65536, "batch_size policy_frequency actor_sizes critic_sizes"),
     "between 1e-6 and 1000": (1e-6, 1000, "updates_per_step"),
-    "at least 0": (0, 1e15, "num_evals learning_starts exploration_noise policy_noise noise_clip"),
+    "at least 0": (0, math.inf, "noise_clip"),
+    "between 0 and 1e15": (0, 1e15, "num_evals learning_starts exploration_noise policy_noise"),
     "above 0": (1e-300, 1e300, "learning_rate"),
     "between 0 and 1": (0, 1, "gamma tau lr_warmup"),
     "between 1 and 1024": (1, 1024, "threads"),
@@ -1186,7 +1192,7 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
     N, starts, spaces = args.num_envs, args.learning_starts, []
     if args.total_timesteps < starts + N:
-        refuse(f"--total-timesteps {args.total_timesteps}: must be above --learning-starts {starts}")
+        refuse(f"--total-timesteps {args.total_timesteps}: must be at least {starts + N}, after --learning-starts")
     if 0 < (risen := args.lr_warmup * args.total_timesteps) <= starts:
         refuse(f"--lr-warmup {args.lr_warmup:g}: ends at step {risen:,.0f}, before --learning-starts {starts}")
     if args.buffer_size < 4 * N:

@@ -8,9 +8,11 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -198,7 +200,7 @@ SCRIPTS = {
             "--buffer-size 10000000000000": "--buffer-size 10000000000000: must be between 1 and 1e12",
             "--target-network-frequency 0": "--target-network-frequency 0",
             "--learning-starts -1": "--learning-starts -1",
-            "--total-timesteps 100": "--total-timesteps 100: must be above --learning-starts 10000",
+            "--total-timesteps 100": "--total-timesteps 100: must be at least 10001, after --learning-starts",
             "--lr-warmup 0.01": "--lr-warmup 0.01: ends at step 10,000, before --learning-starts 10000",
             "--critic-sizes 64 0": "--critic-sizes",
         },
@@ -234,14 +236,14 @@ SCRIPTS = {
             "--updates-per-step 0": "--updates-per-step 0",
             "--updates-per-step nan": "--updates-per-step nan",
             "--policy-frequency 0": "--policy-frequency 0: must be between 1 and 65536",
-            "--exploration-noise -0.1": "--exploration-noise -0.1: must be at least 0",
+            "--exploration-noise -0.1": "--exploration-noise -0.1: must be between 0 and 1e15",
             "--policy-noise nan": "--policy-noise nan",
             "--noise-clip -1": "--noise-clip -1.0: must be at least 0",
             "--batch-size 1000000": "--batch-size 1000000: must be between 1 and 65536",
             "--actor-sizes 1000000": "--actor-sizes (1000000,): must be between 1 and 65536",
             "--buffer-size 100000000000": "--buffer-size 100000000000: takes 10,500,000,000,000 bytes, of ",
             "--learning-starts -1": "--learning-starts -1",
-            "--total-timesteps 100": "--total-timesteps 100: must be above --learning-starts 10000",
+            "--total-timesteps 100": "--total-timesteps 100: must be at least 10001, after --learning-starts",
             "--lr-warmup 0.01": "--lr-warmup 0.01: ends at step 10,000, before --learning-starts 10000",
             "--critic-sizes 64 0": "--critic-sizes",
         },
@@ -404,7 +406,8 @@ SCRIPTS = {
             "--hidden-sizes 64 0": "--hidden-sizes",
             "--buffer-size 100000000000": "--buffer-size 100000000000: takes 3,700,000,000,000 bytes, of ",
             "--learning-starts -1": "--learning-starts -1",
-            "--total-timesteps 100": "--total-timesteps 100: must be above --learning-starts 1000",
+            "--total-timesteps 100": "--total-timesteps 100: must be at least 1008, after --learning-starts",
+            "--total-timesteps 2e9": "--total-timesteps 2000000000.0: must be between 1 and 1e9",
             "--lr-warmup 0.001": "--lr-warmup 0.001: ends at step 300, before --learning-starts 1000",
         },
     ),
@@ -704,6 +707,63 @@ def test_what_is_not_finite_stops_the_run(script, capsys):
     assert "not finite" in said and f"the last checkpoint is of step {saved['step']}" in said
     assert not (run / "result.json").exists() and 0 < saved["step"] < 640
     assert all(value.isfinite().all() for value in saved["agent"].values())
+
+
+REPLAYING = ["sac_continuous", "td3_continuous", "dqn"]
+SPOILT = [(name, "shown") for name in ["ppo_continuous", "ppo_discrete", "ppo_beta", *REPLAYING]]
+
+
+@pytest.mark.parametrize(
+    ("script", "spoilt"), SPOILT + [(name, "paid") for name in REPLAYING], indirect=["script"]
+)  # other scripts scale what is paid
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of such numbers
+def test_what_an_environment_spoils_is_in_no_checkpoint(script, spoilt, monkeypatch, capsys):
+    """A first observation of NaN, or a reward that float32 has no number for."""
+    step, calls = script.module.Environments.step, iter(range(10**6))
+
+    def spoil(envs: object, actions: np.ndarray) -> tuple:
+        true_next, rewards, *rest = step(envs, np.nan_to_num(actions))  # which what is shown leads to
+        if next(calls) == 100 and spoilt == "shown":
+            true_next, envs.observations = true_next.copy(), envs.observations * np.nan
+        elif spoilt == "paid":
+            rewards = rewards + 1e39 * (next(calls) > 100)
+        return true_next, rewards, *rest
+
+    monkeypatch.setattr(script.module.Environments, "step", spoil)
+    late = {"learning_starts": 512, "checkpoint_every": 64} if script.name in REPLAYING else {"checkpoint_every": 128}
+    with pytest.raises(SystemExit) as stop:
+        script.train(norm_obs=True, num_evals=0, **late)
+    assert stop.value.code == 1 and "not finite" in capsys.readouterr().err
+    saved = load(only(script.runs) / "checkpoint.pt")
+    rings = saved["buffer"]["rings"] if script.name in REPLAYING else []
+    assert saved["step"] > 0 and all(tensor.isfinite().all() for tensor in [*saved["agent"].values(), *rings])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of such numbers
+def test_networks_that_diverge_stop_the_run_and_are_not_kept(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.train(learning_rate=1e30, num_evals=0, checkpoint_every=10**6)
+    told = capsys.readouterr().err
+    step = int(re.search(r"not finite .*?step ([\d,]+)", told)[1].replace(",", ""))
+    assert stop.value.code == 1 and step < script.args().total_timesteps and "the environment" not in told
+    assert "the last checkpoint is of step 0" in told and not list(script.runs.glob("*/result.json"))
+
+
+@about("Run.save", "Run.stop")
+def test_a_run_that_is_stopped_as_its_networks_diverge_keeps_the_last_good_ones(script, capsys):
+    interrupts, write = [], script.module.Run.write
+
+    def write_and_spoil(run: object, table: str, rows: list[dict]) -> None:
+        write(run, table, rows)
+        if table == "progress":
+            next(run.agent.parameters()).fill_(math.nan)
+            interrupts.append(signal.SIGINT)
+
+    with mock.patch.object(script.module.Run, "write", write_and_spoil), pytest.raises(SystemExit) as stop:
+        script.train(interrupts=interrupts, num_evals=0, checkpoint_every=10**6)
+    assert stop.value.code == 1 and "the last checkpoint is of step 0" in capsys.readouterr().err
+    saved = load(only(script.runs) / "checkpoint.pt")
+    assert all(tensor.isfinite().all() for tensor in saved["agent"].values())
 
 
 # ------------------------------------------------------------------------------------------------------------ resume

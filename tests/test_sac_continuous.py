@@ -600,23 +600,25 @@ def longer(run, steps: int) -> None:
         torch.save(state, path)
 
 
-def test_a_run_without_its_buffer_fills_a_new_one_first(small, capsys):
-    run = train(replace(small, total_timesteps=512, checkpoint_buffer=False))
-    saved, updates = load(run / "checkpoint.pt"), int(rows(run, "progress")[-1]["updates"])
-    assert not saved["buffer"]
-    longer(run, 1024)
-    train(parse(["--resume", str(run), "--checkpoint-every", "64"]))
-    assert "holds no replay buffer; a new one is filled until step 640" in capsys.readouterr().out
-    progress = rows(run, "progress")
-    since = [int(row["updates"]) - updates for row in progress if int(row["step"]) > 512]
-    assert since[:2] == [0, 0] and since[-1] == (1024 - 640) // 4
-    assert int(progress[-1]["buffer"]) == 512
+def assert_a_run_without_its_buffer_fills_a_new_one_first(module, small, monkeypatch, capsys):
+    """And holds a batch before it learns from it; the first transition of each environment begins at what it sees."""
+    buffers, init = [], module.ReplayBuffer.__init__
+    monkeypatch.setattr(module.ReplayBuffer, "__init__", lambda own, *rest: (buffers.append(own), init(own, *rest))[1])
+    for starts, first in ((small.learning_starts, 640), (0, 544)):
+        settings = {"total_timesteps": 512, "learning_starts": starts, "checkpoint_buffer": False}
+        run = module.train(replace(small, **settings, runs_dir=f"{small.runs_dir}/{starts}"))
+        saved, updates = load(run / "checkpoint.pt"), int(rows(run, "progress")[-1]["updates"])
+        assert not saved["buffer"]
+        longer(run, 1024)
+        module.train(module.parse(["--resume", str(run), "--checkpoint-every", "32"]))
+        assert f"holds no replay buffer; a new one is filled until step {first}" in capsys.readouterr().out
+        since = {int(row["step"]): int(row["updates"]) - updates for row in rows(run, "progress")}
+        assert since[first] == 0 and since[1024] == (1024 - first) // 4
+        assert len(buffers[-1]) == 512 and buffers[-1].rings.between[:8].tolist() == [[n, n + 4] for n in range(8)]
 
 
-def test_a_new_buffer_holds_a_batch_before_it_is_learnt_from(small, capsys):
-    run = train(replace(small, total_timesteps=512, checkpoint_buffer=False, learning_starts=0))
-    train(parse(["--resume", str(run)]))
-    assert "a new one is filled until step 544" in capsys.readouterr().out
+def test_a_run_without_its_buffer_fills_a_new_one_first(small, monkeypatch, capsys):
+    assert_a_run_without_its_buffer_fills_a_new_one_first(sac, small, monkeypatch, capsys)
 
 
 # ------------------------------------------------------------------------------------------------------------ policy

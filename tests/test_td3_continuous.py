@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import td3_continuous as td3
-from td3_continuous import Args, ReplayBuffer, Rings, load_policy, parse, train
+from td3_continuous import Args, ReplayBuffer, Rings, load_policy, train
 from tests.envs import Fates
 from tests.marks import needs_compiler
 from tests.test_promises import load, rows
+from tests.test_sac_continuous import assert_a_run_without_its_buffer_fills_a_new_one_first
 from tools import family
 
 SMALL = Args(
@@ -70,12 +71,10 @@ def random_rings(rows: int = 32) -> Rings:
 def test_what_is_not_of_the_algorithm_is_sacs():
     """Whose tests hold the replay buffer."""
     sac, own = (Path(td3.__file__).with_name(f"{name}_continuous.py").read_text() for name in ("sac", "td3"))
-    different = {"Args", "RANGES", "MEASURES", "Agent", "Networks", "Learners", "Policy", "Run"}
-    different |= {"update", "sample_actions", "collect", "improve", "train", "compile_update", "capture_updates"}
+    different = {"Args", "RANGES", "MEASURES", "Agent", "Learners", "Policy"}
+    different |= {"update", "sample_actions", "improve", "train", "compile_update", "capture_updates"}
     assert set(family.differences(sac, own, set())) == different
-    methods = {"Networks.__init__", "Networks.forward", "Policy._choose", "Policy.value"}
-    methods |= {"Run.state", "Run.begin", "Run.announce"}
-    assert not set(family.differences(sac, own, different - {"Networks", "Policy", "Run"} | methods))
+    assert not set(family.differences(sac, own, different - {"Policy"} | {"Policy._choose", "Policy.value"}))
 
 
 # ------------------------------------------------------------------------------------------------------ mathematics
@@ -278,10 +277,14 @@ def test_what_is_kept_is_what_was_played(played):
 
 
 def test_every_finished_episode_has_a_row(played):
-    over = played.over.reshape(80, 4)
-    expected = [((t + 1) * 4, played.length.reshape(80, 4)[t, n]) for t, n in np.argwhere(over)]
-    assert [(row["step"], row["length"]) for row in played.episodes] == expected
-    assert all(row["return"] > 0 for row in played.episodes)
+    rewards, over = (column.reshape(80, 4) for column in (played.batch.rewards, played.over))
+    total, expected = np.zeros(4), []
+    for t in range(80):
+        total += rewards[t]
+        expected += [((t + 1) * 4, played.length.reshape(80, 4)[t, n], total[n]) for n in np.flatnonzero(over[t])]
+        total[over[t]] = 0
+    assert [(row["step"], row["length"]) for row in played.episodes] == [row[:2] for row in expected]
+    assert [row["return"] for row in played.episodes] == pytest.approx([row[2] for row in expected], rel=1e-5)
 
 
 def test_the_moments_are_of_all_that_was_seen_but_the_first(played):
@@ -434,12 +437,8 @@ def test_without_compiling_it_runs_the_update_and_with_it_what_was_compiled(smal
     assert len(calls) == (256 - 128) // 4
 
 
-def test_a_run_without_its_buffer_fills_a_new_one_first(small, capsys):
-    train(replace(small, total_timesteps=512, checkpoint_buffer=False))
-    (run,) = Path(small.runs_dir).iterdir()
-    assert not load(run / "checkpoint.pt")["buffer"]
-    train(parse(["--resume", str(run)]))
-    assert "holds no replay buffer; a new one is filled until step 640" in capsys.readouterr().out
+def test_a_run_without_its_buffer_fills_a_new_one_first(small, monkeypatch, capsys):
+    assert_a_run_without_its_buffer_fills_a_new_one_first(td3, small, monkeypatch, capsys)
 
 
 # ------------------------------------------------------------------------------------------------------------ policy
