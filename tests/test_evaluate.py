@@ -12,6 +12,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import yaml
 
 import benchmark.evaluate
 import ppo_continuous as ppo
@@ -38,6 +39,12 @@ def evaluate(*arguments: object) -> int:
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+def copy_with(run: Run, path: Path, **settings: object) -> Run:
+    shutil.copytree(run.directory, path)
+    (path / "config.yaml").write_text(yaml.safe_dump(run.config | settings))
+    return Run(path)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -205,6 +212,12 @@ def test_other_arguments_of_the_environment(run, tmp_path):
     assert evaluate(run.directory, "--episodes", 1, "--env-kwargs", '{"g": 0.1}', "-o", tmp_path) == 0
     light = float(rows(tmp_path / "episodes.csv")[0]["return"])
     assert light != pytest.approx(run.table("evaluations")["return"][-3], rel=1e-3)
+    lighter = copy_with(run, tmp_path / "lighter", eval_env_kwargs='{"g": 0.1}')  # which more arguments leave as it is
+    for played, kwargs in ((lighter, {}), (run, {"g": 0.1})):
+        words = ["--episodes", 1, "--env-kwargs", json.dumps(kwargs | {"max_episode_steps": 50})]
+        assert evaluate(played.directory, *words, "-o", tmp_path / "played" / played.directory.name) == 0
+    one, other = (rows(path)[0] for path in tmp_path.glob("played/*/episodes.csv"))
+    assert one["length"] == other["length"] == "50" and one["return"] == other["return"]
 
 
 def test_a_run_without_the_policy_is_left_out_and_named(run, tmp_path, capsys):
@@ -305,8 +318,19 @@ def test_the_random_baseline_is_played_once(tmp_path, monkeypatch):
     assert len(made) == 4 and all(json.loads(path.read_text())["return"] for path in tmp_path.rglob("*.json"))
 
 
-def test_a_baseline_belongs_to_the_arguments_that_the_evaluation_environment_reads(run, tmp_path):
+def test_the_random_baseline_is_the_same_each_time(tmp_path, monkeypatch):
+    played = []
+    for folder in ("one", "other"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / folder))
+        played.append(random_baseline(lambda: gym.make("Pendulum-v1"), {}, [1, 2])["return"].tolist())
+    assert played[0] == played[1] and played[0][0] != played[0][1]
+
+
+def test_a_baseline_belongs_to_the_arguments_that_the_evaluation_environment_reads(run, tmp_path, monkeypatch):
     assert arguments_of(run).keys() == {"env_id", "env_kwargs", "eval_env_kwargs"}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    lighter = copy_with(run, tmp_path / "lighter", eval_env_kwargs='{"g": 0.1}')
+    assert (baseline_of(run, 2)["return"] != baseline_of(lighter, 2)["return"]).all()
     fork = tmp_path / "fork"
     shutil.copytree(run.directory, fork)
     with (fork / "ppo_continuous.py").open("a") as source:

@@ -14,10 +14,10 @@ pytest.importorskip("matplotlib")
 
 from benchmark import figures, stats, tables
 from benchmark.__main__ import main
-from benchmark.compose import FILMS_LIMIT
+from benchmark.compose import FILMS_LIMIT, best_methods, normalised_scores
 from benchmark.groups import gather, methods_of
 from benchmark.jobs import Job
-from benchmark.report import with_baseline
+from benchmark.report import best_films, with_baseline
 from benchmark.suites import Suite, keep_selection
 from benchmark.tables import mixed_versions
 
@@ -348,7 +348,41 @@ def test_figures_show_the_methods_that_rank_best(tmp_path):
     shown = (tmp_path / "out" / "curves-steps.svg").read_text()
     assert "script_0" in shown and "script_9" in shown  # the best on both, and the second on its only environment
     assert len(set(re.findall(r"script_\d", shown))) == 8
+    groups = gather([tmp_path / "runs"]).groups
+    hidden = [method for method in methods_of(groups) if method not in best_methods(groups, None)]
+    assert len(hidden) == 2 and hidden[0] in best_methods(groups, hidden[0])
     assert "the 8 of 10 methods that rank best" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_training_time_is_without_evaluation(tmp_path):
+    run = make_run(tmp_path / "runs", "A-v0", 1, evaluations=4)
+    lines = [f"{step},{6 * step},100,10" for step in range(10, 50, 10)]  # a row tells of what was since the last
+    (run / "progress.csv").write_text("\n".join(["step,wall_time,sps,seconds_evaluating", *lines]) + "\n")
+    (group,) = gather([tmp_path / "runs"]).groups
+    assert group.seconds.tolist() == [[50, 100, 150, 200]]
+
+
+def test_scores_go_from_the_random_policys_mean_to_the_best_methods(tmp_path):
+    for env_id, factor in (("A-v0", 1.0), ("B-v0", 10.0)):
+        make_run(tmp_path / "runs", env_id, 1, final=1 * factor)
+        make_run(tmp_path / "runs", env_id, 1, final=8 * factor, script="sac_x")
+    baselines = {"A-v0": np.array([-6.0, -2.0]), "B-v0": np.array([-2.0])}
+    scores, notes = normalised_scores(gather([tmp_path / "runs"]).groups, baselines)
+    assert not notes and scores["sac_x"].tolist() == [[1.0, 1.0]]
+    np.testing.assert_allclose(scores["ppo_x"], [[5 / 12, 12 / 82]])
+
+
+@pytest.mark.parametrize("best", [9, 10])
+def test_seeds_stand_in_order_and_the_film_is_of_the_best(tmp_path, best):
+    for seed in (9, 10):
+        run = make_run(tmp_path / "runs", "A-v0", seed, final=1.0 + (seed == best))
+        (run / "videos").mkdir()
+        (run / "videos" / "step-000000100.mp4").touch()
+        (run / "meta.json").write_text(json.dumps({"script": "ppo_x", "git_commit": "abc", "git_dirty": best == 9}))
+    groups = gather([tmp_path / "runs"]).groups
+    assert [row[2] for row in tables.per_seed(groups).rows] == [9, 10]
+    assert [title.split(":")[0] for title in best_films(groups)] == [f"A-v0, ppo_x, seed {best}, step 100"]
+    assert tables.provenance(groups).rows[0][2:4] == ["9 10", "abc (dirty)" if best == 9 else "abc"]
 
 
 def test_seeds_evaluated_at_other_steps(tmp_path):
@@ -418,7 +452,7 @@ def test_statistics_agree_with_rliable():
     metrics = pytest.importorskip("rliable.metrics")
     np.random.seed(0)  # rliable draws from numpy's own generator
     generator = np.random.default_rng(0)
-    one, other = generator.normal(0.3, size=(7, 4)), generator.normal(size=(9, 4))
+    one, other = generator.normal(0.3, size=(7, 4)), generator.normal(size=(7, 4))
     improvement = stats.probability_of_improvement(list(zip(one.T, other.T, strict=True)))
     assert stats.interquartile_mean(one) == pytest.approx(metrics.aggregate_iqm(one))
     assert improvement[0] == pytest.approx(metrics.probability_of_improvement(one, other))

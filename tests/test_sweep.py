@@ -19,7 +19,7 @@ from benchmark import jobs, suites
 from benchmark.__main__ import COMMANDS, main
 from benchmark.jobs import tail
 from benchmark.runs import Run, find_runs, write_table
-from benchmark.sweep import run_sweep
+from benchmark.sweep import Watch, run_sweep
 
 ROOT = Path(__file__).parent.parent
 STANDIN = str(ROOT / "tests" / "scripts.py")
@@ -352,6 +352,13 @@ def jobs_in(tmp_path: Path, **content: object) -> list[jobs.Job]:
     from benchmark.suites import jobs_of, read_suite
 
     return jobs_of(read_suite(Path(suite(tmp_path, **content))), tmp_path / "out", 1)
+
+
+def test_what_is_left_is_told_by_what_was_done_since_the_start(tmp_path):
+    first, second = jobs_in(tmp_path, seeds=2)
+    watch = Watch([first, second], {})
+    watch.began, watch.first[first] = time.monotonic() - 100, 0.5  # half of it by an earlier sweep
+    assert watch.left({first: {"share": 0.75}}) == "0:08:20"
 
 
 def test_what_was_interrupted_goes_on_before_anything_begins(tmp_path):
