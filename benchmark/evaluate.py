@@ -14,7 +14,6 @@ from typing import Annotated
 
 import gymnasium as gym
 import numpy as np
-import torch
 import tyro
 
 from benchmark.errors import refuse
@@ -61,6 +60,8 @@ def play(policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool, 
 
     Sampled actions, too, are the same each time.
     """
+    import torch  # takes longer to load than most commands take
+
     torch.manual_seed(seeds[0])
     started = [env.reset(seed=seed) for env, seed in zip(envs, seeds, strict=True)]
     observations, infos = (list(column) for column in zip(*started, strict=True))
@@ -92,6 +93,7 @@ def render(env: gym.Env) -> list[np.ndarray]:
 
 def film(policy: Callable, env: gym.Env, seed: int, sample: bool, path: Path) -> float:
     """Plays an episode into an mp4, as `play` does one by itself; its return."""
+    import torch
     from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
 
     torch.manual_seed(seed)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import tyro
 import yaml
 
@@ -46,6 +45,8 @@ def final_policy(run: Run) -> Path:
 
 def fill(entry: Path, run: Run, group: Group) -> None:
     """The files of an entry, from the run that is kept of a group."""
+    import torch
+
     defaults = defaults_of(run)
     settings, meta = anywhere(run.config, defaults), dict(run.meta)
     meta.pop("host", None)

@@ -330,8 +330,9 @@ def test_a_job_that_outlives_its_sweep_is_not_begun_again(tmp_path):
         assert held
 
 
-def test_the_harness_loads_where_posix_is_not():
-    code = "import os, sys; sys.modules['fcntl'] = None; del os.killpg, os.fork; import benchmark.__main__"
+def test_the_harness_loads_where_posix_is_not_and_waits_for_no_torch():
+    code = "import os, sys; sys.modules |= {'fcntl': None, 'torch': None}; del os.killpg, os.fork"
+    code += "; import benchmark.__main__"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
