@@ -267,7 +267,7 @@ def test_a_job_lives_as_long_as_it_writes_to_its_log_or_a_table_and_runs_where_t
 def test_a_stopped_sweep_stops_its_jobs_and_goes_on_later(tmp_path):
     words = [sys.executable, "-m", "benchmark", "sweep", "--scripts", "ppo_continuous", "--env-ids", "Pendulum-v1"]
     words += ["--seeds", "2", "--workers", "2", "-o", str(tmp_path / "out"), "--", *REAL, "--num-evals", "0"]
-    words[words.index("1024")] = "6144"
+    words[words.index("1024")] = "4096"
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while sum(len(run.last_rows("progress", 3)) == 3 for run in runs(tmp_path)) < 2:
         time.sleep(0.05)
@@ -275,12 +275,12 @@ def test_a_stopped_sweep_stops_its_jobs_and_goes_on_later(tmp_path):
     assert "stopped; the same command goes on" in process.communicate(timeout=120)[0]
     assert process.returncode == 130
     stopped = [run.last_rows("progress", 1)[0]["step"] for run in runs(tmp_path)]
-    assert all(run.result is None and run.last_checkpoint.exists() for run in runs(tmp_path)) and max(stopped) < 6144
+    assert all(run.result is None and run.last_checkpoint.exists() for run in runs(tmp_path)) and max(stopped) < 4096
 
     assert subprocess.run(words, cwd=ROOT, capture_output=True).returncode == 0
     finished = runs(tmp_path)
-    assert len(finished) == 2 and all(run.result["steps"] == 6144 for run in finished)
-    assert [len(run.table("progress")["step"]) for run in finished] == [48, 48]
+    assert len(finished) == 2 and all(run.result["steps"] == 4096 for run in finished)
+    assert [len(run.table("progress")["step"]) for run in finished] == [32, 32]
 
 
 def test_a_killed_sweep_takes_its_jobs_along(tmp_path):
