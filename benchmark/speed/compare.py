@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +34,15 @@ class Contender:
 
     def __str__(self) -> str:
         return f"{self.name} ({self.vec}, {self.threads} thread{'s' * (self.threads > 1)})"
+
+
+def without_bf16(case: Case) -> Case:
+    """A processor that does not multiply in bf16 imitates it, and is many times as slow."""
+    import torch
+
+    if torch.cpu.get_capabilities().get("avx512_bf16", False):
+        return case
+    return replace(case, ours={name: own for name, own in case.ours.items() if own.get("precision") != "bf16"})
 
 
 def contenders(case: Case) -> list[Contender]:
@@ -79,10 +88,10 @@ def output_of(words: list[str]) -> str:
     return result.stdout
 
 
-def find_fastest(script: str, settings: dict) -> dict[str, Contender]:
+def find_fastest(script: str, case: Case, settings: dict) -> dict[str, Contender]:
     """Of each library, and of each variant of ours."""
     tried: dict[str, dict[Contender, float]] = {}
-    for contender in contenders(CASES[script]):
+    for contender in contenders(case):
         rate, _ = measure(script, contender, settings)
         print(f"  tried {contender!s:<28} {rate:>8,.0f} steps/s", flush=True)
         tried.setdefault(contender.name, {})[contender] = rate
@@ -128,12 +137,12 @@ def speed(
         refuse(f"--json {json_file}: there is no folder {json_file.parent}")
     if env_id:
         check(ROOT / f"{script}.py", [env_id], [])
-    case, report = CASES[script], {}
+    case, report = without_bf16(CASES[script]), {}
     for environment, title in itertools.product([env_id] if env_id else case.env_ids, case.settings):
         settings = case.settings[title] | {"env_id": environment, "rollouts": rollouts}
         how = "one update of {batch_size} a step" if case.learns_off_policy else "{update_epochs} epochs"
         print(f"\n{environment}, {title}, {how.format(**settings)}", flush=True)
-        fastest = find_fastest(script, settings | {"rollouts": min(6, rollouts)})
+        fastest = find_fastest(script, case, settings | {"rollouts": min(6, rollouts)})
         measured: dict[str, list] = {name: [] for name in fastest}
         for _, (name, contender) in itertools.product(range(rounds), fastest.items()):
             measured[name].append(measure(script, contender, settings))
