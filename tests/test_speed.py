@@ -8,6 +8,7 @@ import pytest
 
 from benchmark.__main__ import main
 from benchmark.speed.cases import CASES, in_our_words, in_their_words
+from benchmark.speed.compare import without_bf16
 from benchmark.speed.rl_zoo import SETTINGS as RL_ZOO
 
 
@@ -62,3 +63,10 @@ def test_others_understand_their_settings(settings):
     understood = inspect.signature(getattr(stable, algorithm)).parameters.keys() | {"normalize", "noise_std", "n_envs"}
     for names in given:
         assert names.keys() <= understood
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_is_left_out_where_it_is_imitated(monkeypatch, has):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": has})
+    assert ("ours, bf16" in without_bf16(CASES["sac_continuous"]).ours) is has
+    assert "ours" in without_bf16(CASES["sac_continuous"]).ours
