@@ -723,10 +723,11 @@ def test_what_an_environment_spoils_is_in_no_checkpoint(script, spoilt, monkeypa
 
     def spoil(envs: object, actions: np.ndarray) -> tuple:
         true_next, rewards, *rest = step(envs, np.nan_to_num(actions))  # which what is shown leads to
-        if next(calls) == 100 and spoilt == "shown":
+        due = next(calls) == 100
+        if due and spoilt == "shown":
             true_next, envs.observations = true_next.copy(), envs.observations * np.nan
-        elif spoilt == "paid":
-            rewards = rewards + 1e39 * (next(calls) > 100)
+        elif due:
+            rewards = rewards + 1e39
         return true_next, rewards, *rest
 
     monkeypatch.setattr(script.module.Environments, "step", spoil)
