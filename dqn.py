@@ -269,8 +269,10 @@ class RunningMoments(nn.Module):
 
     def normaliser(self) -> Callable[[np.ndarray], np.ndarray]:
         """Of batches, with the moments as they are now."""
-        mean, deviation, limit = self.mean.numpy() * self.enabled, self.deviation(), 10 if self.enabled else np.inf
-        return lambda batch: np.minimum(np.maximum((batch - mean) / deviation, -limit), limit).astype(np.float32)
+        if not self.enabled:
+            return lambda batch: batch.astype(np.float32)
+        mean, deviation = self.mean.numpy().copy(), self.deviation()
+        return lambda batch: np.minimum(np.maximum((batch - mean) / deviation, -10), 10).astype(np.float32)
 
 
 # --------------------------------------------------------------------------------------------------- replay buffer
@@ -313,7 +315,7 @@ class ReplayBuffer:
     def __init__(self, rings: Rings, num_envs: int):
         self.rings, self.size, self.num_envs = rings, len(rings.rewards), num_envs
         # Numpy writes a few rows in a fraction of torch's time; to a GPU only torch does.
-        self.open = Rings(*(ring.numpy() if ring.is_cpu else ring for ring in rings))
+        self.writable = Rings(*(ring.numpy() if ring.is_cpu else ring for ring in rings))
         self.before = rings.between[:, 0].cpu().numpy()  # the same memory, or a copy for which no GPU is waited
         self.seen, self.first, self.end = 0, 0, 0  # observations so far; transitions from `first` up to `end` are held
 
@@ -322,9 +324,9 @@ class ReplayBuffer:
 
     def begin(self, observations: np.ndarray, masks: np.ndarray) -> None:
         """What the environments see now (N, ...), and may do (N, A), without a transition that led there."""
-        self._put(self.open.observations, self.seen, observations.reshape(len(observations), -1))
+        self._put(self.writable.observations, self.seen, observations.reshape(len(observations), -1))
         if self.rings.masks.numel():
-            self._put(self.open.masks, self.seen, masks)
+            self._put(self.writable.masks, self.seen, masks)
         self.seen += len(observations)
         while self.first < self.end and self.before[self.first % self.size] < self.seen - self.size:
             self.first += 1
@@ -347,7 +349,7 @@ class ReplayBuffer:
         after = before + N + K
         after[ended] = self.seen + np.arange(K)
         done = actions, rewards, terminated, np.array((before, after)).T, before
-        for rows, content in zip((*self.open[2:], self.before), done, strict=True):
+        for rows, content in zip((*self.writable[2:], self.before), done, strict=True):
             self._put(rows, self.end, content)
         self.end += N
         self.begin(seen, masks)
@@ -567,8 +569,7 @@ def collect(
 ) -> list[dict]:
     """A step of every environment from `step` on, into the buffer; the rows of episodes.csv."""
     N, A = args.num_envs, agent.count
-    normalise = agent.moments.normaliser() if args.norm_obs else np.float32
-    values = act(normalise(envs.observations).reshape(N, -1))
+    values = act(agent.moments.normaliser()(envs.observations).reshape(N, -1))
     actions = choose(values, torch.rand((N, 1 + A)).numpy(), epsilon_of(args, step), masks_of(args, agent, envs))
     watch.lap("acting")
     true_next, rewards, terminated, truncated, finished = envs.step(agent.for_environment(actions))

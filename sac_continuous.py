@@ -265,8 +265,10 @@ class RunningMoments(nn.Module):
 
     def normaliser(self) -> Callable[[np.ndarray], np.ndarray]:
         """Of batches, with the moments as they are now."""
-        mean, deviation, limit = self.mean.numpy() * self.enabled, self.deviation(), 10 if self.enabled else np.inf
-        return lambda batch: np.minimum(np.maximum((batch - mean) / deviation, -limit), limit).astype(np.float32)
+        if not self.enabled:
+            return lambda batch: batch.astype(np.float32)
+        mean, deviation = self.mean.numpy().copy(), self.deviation()
+        return lambda batch: np.minimum(np.maximum((batch - mean) / deviation, -10), 10).astype(np.float32)
 
 
 # --------------------------------------------------------------------------------------------------- replay buffer
@@ -305,7 +307,9 @@ class ReplayBuffer:
 
     def __init__(self, rings: Rings, num_envs: int):
         self.rings, self.size, self.num_envs = rings, len(rings.rewards), num_envs
-        self.before = self.rings.between[:, 0].cpu().numpy()  # the same memory, or a copy for which no GPU is waited
+        # Numpy writes a few rows in a fraction of torch's time; to a GPU only torch does.
+        self.writable = Rings(*(ring.numpy() if ring.is_cpu else ring for ring in rings))
+        self.before = rings.between[:, 0].cpu().numpy()  # the same memory, or a copy for which no GPU is waited
         self.seen, self.first, self.end = 0, 0, 0  # observations so far; transitions from `first` up to `end` are held
 
     def __len__(self) -> int:
@@ -313,31 +317,27 @@ class ReplayBuffer:
 
     def begin(self, observations: np.ndarray) -> None:
         """What the environments see now (N, ...), without a transition that led there."""
-        self._put(self.rings.observations, self.seen, observations.reshape(len(observations), -1))
+        self._put(self.writable.observations, self.seen, observations.reshape(len(observations), -1))
         self.seen += len(observations)
         while self.first < self.end and self.before[self.first % self.size] < self.seen - self.size:
             self.first += 1
 
     def add(
-        self,
-        actions: Tensor,
-        rewards: np.ndarray,
-        terminated: np.ndarray,
-        ended: np.ndarray,
-        true_next: np.ndarray,
-        now: np.ndarray,
+        self, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, ended: np.ndarray, seen: np.ndarray
     ) -> None:
-        """A step of every environment, where some episodes `ended`, and what all see `now`, after resets."""
-        N, K = self.num_envs, ended.sum()
+        """A step of every environment, where K episodes `ended`.
+
+        What those saw last, and what all see now, is `seen` (K + N, ...).
+        """
+        N, K = self.num_envs, len(seen) - self.num_envs
         before = np.arange(self.seen - N, self.seen)
         after = before + N + K
         after[ended] = self.seen + np.arange(K)
-        done = actions, rewards, terminated, np.stack((before, after), 1)
-        for ring, content in zip(self.rings[1:], done, strict=True):
-            self._put(ring, self.end, content)
-        self.before[np.arange(self.end, self.end + N) % self.size] = before
+        done = actions, rewards, terminated, np.array((before, after)).T, before
+        for rows, content in zip((*self.writable[1:], self.before), done, strict=True):
+            self._put(rows, self.end, content)
         self.end += N
-        self.begin(np.concatenate((true_next[ended], now)))
+        self.begin(seen)
 
     def draw(self, count: int) -> Tensor:
         """Slots of transitions, uniformly and with replacement."""
@@ -355,12 +355,14 @@ class ReplayBuffer:
         self.before[:] = self.rings.between[:, 0].cpu()
         self.seen, self.first, self.end = state["seen"], state["first"], state["end"]
 
-    def _put(self, ring: Tensor, number: int, content: np.ndarray | Tensor) -> None:
+    def _put(self, rows: np.ndarray | Tensor, number: int, content: np.ndarray) -> None:
         """From this number on; after its last row a ring goes on in its first."""
-        start, content = number % self.size, torch.as_tensor(content).to(ring.dtype)
-        before_end = min(len(content), self.size - start)
-        ring[start : start + before_end].copy_(content[:before_end], non_blocking=True)
-        ring[: len(content) - before_end].copy_(content[before_end:], non_blocking=True)
+        start = number % self.size
+        before_end = self.size - start
+        content = content if isinstance(rows, np.ndarray) else torch.as_tensor(content)
+        rows[start : start + len(content)] = content[:before_end]
+        if len(content) > before_end:
+            rows[: len(content) - before_end] = content[before_end:]
 
 
 def gather(args: Args, rings: Rings, scale: Tensor, slots: Tensor) -> Transitions:
@@ -400,8 +402,10 @@ class Networks(nn.Module):
 
 
 def in_numpy(networks: Networks) -> Callable[[np.ndarray], np.ndarray]:
-    """The first of the networks as it is now: several times as fast in numpy for one observation."""
-    networks = copy.deepcopy(networks).cpu()
+    """The first of networks of the CPU in numpy, which is several times as fast for a few observations.
+
+    It reads the parameters where they are, and so learns with them.
+    """
     *hidden, (last_weight, last_bias) = (
         (weight[0].numpy(), bias[0, 0].numpy()) for weight, bias in zip(networks.weights, networks.biases, strict=True)
     )
@@ -427,6 +431,11 @@ class Agent(nn.Module):
         self.register_buffer("low", torch.as_tensor(low))
         self.register_buffer("high", torch.as_tensor(high))
         self.centre, self.half_range, self.bounds = low / 2 + high / 2, high / 2 - low / 2, (low, high)
+
+    def sample(self, outputs: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """Actions in [-1, 1], of what the actor says."""
+        mean, log_std = np.split(outputs, 2, -1)
+        return np.tanh(mean + np.exp(log_std.clip(-20, 2)) * noise)
 
     def for_environment(self, actions: np.ndarray) -> np.ndarray:
         """(N, A) of the policy's to the environment's shape and bounds."""
@@ -582,22 +591,17 @@ def lr_factor(args: Args, iteration: int, iterations: int) -> float:
     return decay[args.lr_schedule] * min(1.0, rise)
 
 
-def sample_actions(agent: Agent, inputs: Tensor, noise: Tensor) -> Tensor:
-    mean, log_std = gaussian(agent.actor(inputs))
-    return (mean + log_std.exp() * noise).tanh()
-
-
 def collect(
     args: Args, agent: Agent, act: Callable, buffer: ReplayBuffer, envs: Environments, step: int, watch: "Stopwatch"
 ) -> list[dict]:
     """A step of every environment from `step` on, into the buffer; the rows of episodes.csv."""
-    N, A, device = args.num_envs, agent.low.numel(), buffer.rings.rewards.device
+    N, A = args.num_envs, agent.low.numel()
     if step < args.learning_starts:
-        actions = 2 * torch.rand((N, A), device=device) - 1
+        actions = 2 * torch.rand((N, A)).numpy() - 1
     else:
-        inputs = torch.tensor(agent.moments.normaliser()(envs.observations).reshape(N, -1), device=device)
-        actions = act(inputs, torch.randn((N, A), device=device))
-    environment_actions = agent.for_environment(actions.cpu().numpy())
+        outputs = act(agent.moments.normaliser()(envs.observations).reshape(N, -1))
+        actions = agent.sample(outputs, torch.randn((N, A)).numpy())
+    environment_actions = agent.for_environment(actions)
     watch.lap("acting")
     if not np.isfinite(environment_actions).all():
         raise FloatingPointError(f"not finite at step {step + N:,}: what the policy does")
@@ -605,9 +609,10 @@ def collect(
     if not all((np.abs(numbers) < 3e38).all() for numbers in (rewards, true_next, envs.observations)):  # as float32
         raise FloatingPointError(f"not finite at step {step + N:,}: what the environment pays or shows")
     ended = terminated | truncated
-    buffer.add(actions, rewards, terminated, ended, true_next, envs.observations)
+    seen = np.concatenate((true_next[ended], envs.observations)) if finished else envs.observations
+    buffer.add(actions, rewards, terminated, ended, seen)
     if args.norm_obs:
-        agent.moments.update(np.concatenate((true_next[ended], envs.observations)))
+        agent.moments.update(seen)
     watch.lap("stepping")
     when = {"step": step + N, "wall_time": round(watch.elapsed(), 3)}
     return [when | {"return": total, "length": length} for total, length in finished]
@@ -629,8 +634,9 @@ def improve(
         learner.learning_rate.fill_(factor * (rate or args.learning_rate))
     if step <= progress["learn_from"]:
         return []
-    scale = np.stack((agent.moments.mean.flatten(), agent.moments.deviation().ravel()))
-    scale, measured = torch.tensor(scale, dtype=torch.float32, device=device), []
+    scale, measured = torch.ones((2, agent.moments.mean.numel()), device=device), []
+    if args.norm_obs:
+        scale.copy_(torch.tensor(np.stack((agent.moments.mean.flatten(), agent.moments.deviation().ravel()))))
     for _ in range(int(step * args.updates_per_step) - int((step - N) * args.updates_per_step)):
         slots = buffer.draw(B)
         noise = torch.randn((1 + args.policy_frequency, B, A), device=device)
@@ -677,9 +683,11 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     with closing(envs), Run(args, agent, learners, buffer, envs, progress) as run:
         run.begin()
         fast_update = compile_update(args, agent, learners, buffer, run, interrupts) if args.compile else update
-        act, optimise = partial(sample_actions, agent), partial(fast_update, agent, args, learners, buffer.rings)
+        optimise = partial(fast_update, agent, args, learners, buffer.rings)
         if device.type == "cuda":
-            act, optimise = Captured(act, ()), capture_updates(optimise, learners)
+            act, optimise = capture_networks(agent.actor, device), capture_updates(optimise, learners)
+        else:
+            act = in_numpy(agent.actor)
         watch, booked, measured, shown = Stopwatch(progress["seconds"]), dict(progress["seconds"]), [], run.saved
 
         for step in range(run.saved + N, total + 1, N):
@@ -735,7 +743,7 @@ class Policy:
     def __init__(self, args: Args, agent: Agent):
         self.agent, self.shape = agent, tuple(agent.moments.mean.shape)
         self.discount, self.bootstraps = args.gamma, ("truncated",)
-        self._act, self._normalise = in_numpy(agent.actor), agent.moments.normaliser()
+        self._act, self._normalise = in_numpy(copy.deepcopy(agent.actor).cpu()), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
         if np.shape(observations) == self.shape:
@@ -746,10 +754,9 @@ class Policy:
         return np.array(actions).reshape(-1, *self.agent.low.shape)
 
     def _choose(self, observation: np.ndarray, sample: bool) -> np.ndarray:
-        u, log_std = np.split(self._act(self._normalise(observation).reshape(-1)), 2)
-        if sample:
-            u = u + np.exp(log_std.clip(-20, 2)) * torch.randn(len(u)).numpy()
-        return self.agent.for_environment(np.tanh(u))[0]
+        noise = torch.randn(self.agent.low.numel()).numpy() if sample else np.float32(0)
+        action = self.agent.sample(self._act(self._normalise(observation).reshape(-1)), noise)
+        return self.agent.for_environment(action)[0]
 
     def value(self, observations: np.ndarray) -> np.ndarray:
         """The lower of the critics' values of the deterministic actions; entropy, times alpha, counts as a reward."""
@@ -881,6 +888,12 @@ class Captured:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream):
             self.output = self.function(*inputs)
+
+
+def capture_networks(networks: Networks, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
+    """The first of the networks, as `in_numpy`."""
+    captured = Captured(networks, ())
+    return lambda inputs: captured(torch.tensor(inputs, device=device))[0].cpu().numpy()
 
 
 def capture_updates(optimise: Callable, learners: Learners) -> Callable:

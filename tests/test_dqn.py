@@ -169,7 +169,7 @@ def test_the_buffer_is_restored_exactly():
 
 def test_torch_writes_what_numpy_does():
     numpys, torchs = (filled_buffer(60, 3, 1)[0] for _ in range(2))
-    torchs.open = torchs.rings  # as on a GPU
+    torchs.writable = torchs.rings  # as on a GPU
     torchs.before = torchs.before.copy()
     random = np.random.default_rng(0)
     for _ in range(50):

@@ -290,7 +290,7 @@ def filled_buffer(size: int, num_envs: int, steps: int, dtype: type = np.float32
             rows.append((numbered[n], row))
         now = following.copy()
         now[ended] = see(ended.sum())
-        buffer.add(torch.tensor(actions).float(), rewards, terminated, ended, following, now)
+        buffer.add(actions, rewards, terminated, ended, np.concatenate((following[ended], now)))
         written += ended.sum()
         numbered, written = list(range(written, written + num_envs)), written + num_envs
     return buffer, [row for number, row in rows if number >= written - size]
@@ -324,7 +324,7 @@ def test_the_buffer_is_restored_exactly():
         other.before = other.before.copy()  # as where the rings are a GPU's
         other.restore(copy.deepcopy(buffer.state()))
         for one in (buffer, other):
-            one.add(torch.ones(3, 1), np.ones(3), np.zeros(3, bool), np.arange(3) == 1, *np.ones((2, 3, 2)))
+            one.add(np.ones((3, 1)), np.ones(3), np.zeros(3, bool), np.arange(3) == 1, np.ones((4, 2)))
         assert (buffer.seen, buffer.first, buffer.end) == (other.seen, other.first, other.end)
         assert all(map(torch.equal, buffer.rings, other.rings)) and np.array_equal(buffer.before, other.before)
 
@@ -332,6 +332,20 @@ def test_the_buffer_is_restored_exactly():
 def test_a_buffer_that_is_not_full_is_kept_without_its_empty_rows():
     buffer, _ = filled_buffer(60, 3, 4)
     assert [len(ring) for ring in buffer.state()["rings"]] == [buffer.seen, 12, 12, 12, 12] and buffer.seen < 30
+
+
+def test_torch_writes_what_numpy_does():
+    numpys, torchs = (filled_buffer(60, 3, 1)[0] for _ in range(2))
+    torchs.writable = torchs.rings  # as on a GPU
+    torchs.before = torchs.before.copy()
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        ended = random.random(3) < 0.3
+        seen, actions = random.random((3 + ended.sum(), 2)), random.random((3, 1))
+        for buffer in (numpys, torchs):
+            buffer.add(actions, np.arange(3) / 7, ended, ended, seen)
+    assert all(map(torch.equal, numpys.rings, torchs.rings)) and np.array_equal(numpys.before, torchs.before)
+    assert numpys.first == torchs.first > 0
 
 
 def test_the_buffer_normalises_as_the_policy_does():
@@ -373,7 +387,7 @@ class Played:
     def __init__(self, args: Args = FATES):
         torch.manual_seed(0)
         self.args, self.agent = args, agent_of(args, 2, 2, [-1, 0], [1, 4])
-        watch, act = sac.Stopwatch(dict.fromkeys(sac.SECONDS, 0.0)), partial(sac.sample_actions, self.agent)
+        watch, act = sac.Stopwatch(dict.fromkeys(sac.SECONDS, 0.0)), sac.in_numpy(self.agent.actor)
         with closing(sac.Environments(args)) as envs:
             space = gym.spaces.Box(-1, 1, (2,))
             self.buffer = ReplayBuffer(Rings.of(args.buffer_size, envs.observations, space, "cpu"), args.num_envs)
@@ -443,25 +457,26 @@ def test_the_policy_acts_from_the_step_on_at_which_learning_starts():
     with closing(sac.Environments(args)) as envs:
         buffer = ReplayBuffer(Rings.of(100, envs.observations, gym.spaces.Box(-1, 1, (2,)), "cpu"), 4)
         buffer.begin(envs.observations)
+        agent = agent_of(args, 2, 2, [-1, 0], [1, 4])
         for step in (0, 4, 8, 12):
+            # A mean of 0 and, for exp(-20), no deviation.
             sac.collect(
-                args, agent_of(args, 2, 2, [-1, 0], [1, 4]), lambda _, noise: 0 * noise, buffer, envs, step, watch
+                args, agent, lambda inputs: np.tile(np.float32([0, 0, -20, -20]), (4, 1)), buffer, envs, step, watch
             )
-    assert (buffer.rings.actions[:8] != 0).all() and (buffer.rings.actions[8:16] == 0).all()
+    assert (buffer.rings.actions[:8].abs() > 1e-6).all() and (buffer.rings.actions[8:16].abs() < 1e-6).all()
 
 
 def test_what_is_not_finite_is_not_kept():
     args = replace(SMALL, env_kwargs='{"breaks": 3}')
     bound, watch = np.ones((2, 2), np.float32), sac.Stopwatch(dict.fromkeys(sac.SECONDS, 0.0))
-    agent = sac.Agent(args, (2, 2), -bound, 2 * bound)
-    act = partial(sac.sample_actions, agent)
+    agent = sac.Agent(args, (2, 2), -bound, 2 * bound).requires_grad_(False)
     with closing(sac.Environments(args)) as envs:
         buffer = ReplayBuffer(Rings.of(100, envs.observations, gym.spaces.Box(-1, 1, (4,)), "cpu"), 4)
         buffer.begin(envs.observations)
         for step in (0, 4):
-            sac.collect(args, agent, act, buffer, envs, step, watch)
+            sac.collect(args, agent, sac.in_numpy(agent.actor), buffer, envs, step, watch)
         with pytest.raises(FloatingPointError, match="step 12"):
-            sac.collect(args, agent, act, buffer, envs, 8, watch)
+            sac.collect(args, agent, sac.in_numpy(agent.actor), buffer, envs, 8, watch)
     assert len(buffer) == 8
 
 

@@ -72,7 +72,7 @@ def test_what_is_not_of_the_algorithm_is_sacs():
     """Whose tests hold the replay buffer."""
     sac, own = (Path(td3.__file__).with_name(f"{name}_continuous.py").read_text() for name in ("sac", "td3"))
     different = {"Args", "RANGES", "MEASURES", "Agent", "Learners", "Policy"}
-    different |= {"update", "sample_actions", "improve", "train", "compile_update", "capture_updates"}
+    different |= {"update", "improve", "train", "compile_update", "capture_updates"}
     assert set(family.differences(sac, own, set())) == different
     assert not set(family.differences(sac, own, different - {"Policy"} | {"Policy._choose", "Policy.value"}))
 
@@ -242,7 +242,7 @@ class Played:
     def __init__(self, args: Args = FATES):
         torch.manual_seed(0)
         self.args, self.agent = args, agent_of(args, 2, 2, [-1, 0], [1, 4])
-        watch, act = td3.Stopwatch(dict.fromkeys(td3.SECONDS, 0.0)), partial(td3.sample_actions, self.agent)
+        watch, act = td3.Stopwatch(dict.fromkeys(td3.SECONDS, 0.0)), td3.in_numpy(self.agent.actor)
         with closing(td3.Environments(args)) as envs:
             space = gym.spaces.Box(-1, 1, (2,))
             self.buffer = ReplayBuffer(Rings.of(args.buffer_size, envs.observations, space, "cpu"), args.num_envs)
@@ -320,28 +320,30 @@ def test_exploration_noise_is_clipped_to_the_box():
 
 
 def test_the_policy_acts_from_the_step_on_at_which_learning_starts():
-    args, watch = replace(FATES, learning_starts=8), td3.Stopwatch(dict.fromkeys(td3.SECONDS, 0.0))
+    args, watch = (
+        replace(FATES, learning_starts=8, exploration_noise=0.0),
+        td3.Stopwatch(dict.fromkeys(td3.SECONDS, 0.0)),
+    )
     with closing(td3.Environments(args)) as envs:
         buffer = ReplayBuffer(Rings.of(100, envs.observations, gym.spaces.Box(-1, 1, (2,)), "cpu"), 4)
         buffer.begin(envs.observations)
         agent = agent_of(args, 2, 2, [-1, 0], [1, 4])
         for step in (0, 4, 8, 12):
-            td3.collect(args, agent, lambda _, noise: 0 * noise, buffer, envs, step, watch)
+            td3.collect(args, agent, lambda inputs: np.zeros((4, 2), np.float32), buffer, envs, step, watch)
     assert (buffer.rings.actions[:8] != 0).all() and (buffer.rings.actions[8:16] == 0).all()
 
 
 def test_what_is_not_finite_is_not_kept():
     args = replace(SMALL, env_kwargs='{"breaks": 3}')
     bound, watch = np.ones((2, 2), np.float32), td3.Stopwatch(dict.fromkeys(td3.SECONDS, 0.0))
-    agent = td3.Agent(args, (2, 2), -bound, 2 * bound)
-    act = partial(td3.sample_actions, agent)
+    agent = td3.Agent(args, (2, 2), -bound, 2 * bound).requires_grad_(False)
     with closing(td3.Environments(args)) as envs:
         buffer = ReplayBuffer(Rings.of(100, envs.observations, gym.spaces.Box(-1, 1, (4,)), "cpu"), 4)
         buffer.begin(envs.observations)
         for step in (0, 4):
-            td3.collect(args, agent, act, buffer, envs, step, watch)
+            td3.collect(args, agent, td3.in_numpy(agent.actor), buffer, envs, step, watch)
         with pytest.raises(FloatingPointError, match="step 12"):
-            td3.collect(args, agent, act, buffer, envs, 8, watch)
+            td3.collect(args, agent, td3.in_numpy(agent.actor), buffer, envs, 8, watch)
     assert len(buffer) == 8
 
 
