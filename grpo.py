@@ -788,8 +788,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             measures |= compare(args, rollout, bare)
             agent.moments.update(rollout.observations)
             watch.lap("updating")
-            measured = [measures[name] for name in (*MEASURES, "reference_kl")]
-            if not np.isfinite([*measured, advantages.sum(), *agent.moments.var.flatten()]).all():
+            sums = advantages.sum(), agent.moments.var.sum(), learner.theta.sum().cpu()
+            if not np.isfinite([*(measures[name] for name in (*MEASURES, "reference_kl")), *sums]).all():
                 raise FloatingPointError(f"not finite in the iteration that ended at step {step:,}: {measures}")
 
             if progress["iteration"] == 1 and measures["degenerate_groups"] < 1 and not advantages.any():

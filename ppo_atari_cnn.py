@@ -602,7 +602,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             rollout = collect(args, agent, envs, look, step - B, watch)
             measures = improve(args, learner, rollout, optimise)
             watch.lap("updating")
-            if not np.isfinite([measures[name] for name in MEASURES]).all():
+            if not np.isfinite([*(measures[name] for name in MEASURES), learner.theta.sum().cpu()]).all():
                 raise FloatingPointError(f"not finite in the rollout that ended at step {step:,}: {measures}")
 
             progress["updates"] += measures["updates"]

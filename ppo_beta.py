@@ -766,8 +766,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             measures = improve(args, agent, learner, rollout, rewards, optimise)
             agent.moments.update(rollout.observations.reshape(B, *agent.moments.mean.shape))
             watch.lap("updating")
-            measured = [measures[name] for name in MEASURES]
-            if not np.isfinite([*measured, agent.moments.var.sum(), agent.return_moments.var]).all():
+            sums = agent.moments.var.sum(), agent.return_moments.var, learner.theta.sum().cpu()
+            if not np.isfinite([*(measures[name] for name in MEASURES), *sums]).all():
                 raise FloatingPointError(f"not finite in the rollout that ended at step {step:,}: {measures}")
 
             progress["updates"] += measures["updates"]

@@ -750,6 +750,31 @@ def test_networks_that_diverge_stop_the_run_and_are_not_kept(script, capsys):
     assert "the last checkpoint is of step 0" in told and not list(script.runs.glob("*/result.json"))
 
 
+@pytest.mark.parametrize(
+    "script", ["ppo_continuous", "ppo_discrete", "ppo_beta", "ppo_atari_cnn", "grpo"], indirect=True
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of such numbers
+def test_networks_that_the_last_update_of_a_rollout_spoils_do_not_act(script, monkeypatch, capsys):
+    """Measures are of before an update, and so don't show it."""
+    acted, improve, collect = [], script.module.improve, script.module.collect
+
+    def improve_and_spoil(args: object, *parts: object) -> dict:
+        learner = next(part for part in parts if isinstance(part, script.module.Learner))
+        measures = improve(args, *parts)
+        learner.theta[0] = math.inf
+        return measures
+
+    def collect_and_count(*parts: object) -> object:
+        acted.append(1)
+        return collect(*parts)
+
+    monkeypatch.setattr(script.module, "improve", improve_and_spoil)
+    monkeypatch.setattr(script.module, "collect", collect_and_count)
+    with pytest.raises(SystemExit) as stop:
+        script.train(num_evals=0)
+    assert stop.value.code == 1 and len(acted) == 1 and "not finite in the" in capsys.readouterr().err
+
+
 @about("Run.save", "Run.stop")
 def test_a_run_that_is_stopped_as_its_networks_diverge_keeps_the_last_good_ones(script, capsys):
     interrupts, write = [], script.module.Run.write
