@@ -320,13 +320,13 @@ class ReplayBuffer:
             self.first += 1
 
     def add(
-        self, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, ended: np.ndarray, seen: np.ndarray
+        self, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, ended: np.ndarray, shown: np.ndarray
     ) -> None:
         """A step of every environment, where K episodes `ended`.
 
-        What those saw last, and what all see now, is `seen` (K + N, ...).
+        What those saw last, and what all see now, is `shown` (K + N, ...).
         """
-        N, K = self.num_envs, len(seen) - self.num_envs
+        N, K = self.num_envs, len(shown) - self.num_envs
         before = np.arange(self.seen - N, self.seen)
         after = before + N + K
         after[ended] = self.seen + np.arange(K)
@@ -334,7 +334,7 @@ class ReplayBuffer:
         for rows, content in zip((*self.writable[1:], self.before), done, strict=True):
             self._put(rows, self.end, content)
         self.end += N
-        self.begin(seen)
+        self.begin(shown)
 
     def draw(self, count: int) -> Tensor:
         """Slots of transitions, uniformly and with replacement."""
@@ -576,10 +576,10 @@ def collect(
     if not all((np.abs(numbers) < 3e38).all() for numbers in (rewards, true_next, envs.observations)):  # as float32
         raise FloatingPointError(f"not finite at step {step + N:,}: what the environment pays or shows")
     ended = terminated | truncated
-    seen = np.concatenate((true_next[ended], envs.observations)) if finished else envs.observations
-    buffer.add(actions, rewards, terminated, ended, seen)
+    shown = np.concatenate((true_next[ended], envs.observations)) if finished else envs.observations
+    buffer.add(actions, rewards, terminated, ended, shown)
     if args.norm_obs:
-        agent.moments.update(seen)
+        agent.moments.update(shown)
     watch.lap("stepping")
     when = {"step": step + N, "wall_time": round(watch.elapsed(), 3)}
     return [when | {"return": total, "length": length} for total, length in finished]
