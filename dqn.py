@@ -158,9 +158,9 @@ class TrainEnv(gym.Wrapper):
 
     def step(self, action: np.ndarray) -> tuple:
         self.episode.append(np.array(action))
-        *result, info = self.env.step(action)
+        observation, reward, terminated, truncated, info = self.env.step(action)
         self.mask = info.get("action_mask")
-        return *result, {}  # collecting infos takes a tenth of the time
+        return observation, float(reward), bool(terminated), bool(truncated), {}  # collecting infos takes a tenth
 
     def replay(self) -> tuple[np.ndarray, float]:
         """Its last observation and its return so far."""
@@ -678,6 +678,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
             evaluates = step * args.num_evals // total > (step - N) * args.num_evals // total
             saves = step // args.checkpoint_every > (step - N) // args.checkpoint_every or step == total
+            saves = saves or len(interrupts) > 0  # after a row of progress.csv
             if not (evaluates or saves or step % interval == 0):
                 continue
             means = torch.stack(measured).nanmean(0).tolist() if measured else [math.nan] * len(MEASURES)
@@ -963,6 +964,11 @@ class Run(ExitStack):
             fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             saved = self.load()
             self.agent.load_state_dict(saved["agent"])
+            left, wait = self.args.total_timesteps - saved["step"], max(self.args.learning_starts, self.args.batch_size)
+            if self.args.resume and not saved["buffer"] and self.args.num_envs <= left <= wait:
+                raise ValueError(
+                    f"its checkpoint has no replay buffer, and the {left:,} steps left don't fill a new one"
+                )
         except BlockingIOError:
             refuse(f"--resume {self.directory}: another process trains this run")
         except (OSError, ValueError, RuntimeError) as error:  # the last where the networks are others
@@ -975,7 +981,7 @@ class Run(ExitStack):
         if saved["buffer"]:
             self.buffer.restore(saved["buffer"])
         elif self.args.resume:
-            self.progress["learn_from"] = self.saved + max(self.args.learning_starts, self.args.batch_size)
+            self.progress["learn_from"] = self.saved + wait
         if not exact or not self.buffer.seen:
             self.buffer.begin(self.envs.observations, masks_of(self.args, self.agent, self.envs))
         torch.set_rng_state(saved["random"])
@@ -1008,6 +1014,8 @@ class Run(ExitStack):
                 break
         else:
             raise ValueError("its checkpoints are torn or missing; start a new run")
+        if "sizes" not in saved:
+            raise ValueError(f"{path.name} is a policy, from which no training goes on")
         was = saved["args"] | {"script": saved["script"]}
         for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
             if name not in FREE and value != was.get(name):
@@ -1228,7 +1236,9 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete]:
                 mask = info.get("action_mask", getattr(env, "mask", None)) if args.action_masks else None
                 spaces.append((env.observation_space.shape, actions, mask is not None))
                 first = 0 if mask is None else allowed(args, int(actions.n), [mask]).argmax()
-                env.step(actions.start + first)  # some values are no problem before
+                _, _, *over, info = env.step(actions.start + first)  # some values are no problem before
+                if mask is not None and not any(over):
+                    allowed(args, int(actions.n), [info.get("action_mask", getattr(env, "mask", None))])
                 if env.render_mode:
                     env.render()
         args = replace(args, action_masks=mask is not None)
@@ -1245,7 +1255,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete]:
     except Exception as error:
         names = ("env_kwargs", "eval_env_kwargs", "vec", "capture_video")
         given = ["env_id", *(name for name in names if getattr(args, name) != getattr(Args, name))]
-        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {error}")
+        told = error if " " in str(error) else repr(error)
+        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {told}")
     return args, envs, actions
 
 
@@ -1253,8 +1264,8 @@ def parse(argv: list[str] | None = None) -> Args:
     """The defaults, then the file of `--config` or the run of `--resume`, then the command line: the last one wins."""
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=argv, description=__doc__)
-    if args.resume and not (Path(args.resume) / f"{SCRIPT}.py").is_file():
-        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py")
+    if args.resume and not all(any(Path(args.resume).glob(name)) for name in (f"{SCRIPT}.py", "checkpoint*.pt")):
+        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py, or has no checkpoint")
     if args.resume and args.config:
         refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
     path = f"{args.resume}/config.yaml" if args.resume else args.config

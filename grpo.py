@@ -171,7 +171,8 @@ class TrainEnv(gym.Wrapper):
         return observation, {}
 
     def step(self, action: np.ndarray) -> tuple:
-        return *self.env.step(action)[:4], {}  # infos are not read, and collecting them takes a tenth of the time
+        observation, reward, terminated, truncated, _ = self.env.step(action)
+        return observation, float(reward), bool(terminated), bool(truncated), {}  # collecting infos takes a tenth
 
 
 class Environments:
@@ -179,6 +180,7 @@ class Environments:
 
     def __init__(self, args: Args):
         self.args, self.envs, self.random = args, self._make(args), np.random.default_rng(args.seed)
+        self.witness = {}  # how an episode began
         self.observations = np.zeros((args.num_envs, *self.envs.single_observation_space.shape))  # what to act on
 
     def _make(self, args: Args) -> gym.vector.VectorEnv:
@@ -191,6 +193,7 @@ class Environments:
         mask, every = np.zeros(self.args.num_envs, bool), np.zeros(self.args.num_envs, int)
         mask[which], every[which] = True, seeds
         self.observations[which] = self.envs.reset(seed=every.tolist(), options={"reset_mask": mask})[0][which]
+        self.witness = {"seed": int(seeds[0]), "observation": torch.from_numpy(self.observations[which[0]].copy())}
 
     def step(self, which: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rewards, terminated, truncated."""
@@ -204,12 +207,16 @@ class Environments:
         return tuple(results)
 
     def state(self) -> dict:
-        return {"random": self.random.bit_generator.state}  # no episode is running when a checkpoint is written
+        """No episode is running when a checkpoint is written."""
+        return {"random": self.random.bit_generator.state, "witness": self.witness}
 
     def restore(self, state: dict) -> bool:
-        """Whether the same episodes follow."""
+        """Whether the same episodes follow, as far as one that begins again can tell."""
         self.random.bit_generator.state = state["random"]
-        return True
+        if not (witness := state["witness"]):
+            return True
+        self.begin(np.arange(self.args.num_envs), np.full(self.args.num_envs, witness["seed"]))
+        return np.array_equal(self.observations[0], witness["observation"])
 
     def close(self) -> None:
         workers = getattr(self.envs, "processes", [])  # of --vec async; one that hangs would never answer
@@ -444,7 +451,7 @@ class Agent(nn.Module):
             return low + actions
         actions = 2 * actions - 1 if self.kind is Beta else actions
         actions = self.centre + self.half_range * actions.reshape(-1, *low.shape)
-        return np.minimum(np.maximum(actions, low), high)
+        return np.minimum(np.maximum(actions, low), high).astype(low.dtype, copy=False)
 
 
 def rewards_to_go(rewards: np.ndarray, gamma: float) -> np.ndarray:
@@ -788,7 +795,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             measures |= compare(args, rollout, bare)
             agent.moments.update(rollout.observations)
             watch.lap("updating")
-            sums = advantages.sum(), agent.moments.var.sum(), learner.theta.sum().cpu()
+            squares = np.square(rollout.rewards).sum()  # whose overflow would make every advantage 0
+            sums = squares, advantages.sum(), agent.moments.var.sum(), learner.theta.sum().cpu()
             if not np.isfinite([*(measures[name] for name in (*MEASURES, "reference_kl")), *sums]).all():
                 raise FloatingPointError(f"not finite in the iteration that ended at step {step:,}: {measures}")
 
@@ -1080,6 +1088,8 @@ class Run(ExitStack):
                 break
         else:
             raise ValueError("its checkpoints are torn or missing; start a new run")
+        if "sizes" not in saved:
+            raise ValueError(f"{path.name} is a policy, from which no training goes on")
         was = saved["args"] | {"script": saved["script"]}
         for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
             if name not in FREE and value != was.get(name):
@@ -1106,7 +1116,7 @@ class Run(ExitStack):
         if slow := {type(layer).__name__ for layer in agent.actor if type(layer) not in IN_NUMPY}:
             self.say(f"acting is slower for {', '.join(sorted(slow))}, which in_numpy does not know")
         if not exact:
-            self.say("--vec envpool cannot repeat its episodes; other ones follow, all else continues")
+            self.say("the environments cannot be restored exactly; other episodes follow, all else continues")
 
     def write(self, table: str, rows: list[dict]) -> None:
         """In CSV, and in TensorBoard by CleanRL's names."""
@@ -1273,8 +1283,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
         refuse(f"--num-envs {args.num_envs}: must be at most {M}, the episodes of an iteration")
     if args.log_std_init < args.log_std_min:
         refuse(f"--log-std-init {args.log_std_init}: must be at least --log-std-min {args.log_std_min}")
-    if args.target_kl and not args.kl_coef:
-        refuse("--target-kl: there is no penalty to adapt; set --kl-coef to what it begins with")
+    if args.target_kl and not 1e-4 <= args.kl_coef <= 100:
+        refuse("--target-kl: adapts --kl-coef, which must begin between 1e-4 and 100")
     if args.vec == "envpool" and args.identical_start:
         refuse("--vec envpool: it cannot begin episodes alike; use sync, or --no-identical-start")
     try:
@@ -1304,7 +1314,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
     except Exception as error:
         names = ("env_kwargs", "eval_env_kwargs", "vec", "capture_video")
         given = ["env_id", *(name for name in names if getattr(args, name) != getattr(Args, name))]
-        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {error}")
+        told = error if " " in str(error) else repr(error)
+        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {told}")
     return args, envs, actions
 
 
@@ -1312,8 +1323,8 @@ def parse(argv: list[str] | None = None) -> Args:
     """The defaults, then the file of `--config` or the run of `--resume`, then the command line: the last one wins."""
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=argv, description=__doc__)
-    if args.resume and not (Path(args.resume) / f"{SCRIPT}.py").is_file():
-        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py")
+    if args.resume and not all(any(Path(args.resume).glob(name)) for name in (f"{SCRIPT}.py", "checkpoint*.pt")):
+        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py, or has no checkpoint")
     if args.resume and args.config:
         refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
     path = f"{args.resume}/config.yaml" if args.resume else args.config

@@ -543,7 +543,7 @@ def improve(args: Args, learner: Learner, rollout: Rollout, optimise: Callable) 
     chosen = rollout.chosen.flatten().nonzero().squeeze(-1)
     for _ in range(args.update_epochs):
         shuffled = chosen[torch.randperm(len(chosen)).to(chosen.device, non_blocking=True)]
-        shuffled = shuffled.repeat(2)[: len(batch.returns)]
+        shuffled = shuffled.repeat(math.ceil(len(batch.returns) / max(1, len(chosen))))[: len(batch.returns)]
         measured.append(optimise(batch, shuffled.view(args.num_minibatches, -1)))
         if args.target_kl and measured[-1][-1, MEASURES.index("approx_kl")] > args.target_kl:
             break
@@ -903,6 +903,8 @@ class Run(ExitStack):
                 break
         else:
             raise ValueError("its checkpoints are torn or missing; start a new run")
+        if "sizes" not in saved:
+            raise ValueError(f"{path.name} is a policy, from which no training goes on")
         was = saved["args"] | {"script": saved["script"]}
         for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
             if name not in FREE and value != was.get(name):
@@ -1055,7 +1057,7 @@ class EnvPool(Environments):
     def _make(self, args: Args) -> gym.Env:
         import envpool
 
-        name = find_game(args.env_id).title().replace("_", "") + "-v5"
+        name = "".join(map(str.capitalize, find_game(args.env_id).split("_"))) + "-v5"
         return envpool.make(name, "gymnasium", num_envs=args.num_envs, seed=args.seed, **self._kwargs(args))
 
     def _begin(self, which: np.ndarray, seeded: np.ndarray) -> np.ndarray:
@@ -1095,6 +1097,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete]:
         for name in ("env_kwargs", "eval_env_kwargs"):
             if fixed := {"frameskip", "obs_type", "repeat_action_probability"} & json.loads(getattr(args, name)).keys():
                 raise ValueError(f"leave out {min(fixed)}, which the script sets")
+            if "max_episode_steps" in json.loads(getattr(args, name)):
+                raise ValueError("max_episode_steps would count frames; use max_num_frames_per_episode")
         with closing(make_eval_env(args, "rgb_array" if args.capture_video else None)) as env:
             actions = env.action_space
             if not isinstance(actions, gym.spaces.Discrete):
@@ -1110,7 +1114,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete]:
     except Exception as error:
         names = ("env_kwargs", "eval_env_kwargs", "vec", "capture_video")
         given = ["env_id", *(name for name in names if getattr(args, name) != getattr(Args, name))]
-        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {error}")
+        told = error if " " in str(error) else repr(error)
+        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {told}")
     return resolve_precision(args), envs, actions
 
 
@@ -1118,8 +1123,8 @@ def parse(argv: list[str] | None = None) -> Args:
     """The defaults, then the file of `--config` or the run of `--resume`, then the command line: the last one wins."""
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=argv, description=__doc__)
-    if args.resume and not (Path(args.resume) / f"{SCRIPT}.py").is_file():
-        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py")
+    if args.resume and not all(any(Path(args.resume).glob(name)) for name in (f"{SCRIPT}.py", "checkpoint*.pt")):
+        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py, or has no checkpoint")
     if args.resume and args.config:
         refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
     path = f"{args.resume}/config.yaml" if args.resume else args.config

@@ -99,7 +99,7 @@ class Args:
     adam_eps: float = 1e-8  # Adam's epsilon; with PPO's usual 1e-5 most of the critic's scaled gradients lie below it
     target_kl: float | None = None  # end a rollout's update once a minibatch's KL from the rollout's policy exceeds it
     norm_obs: bool = True  # normalise observations by their running mean and deviation
-    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
+    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return; clip them at ±10
     actor_sizes: tuple[int, ...] = (64, 64)  # hidden layers of the policy
     critic_sizes: tuple[int, ...] = (64, 64)  # hidden layers of the value function
     log_std_init: float | None = None  # log of the first standard deviation; default: -0.4 log(A) for A actions
@@ -159,7 +159,8 @@ class TrainEnv(gym.Wrapper):
 
     def step(self, action: np.ndarray) -> tuple:
         self.episode.append(np.array(action))
-        return *self.env.step(action)[:4], {}  # infos are not read, and collecting them takes a tenth of the time
+        observation, reward, terminated, truncated, _ = self.env.step(action)
+        return observation, float(reward), bool(terminated), bool(truncated), {}  # collecting infos takes a tenth
 
     def replay(self) -> tuple[np.ndarray, float]:
         """Its last observation and its return so far."""
@@ -344,7 +345,7 @@ class Agent(nn.Module):
         """(N, A) of the policy's to the environment's shape and bounds."""
         low, high = self.bounds
         actions = self.centre + self.half_range * actions.reshape(-1, *low.shape)
-        return np.minimum(np.maximum(actions, low), high)
+        return np.minimum(np.maximum(actions, low), high).astype(low.dtype, copy=False)
 
 
 def log_prob(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
@@ -922,6 +923,8 @@ class Run(ExitStack):
                 break
         else:
             raise ValueError("its checkpoints are torn or missing; start a new run")
+        if "sizes" not in saved:
+            raise ValueError(f"{path.name} is a policy, from which no training goes on")
         was = saved["args"] | {"script": saved["script"]}
         for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
             if name not in FREE and value != was.get(name):
@@ -1135,7 +1138,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
     except Exception as error:
         names = ("env_kwargs", "eval_env_kwargs", "vec", "capture_video")
         given = ["env_id", *(name for name in names if getattr(args, name) != getattr(Args, name))]
-        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {error}")
+        told = error if " " in str(error) else repr(error)
+        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {told}")
     return args, envs, actions
 
 
@@ -1143,8 +1147,8 @@ def parse(argv: list[str] | None = None) -> Args:
     """The defaults, then the file of `--config` or the run of `--resume`, then the command line: the last one wins."""
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=argv, description=__doc__)
-    if args.resume and not (Path(args.resume) / f"{SCRIPT}.py").is_file():
-        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py")
+    if args.resume and not all(any(Path(args.resume).glob(name)) for name in (f"{SCRIPT}.py", "checkpoint*.pt")):
+        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py, or has no checkpoint")
     if args.resume and args.config:
         refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
     path = f"{args.resume}/config.yaml" if args.resume else args.config

@@ -101,7 +101,7 @@ class Args:
     target_kl: float | None = None  # end a rollout's update once a minibatch's KL from the rollout's policy exceeds it
     action_masks: bool = True  # where `info` has an `action_mask`, what it forbids is not done
     norm_obs: bool = True  # normalise observations by their running mean and deviation
-    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
+    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return; clip them at ±10
     actor_sizes: tuple[int, ...] = (64, 64)  # hidden layers of the policy
     critic_sizes: tuple[int, ...] = (64, 64)  # hidden layers of the value function
 
@@ -160,9 +160,9 @@ class TrainEnv(gym.Wrapper):
 
     def step(self, action: np.ndarray) -> tuple:
         self.episode.append(np.array(action))
-        *result, info = self.env.step(action)
+        observation, reward, terminated, truncated, info = self.env.step(action)
         self.mask = info.get("action_mask")
-        return *result, {}  # collecting infos takes a tenth of the time
+        return observation, float(reward), bool(terminated), bool(truncated), {}  # collecting infos takes a tenth
 
     def replay(self) -> tuple[np.ndarray, float]:
         """Its last observation and its return so far."""
@@ -968,6 +968,8 @@ class Run(ExitStack):
                 break
         else:
             raise ValueError("its checkpoints are torn or missing; start a new run")
+        if "sizes" not in saved:
+            raise ValueError(f"{path.name} is a policy, from which no training goes on")
         was = saved["args"] | {"script": saved["script"]}
         for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
             if name not in FREE and value != was.get(name):
@@ -1177,7 +1179,9 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.Space]:
                 else:
                     first = allowed(args, choices_of(low, high), [mask]).argmax(-1)
                     action = (low + first.reshape(low.shape)).astype(low.dtype)
-                env.step(action)  # some values are no problem before
+                _, _, *over, info = env.step(action)  # some values are no problem before
+                if mask is not None and not any(over):
+                    allowed(args, choices_of(low, high), [info.get("action_mask", getattr(env, "mask", None))])
                 if env.render_mode:
                     env.render()
         args = replace(args, action_masks=mask is not None)
@@ -1198,7 +1202,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.Space]:
     except Exception as error:
         names = ("env_kwargs", "eval_env_kwargs", "vec", "capture_video")
         given = ["env_id", *(name for name in names if getattr(args, name) != getattr(Args, name))]
-        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {error}")
+        told = error if " " in str(error) else repr(error)
+        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {told}")
     return args, envs, actions
 
 
@@ -1206,8 +1211,8 @@ def parse(argv: list[str] | None = None) -> Args:
     """The defaults, then the file of `--config` or the run of `--resume`, then the command line: the last one wins."""
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=argv, description=__doc__)
-    if args.resume and not (Path(args.resume) / f"{SCRIPT}.py").is_file():
-        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py")
+    if args.resume and not all(any(Path(args.resume).glob(name)) for name in (f"{SCRIPT}.py", "checkpoint*.pt")):
+        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py, or has no checkpoint")
     if args.resume and args.config:
         refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
     path = f"{args.resume}/config.yaml" if args.resume else args.config

@@ -156,7 +156,8 @@ class TrainEnv(gym.Wrapper):
 
     def step(self, action: np.ndarray) -> tuple:
         self.episode.append(np.array(action))
-        return *self.env.step(action)[:4], {}  # infos are not read, and collecting them takes a tenth of the time
+        observation, reward, terminated, truncated, _ = self.env.step(action)
+        return observation, float(reward), bool(terminated), bool(truncated), {}  # collecting infos takes a tenth
 
     def replay(self) -> tuple[np.ndarray, float]:
         """Its last observation and its return so far."""
@@ -441,7 +442,7 @@ class Agent(nn.Module):
         """(N, A) of the policy's to the environment's shape and bounds."""
         low, high = self.bounds
         actions = self.centre + self.half_range * actions.reshape(-1, *low.shape)
-        return np.minimum(np.maximum(actions, low), high)
+        return np.minimum(np.maximum(actions, low), high).astype(low.dtype, copy=False)
 
 
 def gaussian(outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -701,6 +702,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
             evaluates = step * args.num_evals // total > (step - N) * args.num_evals // total
             saves = step // args.checkpoint_every > (step - N) // args.checkpoint_every or step == total
+            saves = saves or len(interrupts) > 0  # after a row of progress.csv
             if not (evaluates or saves or step % interval == 0):
                 continue
             means = torch.stack(measured).nanmean(0).tolist() if measured else [math.nan] * len(MEASURES)
@@ -988,6 +990,11 @@ class Run(ExitStack):
             fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             saved = self.load()
             self.agent.load_state_dict(saved["agent"])
+            left, wait = self.args.total_timesteps - saved["step"], max(self.args.learning_starts, self.args.batch_size)
+            if self.args.resume and not saved["buffer"] and self.args.num_envs <= left <= wait:
+                raise ValueError(
+                    f"its checkpoint has no replay buffer, and the {left:,} steps left don't fill a new one"
+                )
         except BlockingIOError:
             refuse(f"--resume {self.directory}: another process trains this run")
         except (OSError, ValueError, RuntimeError) as error:  # the last where the networks are others
@@ -1000,7 +1007,7 @@ class Run(ExitStack):
         if saved["buffer"]:
             self.buffer.restore(saved["buffer"])
         elif self.args.resume:
-            self.progress["learn_from"] = self.saved + max(self.args.learning_starts, self.args.batch_size)
+            self.progress["learn_from"] = self.saved + wait
         if not exact or not self.buffer.seen:
             self.buffer.begin(self.envs.observations)
         torch.set_rng_state(saved["random"])
@@ -1033,6 +1040,8 @@ class Run(ExitStack):
                 break
         else:
             raise ValueError("its checkpoints are torn or missing; start a new run")
+        if "sizes" not in saved:
+            raise ValueError(f"{path.name} is a policy, from which no training goes on")
         was = saved["args"] | {"script": saved["script"]}
         for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
             if name not in FREE and value != was.get(name):
@@ -1269,7 +1278,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
     except Exception as error:
         names = ("env_kwargs", "eval_env_kwargs", "vec", "capture_video")
         given = ["env_id", *(name for name in names if getattr(args, name) != getattr(Args, name))]
-        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {error}")
+        told = error if " " in str(error) else repr(error)
+        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {told}")
     return resolve_precision(args), envs, actions
 
 
@@ -1277,8 +1287,8 @@ def parse(argv: list[str] | None = None) -> Args:
     """The defaults, then the file of `--config` or the run of `--resume`, then the command line: the last one wins."""
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=argv, description=__doc__)
-    if args.resume and not (Path(args.resume) / f"{SCRIPT}.py").is_file():
-        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py")
+    if args.resume and not all(any(Path(args.resume).glob(name)) for name in (f"{SCRIPT}.py", "checkpoint*.pt")):
+        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py, or has no checkpoint")
     if args.resume and args.config:
         refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
     path = f"{args.resume}/config.yaml" if args.resume else args.config

@@ -121,6 +121,31 @@ class Barred(Turns):
         return *super().step(action)[:4], self._info()
 
 
+class Kinds(Clock):
+    """Says in whole numbers whether it ends. Pays in a row of one, or more than can be squared."""
+
+    def __init__(self, pays: str = "", discrete: bool = False, render_mode: str | None = None):
+        super().__init__()
+        self.pays = pays
+        if discrete:
+            self.action_space = gym.spaces.Discrete(2)
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        reward = {"": reward, "row": np.full(1, reward), "much": 1e200 * self.t}[self.pays]
+        return observation, reward, int(terminated), int(truncated), info
+
+
+class Counts(Clock):
+    """Shows how often it was reset."""
+
+    resets = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.resets += 1
+        return super().reset(seed=seed)[0] + self.resets / 100, {}
+
+
 class Pair(Clock):
     observation_space = gym.spaces.Dict({"a": gym.spaces.Box(0, 1, (1,))})
 
@@ -137,6 +162,13 @@ class Ticks(Clock):
     """Every action is as good as any other."""
 
     action_space = gym.spaces.Discrete(2)
+
+
+class Once(Ticks):
+    """Its mask is in what a reset says, and in nothing that a step does."""
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)[0], {"action_mask": np.ones(2, np.int8)}
 
 
 class Ends(Clock):
@@ -314,6 +346,9 @@ gym.register("Fates-v0", Fates)
 gym.register("Turns-v0", Turns)
 gym.register("Lots-v0", Lots)
 gym.register("Barred-v0", Barred)
+gym.register("Once-v0", Once)
+gym.register("Kinds-v0", Kinds)
+gym.register("Counts-v0", Counts)
 gym.register("Pair-v0", Pair)
 gym.register("Bits-v0", Bits)
 gym.register("Endless-v0", Endless)

@@ -478,6 +478,29 @@ def test_environments_go_on_with_the_same_starts(vec):
         assert envs.restore(state) and np.array_equal(envs.random.integers(2**31, size=9), expected)
 
 
+@pytest.mark.parametrize(("env_id", "exact"), [("Luck-v0", True), ("Counts-v0", False)])
+def test_an_environment_that_remembers_is_not_said_to_be_restored(env_id, exact):
+    args = replace(SMALL, env_id=f"tests.envs:{env_id}")
+    with closing(grpo.Environments(args)) as envs:
+        for seed in (1, 2):
+            envs.begin(np.arange(4), np.full(4, seed))
+        state = envs.state()
+    with closing(grpo.Environments(args)) as others:
+        assert others.restore(state) == exact
+
+
+def test_ends_may_be_told_in_whole_numbers(small):
+    run = train(replace(small, env_id="tests.envs:Kinds-v0", env_kwargs='{"discrete": true}', total_timesteps=1))
+    assert {row["length"] for row in rows(run, "episodes")} == {"20"}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of such numbers
+def test_rewards_that_cannot_be_squared_stop_the_run(small, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        train(replace(small, env_id="tests.envs:Kinds-v0", env_kwargs='{"discrete": true, "pays": "much"}'))
+    assert "not finite in the iteration" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def played() -> Played:
     return Played(identical_start=False)
@@ -754,7 +777,7 @@ def test_envpool_plays_whole_episodes_too(small, capsys, monkeypatch):
     assert sum(int(row["length"]) for row in episodes) == int(rows(run, "progress")[-1]["step"])
     (run / "checkpoint.previous.pt").replace(run / "checkpoint.pt")
     train(grpo.parse(["--resume", str(run)]))
-    assert "--vec envpool cannot repeat its episodes" in capsys.readouterr().out
+    assert "the environments cannot be restored exactly" in capsys.readouterr().out
     assert len(set(seeds)) == 2  # and does not repeat the run's first
 
 

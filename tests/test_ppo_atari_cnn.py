@@ -463,6 +463,14 @@ def test_epochs_of_minibatches(played):
     assert measures["explained_variance"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_minibatches_have_their_size_however_few_steps_were_chosen(played):
+    chosen = torch.zeros_like(played[1].chosen)
+    chosen[:2] = True
+    few = played[0], played[1]._replace(chosen=chosen), played[2]
+    _, calls = improve(few, replace(BARS, num_minibatches=4))
+    assert all(len(indices) == T * N // 4 and indices.max() < 2 * N for _, indices in calls)
+
+
 def test_what_was_not_played_is_not_learnt_from(played):
     """After a lost life FIRE is pressed whatever the agent chose: that choice weighs nothing, every other as ever."""
     chosen = set(played[1].chosen.flatten().nonzero().squeeze(-1).tolist())

@@ -416,6 +416,9 @@ def test_an_environment_that_allows_nothing_is_named(small, capsys):
     with pytest.raises(SystemExit, match="2"):
         train(replace(args, env_kwargs='{"stuck": 0}'))
     assert "tests.envs:Barred-v0: an action mask allows no action" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        ppo.prepare(replace(BARRED, env_id="tests.envs:Once-v0", env_kwargs="{}"))
+    assert "an action mask must have 2 values" in capsys.readouterr().err
     with pytest.raises(ValueError, match="tests.envs:Barred-v0: an action mask allows no action"):
         train(replace(args, env_kwargs='{"stuck": 2}'))
 

@@ -138,6 +138,7 @@ SCRIPTS = {
             '--env-kwargs {"noop_max":2}': '--env-kwargs {"noop_max":2}: ',
             '--env-kwargs {"max_num_frames_per_episode":"x"}': "--env-kwargs",
             '--env-kwargs {"frameskip":2}': "leave out frameskip",
+            '--eval-env-kwargs {"max_episode_steps":9}': "use max_num_frames_per_episode",
             '--env-kwargs {"continuous":true}': "needs Discrete actions",
             '--eval-env-kwargs {"full_action_space":true}': "does not have the actions of training",
             "--repeat-action-probability 2": "--repeat-action-probability 2.0: must be between 0 and 1",
@@ -359,6 +360,7 @@ SCRIPTS = {
             "--advantage value": "rtg",
             "--gamma 1.1": "--gamma",
             "--target-kl 0.01": "--kl-coef",
+            "--target-kl 0.01 --kl-coef 200": "between 1e-4 and 100",
             "--kl-coef -1": "--kl-coef",
             "--ref-update-every 0": "--ref-update-every",
             "--hybrid-clip 0": "--hybrid-clip",
@@ -740,6 +742,16 @@ def test_what_an_environment_spoils_is_in_no_checkpoint(script, spoilt, monkeypa
     assert saved["step"] > 0 and all(tensor.isfinite().all() for tensor in [*saved["agent"].values(), *rings])
 
 
+@pytest.mark.parametrize(
+    "script", ["ppo_continuous", "ppo_discrete", "ppo_beta", "grpo", *REPLAYING], indirect=["script"]
+)
+def test_a_reward_that_is_no_number_is_refused(script, capsys):
+    kwargs = json.dumps({"pays": "row", "discrete": script.name in ("ppo_discrete", "dqn")})
+    words = ["--max-episode-steps", "20"] if script.name == "grpo" else []
+    told = script.refuse(capsys, "--env-id", "tests.envs:Kinds-v0", "--env-kwargs", kwargs, *words)
+    assert "Python scalars" in told and not list(script.runs.glob("*"))
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of such numbers
 def test_networks_that_diverge_stop_the_run_and_are_not_kept(script, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -921,9 +933,9 @@ def test_an_interrupted_run_says_how_to_go_on_and_is_nobody_elses_until_then(scr
     _, said, command = output.partition("continue with\n")
     assert said and shlex.split(command) == ["python", str(script.path), "--resume", str(run)]
     steps = [int(row["step"]) for row in rows(run, "progress")]
-    assert 0 <= load(run / "checkpoint.pt")["step"] - steps[-1] < steps[0]
+    assert load(run / "checkpoint.pt")["step"] == steps[-1]  # nothing that was measured is lost
     script.stop_after_a_rollout("--resume", str(run))
-    assert [int(row["step"]) for row in rows(run, "progress")] == [*steps, steps[-1] + steps[0]]
+    assert [int(row["step"]) for row in rows(run, "progress")] == [*steps, (steps[-1] // steps[0] + 1) * steps[0]]
 
 
 DAMAGES = {
@@ -979,7 +991,9 @@ def each(pattern: str, change):
 # What makes a run one that cannot be resumed, and what has to be said of it.
 SPOILT = {
     "both checkpoints torn": (each("checkpoint*.pt", lambda path: path.write_bytes(b"PK")), "torn or missing"),
-    "both checkpoints gone": (each("checkpoint*.pt", Path.unlink), "torn or missing"),
+    "both checkpoints gone": (each("checkpoint*.pt", Path.unlink), "has no checkpoint"),
+    "neither checkpoint nor log": (each("*[tg]", Path.unlink), "has no checkpoint"),
+    "a policy in its place": (lambda run: shutil.copy(run / "best.pt", run / "checkpoint.pt"), "is a policy"),
     "a table too short": (each("episodes.csv", lambda path: path.write_text("step\n")), "episodes.csv is shorter"),
     "a table gone": (each("evaluations.csv", Path.unlink), "evaluations.csv is shorter"),
     "another seed": (edit_config(seed=7), "--seed is 1 in checkpoint.pt and cannot become 7"),

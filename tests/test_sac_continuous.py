@@ -630,6 +630,10 @@ def assert_a_run_without_its_buffer_fills_a_new_one_first(module, small, monkeyp
         since = {int(row["step"]): int(row["updates"]) - updates for row in rows(run, "progress")}
         assert since[first] == 0 and since[1024] == (1024 - first) // 4
         assert len(buffers[-1]) == 512 and buffers[-1].rings.between[:8].tolist() == [[n, n + 4] for n in range(8)]
+        longer(run, 1052)
+        with pytest.raises(SystemExit, match="2"):
+            module.train(module.parse(["--resume", str(run)]))
+        assert "the 28 steps left don't fill a new one" in capsys.readouterr().err
 
 
 def test_a_run_without_its_buffer_fills_a_new_one_first(small, monkeypatch, capsys):
