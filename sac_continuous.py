@@ -702,7 +702,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
             evaluates = step * args.num_evals // total > (step - N) * args.num_evals // total
             saves = step // args.checkpoint_every > (step - N) // args.checkpoint_every or step == total
-            saves = saves or len(interrupts) > 0  # after a row of progress.csv
+            saves = saves or len(interrupts) > 0  # so that a row says what was measured until then
             if not (evaluates or saves or step % interval == 0):
                 continue
             means = torch.stack(measured).nanmean(0).tolist() if measured else [math.nan] * len(MEASURES)
@@ -992,9 +992,7 @@ class Run(ExitStack):
             self.agent.load_state_dict(saved["agent"])
             left, wait = self.args.total_timesteps - saved["step"], max(self.args.learning_starts, self.args.batch_size)
             if self.args.resume and not saved["buffer"] and self.args.num_envs <= left <= wait:
-                raise ValueError(
-                    f"its checkpoint has no replay buffer, and the {left:,} steps left don't fill a new one"
-                )
+                raise ValueError(f"it has no replay buffer, and the {left:,} steps left don't fill a new one")
         except BlockingIOError:
             refuse(f"--resume {self.directory}: another process trains this run")
         except (OSError, ValueError, RuntimeError) as error:  # the last where the networks are others

@@ -750,6 +750,19 @@ def test_a_reward_that_is_no_number_is_refused(script, capsys):
     words = ["--max-episode-steps", "20"] if script.name == "grpo" else []
     told = script.refuse(capsys, "--env-id", "tests.envs:Kinds-v0", "--env-kwargs", kwargs, *words)
     assert "Python scalars" in told and not list(script.runs.glob("*"))
+    told = script.refuse(
+        capsys, "--env-id", "tests.envs:Kinds-v0", "--env-kwargs", kwargs.replace("row", "odd"), *words
+    )
+    assert "KeyError('odd')" in told  # of which 'odd' alone would say nothing
+
+
+@pytest.mark.parametrize(
+    "script", ["ppo_continuous", "ppo_beta", "grpo", "sac_continuous", "td3_continuous"], indirect=True
+)
+def test_actions_have_the_boxs_type(script):
+    bound = np.ones(2, np.float16)
+    agent = script.module.Agent(script.args(), (3,), -bound, bound)
+    assert agent.for_environment(np.full((1, 2), 0.3, np.float32)).dtype == np.float16
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of such numbers

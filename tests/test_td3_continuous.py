@@ -320,10 +320,8 @@ def test_exploration_noise_is_clipped_to_the_box():
 
 
 def test_the_policy_acts_from_the_step_on_at_which_learning_starts():
-    args, watch = (
-        replace(FATES, learning_starts=8, exploration_noise=0.0),
-        td3.Stopwatch(dict.fromkeys(td3.SECONDS, 0.0)),
-    )
+    args = replace(FATES, learning_starts=8, exploration_noise=0.0)
+    watch = td3.Stopwatch(dict.fromkeys(td3.SECONDS, 0.0))
     with closing(td3.Environments(args)) as envs:
         buffer = ReplayBuffer(Rings.of(100, envs.observations, gym.spaces.Box(-1, 1, (2,)), "cpu"), 4)
         buffer.begin(envs.observations)
