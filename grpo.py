@@ -549,13 +549,13 @@ def grpo_loss(
     clipped = ratio.clamp(1 - args.clip_coef, 1 + high)
     policy_loss = -mean(torch.min(ratio * batch.advantages, clipped * batch.advantages))
 
-    if args.kl_estimator == "closed":
-        penalty = policy.kl(reference)
-    else:  # r - ln r - 1, r = π_ref / π, http://joschu.net/blog/kl-approx.html
-        log_r = reference.log_prob(batch.actions) - logprobs
-        penalty = log_r.exp() - log_r - 1
     entropy = policy.entropy()
-    loss = policy_loss + kl_coef * mean(penalty) - args.ent_coef * mean(entropy)
+    loss = policy_loss - args.ent_coef * mean(entropy)
+    if args.kl_coef and args.kl_estimator == "closed":
+        loss = loss + kl_coef * mean(policy.kl(reference))
+    elif args.kl_coef:  # r - ln r - 1, r = π_ref / π, http://joschu.net/blog/kl-approx.html
+        log_r = reference.log_prob(batch.actions) - logprobs
+        loss = loss + kl_coef * mean(log_r.exp() - log_r - 1)
     used = (batch.weights > 0).float() / rows
     kl = (used * (ratio - 1 - logratio)).sum()
     clip_fraction = (used * (ratio != clipped)).sum()

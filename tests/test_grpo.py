@@ -313,7 +313,7 @@ def example(space: str = "discrete", size: int = 64) -> tuple[grpo.Agent, grpo.B
 @pytest.mark.parametrize("space", SPACES)
 def test_loss_equals_the_papers(space):
     agent, batch = example(space)
-    args = replace(SMALL, clip_coef=0.1, clip_coef_high=0.3, ent_coef=0.01)
+    args = replace(SMALL, clip_coef=0.1, clip_coef_high=0.3, kl_coef=0.2, ent_coef=0.01)
     loss, (policy_loss, entropy, kl, clipped) = grpo.grpo_loss(
         dict(agent.named_parameters()), agent, args, batch, torch.tensor(0.2)
     )
@@ -329,11 +329,21 @@ def test_loss_equals_the_papers(space):
     torch.testing.assert_close(loss, policy_loss + rest.mean())
 
 
-def gradient(agent: grpo.Agent, batch: grpo.Batch) -> torch.Tensor:
+def gradient(agent: grpo.Agent, batch: grpo.Batch, kl_coef: float = 0.3) -> torch.Tensor:
     theta = torch.nn.utils.parameters_to_vector(agent.parameters()).requires_grad_()
-    args = replace(SMALL, ent_coef=0.1)
-    loss, _ = grpo.grpo_loss(grpo.parameters_of(agent, theta), agent, args, batch, torch.tensor(0.3))
+    args = replace(SMALL, kl_coef=kl_coef, ent_coef=0.1)
+    loss, _ = grpo.grpo_loss(grpo.parameters_of(agent, theta), agent, args, batch, torch.tensor(kl_coef))
     return torch.autograd.grad(loss, theta)[0]
+
+
+def test_without_a_penalty_a_distant_reference_spoils_no_gradient(monkeypatch):
+    """The exponential of its log-ratio is infinite, and 0 times the gradient of that no number."""
+    monkeypatch.setattr(SMALL, "kl_estimator", "k3")
+    agent, batch = example()
+    agent.actor[-1].bias += 200 * torch.arange(len(agent.actor[-1].bias))
+    batch = batch._replace(logprobs=agent.kind(agent(batch.observations)).log_prob(batch.actions))
+    assert not gradient(agent, batch).isfinite().all()
+    assert gradient(agent, batch, kl_coef=0.0).isfinite().all()
 
 
 def test_what_fills_a_minibatch_cannot_change_a_gradient():
