@@ -155,7 +155,7 @@ def section_of_films(films: dict[str, Path]) -> str:
     return page.films(fitting) + page.paragraph(note)
 
 
-def sections_of_tables(made: dict[str, Table], films: dict[str, Path], left: Table) -> dict[str, str]:
+def sections_of_tables(made: dict[str, Table], films: dict[str, Path], left_out: dict[Path, str]) -> dict[str, str]:
     """What follows the figures."""
     found = {}
     if made["thresholds"].rows:
@@ -169,8 +169,8 @@ def sections_of_tables(made: dict[str, Table], films: dict[str, Path], left: Tab
     few = len(made["seeds"].rows) <= 200
     found["Every seed"] = made["seeds"].html() if few else page.paragraph("In seeds.csv.")
     found["Where it comes from"] = made["provenance"].html()
-    if left.rows:
-        found["Left out"] = left.html()
+    if left_out:
+        found["Left out"] = Table(["directory", "why"], [[str(path), why] for path, why in left_out.items()]).html()
     return found
 
 
@@ -218,7 +218,7 @@ def make_report(
     if losses:
         captions = {output / f"{name}.png": f"{env_id}: what was logged of learning." for name, env_id in named.items()}
         sections["Losses"] = page.pictures(captions)
-    sections |= sections_of_tables(made, films, tables.left_out(material))
+    sections |= sections_of_tables(made, films, material.left_out)
     runs = [run for group in groups for run in group.runs]
     last = max(str(run.meta.get("started", "")) for run in runs)[:10]
     counts = f"runs: {len(runs)}, methods: {number}, environments: {len(environments_of(groups))}"

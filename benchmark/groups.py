@@ -132,8 +132,7 @@ class Group:
 @dataclass(frozen=True)
 class Material:
     groups: list[Group]
-    unfinished: list[Run]
-    unreadable: dict[Path, str]
+    left_out: dict[Path, str]  # directories, and why
 
 
 def read(run: Run) -> str:
@@ -247,10 +246,9 @@ def gather(paths: list[Path]) -> Material:
         Group(method, env_id, sorted(runs, key=lambda run: run.config["seed"]), places[method])
         for (env_id, method), runs in grouped.items()
     ]
-    wrong = remains(paths, {run.directory for run in states})
-    wrong |= {run.directory: state for run, state in states.items() if state not in ("finished", "unfinished")}
-    unfinished = [run for run, state in states.items() if state == "unfinished"]
-    return Material(in_order(groups), unfinished, dict(sorted(wrong.items())))
+    left_out = remains(paths, {run.directory for run in states})
+    left_out |= {run.directory: state for run, state in states.items() if state != "finished"}
+    return Material(in_order(groups), dict(sorted(left_out.items())))
 
 
 def in_order(groups: list[Group]) -> list[Group]:

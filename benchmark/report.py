@@ -109,8 +109,7 @@ def report(
             refuse(f"{path}: no such folder")
     material = gather(runs)
     if not material.groups:
-        left = [*material.unreadable.items(), *((run.directory, "unfinished") for run in material.unfinished)]
-        why = "".join(f"; {path.name}: {reason}" for path, reason in left[:1])
+        why = "".join(f"; {path.name}: {reason}" for path, reason in [*material.left_out.items()][:1])
         refuse(f"no finished run in {', '.join(map(str, runs))}{why}")
     asked = asked_for(threshold, material.groups)
     if baseline is not None:
@@ -122,8 +121,6 @@ def report(
     title = ", ".join(dict.fromkeys(path.resolve().name for path in runs[:3]))
     played, films = find_baselines(material.groups) if random else {}, best_films(material.groups)
     print(make_report(material, title, played, films, output, baseline, asked))
-    for run in material.unfinished:
-        print(f"left out: {run.directory} is unfinished")
-    for path, reason in material.unreadable.items():
+    for path, reason in material.left_out.items():
         print(f"left out: {path}: {reason}")
     print(output / "index.html")

@@ -94,7 +94,7 @@ def study(
 
     material = gather([trained.directory])
     if not material.groups:
-        refuse(f"{trained.directory}: {material.unreadable[trained.directory]}")
+        refuse(f"{trained.directory}: {material.left_out[trained.directory]}")
     baselines, films = find_baselines(material.groups), {}
     for share in (0.25, 0.5, 1.0):
         folder = directory / "checkpoints" / f"{round(100 * share):03d}"

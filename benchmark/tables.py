@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmark import page
-from benchmark.groups import Group, Material, environments_of, methods_of
+from benchmark.groups import Group, environments_of, methods_of
 from benchmark.runs import write_atomically, write_table
 from benchmark.stats import interquartile_mean, mean, probability_of_improvement, with_interval
 
@@ -223,8 +223,3 @@ def provenance(groups: list[Group]) -> Table:
         ]
         rows.append([group.env_id, group.method, seeds, *told])
     return Table(header, rows)
-
-
-def left_out(material: Material) -> Table:
-    rows = [[str(run.directory), "unfinished"] for run in material.unfinished]
-    return Table(["directory", "why"], rows + [[str(path), why] for path, why in material.unreadable.items()])
