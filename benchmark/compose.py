@@ -30,7 +30,6 @@ SECTIONS = {  # figures and their captions
         "checkpoints": "Mean evaluation return at 25, 50 and 100% of the run and its interval; beside it a dot for each"
         " seed.",
         "boxes": "All evaluation episodes at these points.",
-        "histograms": "The same as histograms.",
     },
     "Over all environments": {
         "aggregates": "Normalised final evaluations: 0 is the random policy, 1 the best mean, on each environment.",
@@ -109,7 +108,6 @@ def draw_runs(groups: list[Group], baselines: dict[str, np.ndarray], colour: fig
         ),
         "checkpoints": figures.checkpoints(*drawn),
         "boxes": figures.boxes(*drawn),
-        "histograms": figures.histograms(*drawn),
     }
     if any(np.isfinite(group.returns_in_training).any() for group in groups):
         made["training"] = figures.curves(

@@ -91,13 +91,13 @@ def panels(groups: list[Group], draw: Callable[[Axes, str, list[Group]], None]) 
     return figure
 
 
-def label_once(figure: Figure, axes: list[Axes], columns: int = 2) -> None:
+def label_once(figure: Figure, axes: list[Axes]) -> None:
     """Labels that all panels share stand once on the left, and below the last panel of each column."""
     if len(axes) > 1:
         figure.supylabel(axes[0].get_ylabel(), fontsize=STYLE["font.size"])
         for axis in axes:
             axis.set_ylabel("")
-        for axis in axes[:-columns]:
+        for axis in axes[:-2]:
             axis.set_xlabel("")
 
 
@@ -226,39 +226,6 @@ def boxes(groups: list[Group], baselines: Baselines, colour: Colours, shares: Se
         axis.grid(axis="x", visible=False)
 
     return panels(groups, draw)
-
-
-def histograms(groups: list[Group], baselines: Baselines, colour: Colours, shares: Sequence[float] = SHARES) -> Figure:
-    """A row per environment, a column per share of the run: returns of all evaluation episodes."""
-    environments = environments_of(groups)
-    with plt.rc_context(STYLE):
-        figure, axes = blank(len(environments), len(shares), 1.3 * len(environments) + 0.3, sharey="row")
-        for row, env_id in zip(axes, environments, strict=True):
-            here = [group for group in groups if group.env_id == env_id]
-            random = [baselines[env_id]] if env_id in baselines else []
-            every = [group.at_share(share) for group in here for share in shares]
-            edges = np.histogram_bin_edges(np.concatenate(every + random), 24)
-            for axis, share in zip(row, shares, strict=True):
-                for returns in random:
-                    axis.hist(returns, edges, **heights(returns), color=RANDOM, alpha=0.6, label="random policy")
-                for group in here:
-                    returns, shade = group.at_share(share), colour[group.method]
-                    axis.hist(returns, edges, **heights(returns), alpha=0.25, color=shade, label=group.method)
-                    axis.hist(returns, edges, **heights(returns), histtype="step", lw=1.2, color=shade)
-                axis.set_title(f"{share:.0%}")
-                axis.xaxis.set_major_locator(MaxNLocator(2))
-            middle = len(shares) // 2
-            row[middle].set_title(fill(f"{env_id}, {shares[middle]:.0%}", 26))
-        axes[-1, middle].set_xlabel("return of an evaluation episode")
-        axes[0, 0].set_ylabel("share of episodes")
-        label_once(figure, list(axes.flat), columns=len(shares))
-        legend_below(figure, list(axes.flat))
-    return figure
-
-
-def heights(values: np.ndarray) -> dict[str, np.ndarray]:
-    """What makes a histogram's heights shares."""
-    return {"weights": np.full(len(values), 1 / len(values))}
 
 
 def profiles(

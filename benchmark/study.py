@@ -31,7 +31,6 @@ def keep_checkpoint(group: Group, share: float, baselines: dict, folder: Path, f
     write_table(folder / "evaluations.csv", [here, *zip(*(column.tolist() for column in here.values()), strict=True)])
     drawn = [group], baselines, figures.colours([group.method]), [share]
     figures.save(figures.boxes(*drawn), folder / "boxes")
-    figures.save(figures.histograms(*drawn), folder / "histograms")
     meta = {"step": step, "run": str(run.directory), "mean": here["return"].mean(), "std": here["return"].std()}
     meta |= {name: run.meta.get(name) for name in ("script", "git_commit", "packages")}
     if filmed:

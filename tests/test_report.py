@@ -89,13 +89,13 @@ def test_tables_of_two_scripts_on_two_environments(tmp_path, capsys):
 
     html = (tmp_path / "out" / "index.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", html)  # works without anything else
-    assert html.count("data:image/png") == 7 and "2.50" in html and "abcdef0" in html
+    assert html.count("data:image/png") == 6 and "2.50" in html and "abcdef0" in html
     told = capsys.readouterr().out  # a table, not Markdown
     assert re.search(
         r"^A-v0\n +method +seeds +steps +final evaluation +training return\n +ppo_x +4 +100 +2.50 \[", told
     )
     assert "|" not in told
-    for name in ("curves-steps", "training", "curves-time", "checkpoints", "boxes", "histograms", "improvements"):
+    for name in ("curves-steps", "training", "curves-time", "checkpoints", "boxes", "improvements"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000 and (tmp_path / "out" / f"{name}.svg").exists()
 
 
