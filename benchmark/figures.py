@@ -1,6 +1,6 @@
 """The figures of a report, one column of a paper wide. Colours are Okabe and Ito's, one per method throughout."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill
@@ -203,7 +203,7 @@ def checkpoints(groups: list[Group], baselines: Baselines, colour: Colours) -> F
     return panels(groups, draw)
 
 
-def boxes(groups: list[Group], baselines: Baselines, colour: Colours, shares: Sequence[float] = SHARES) -> Figure:
+def boxes(groups: list[Group], baselines: Baselines, colour: Colours) -> Figure:
     """All evaluation episodes at shares of the run, beside the random policy's."""
 
     def draw(axis: Axes, env_id: str, here: list[Group]) -> None:
@@ -212,13 +212,13 @@ def boxes(groups: list[Group], baselines: Baselines, colour: Colours, shares: Se
             for patch in axis.boxplot(returns, positions=places, widths=min(0.4, width), **look)["boxes"]:
                 patch.set(facecolor=shade, alpha=0.7)
 
-        ticks, width = {1 + k: f"{share:.0%}" for k, share in enumerate(shares)}, 0.8 / len(here)
+        ticks, width = {1 + k: f"{share:.0%}" for k, share in enumerate(SHARES)}, 0.8 / len(here)
         if env_id in baselines:
             ticks[-0.3] = "random"
             box([baselines[env_id]], [-0.3], width, RANDOM)
         for k, group in enumerate(here):
-            places = [1 + place + (k - (len(here) - 1) / 2) * width for place in range(len(shares))]
-            box([group.at_share(share) for share in shares], places, 0.9 * width, colour[group.method])
+            places = [1 + place + (k - (len(here) - 1) / 2) * width for place in range(len(SHARES))]
+            box([group.at_share(share) for share in SHARES], places, 0.9 * width, colour[group.method])
             axis.plot([], color=colour[group.method], lw=6, alpha=0.7, label=group.method)
         axis.set_xticks(list(ticks), ticks.values())
         axis.set_xlabel("share of the run")

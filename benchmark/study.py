@@ -18,10 +18,8 @@ from benchmark.suites import Suite, check, jobs_of
 from benchmark.sweep import end_if_failed, previous_states, run_sweep
 
 
-def keep_checkpoint(group: Group, share: float, baselines: dict, folder: Path, filmed: bool) -> dict:
-    """The policy at a share of the run, what it earned, how that is spread, and a film of its best episode."""
-    from benchmark import figures
-
+def keep_checkpoint(group: Group, share: float, folder: Path, filmed: bool) -> dict:
+    """The policy at a share of the run, what it earned, and a film of its best episode."""
     (run,), step = group.runs, int(group.step_at(share))
     at = run.evaluations["step"] == step
     here = {name: column[at] for name, column in run.evaluations.items()}
@@ -29,8 +27,6 @@ def keep_checkpoint(group: Group, share: float, baselines: dict, folder: Path, f
     with replacing(folder / "policy.pt") as unfinished:
         shutil.copy(run.policies()[step], unfinished)
     write_table(folder / "evaluations.csv", [here, *zip(*(column.tolist() for column in here.values()), strict=True)])
-    drawn = [group], baselines, figures.colours([group.method]), [share]
-    figures.save(figures.boxes(*drawn), folder / "boxes")
     meta = {"step": step, "run": str(run.directory), "mean": here["return"].mean(), "std": here["return"].std()}
     meta |= {name: run.meta.get(name) for name in ("script", "git_commit", "packages")}
     if filmed:
@@ -69,9 +65,8 @@ def study(
 ) -> None:
     """Train one script on one environment, and show how it went from a random policy to the last one.
 
-    Afterwards the output folder holds the run; checkpoints/025, 050 and 100 with the policy, its returns, their spread
-    beside the random policy's, a film and an animation; and the report. Arguments after -- go to the script. Started
-    again, it goes on where it was stopped.
+    Afterwards the output folder holds the run; checkpoints/025, 050 and 100 with the policy, its returns, a film and an
+    animation; and the report. Arguments after -- go to the script. Started again, it goes on where it was stopped.
 
     Args:
         script: name of one of ours, or path of another
@@ -97,7 +92,7 @@ def study(
     baselines, films = find_baselines(material.groups), {}
     for share in (0.25, 0.5, 1.0):
         folder = directory / "checkpoints" / f"{round(100 * share):03d}"
-        meta = keep_checkpoint(material.groups[0], share, baselines, folder, video)
+        meta = keep_checkpoint(material.groups[0], share, folder, video)
         earned = f"evaluation return {meta['mean']:,.1f} ± {meta['std']:,.1f}"
         print(f"{share:>4.0%}  step {meta['step']:>10,}  {earned}  {folder}")
         films |= {f"{share:.0%} of the run: {film_of(trained, meta['step'])}": folder / "episode.mp4"} if video else {}

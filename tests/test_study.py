@@ -34,7 +34,7 @@ def test_a_study_from_the_random_policy_to_the_last(tmp_path, monkeypatch, capsy
         best = returns.index(max(returns))
         assert meta["film"] == {"seed": 10_000 + best, "return": returns[best]}
         films.append(f"{int(share)}% of the run: an episode of return {returns[best]:,.1f}, the best of 3<")
-        for name in ("boxes.png", "boxes.svg", "episode.mp4", "episode.gif"):
+        for name in ("episode.mp4", "episode.gif"):
             assert (folder / name).stat().st_size > 2000
     html = (tmp_path / "out" / "report" / "index.html").read_text()
     assert html.count("data:video/mp4") == 3 and "random policy" in html
