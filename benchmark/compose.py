@@ -86,7 +86,6 @@ def make_tables(
 ) -> dict[str, Table]:
     made = {
         "results": tables.results(groups, baselines),
-        "returns": tables.all_returns(groups),
         "seeds": tables.per_seed(groups),
         "provenance": tables.provenance(groups),
         "improvements": tables.improvements(groups, baseline),
@@ -161,7 +160,6 @@ def sections_of_tables(made: dict[str, Table], films: dict[str, Path], left_out:
         if any(name != "asked for" for _, name, *_ in made["thresholds"].rows):
             told += " The way leads from the random policy's mean to the final mean of the best method."
         found["Time to a threshold"] = page.paragraph(told) + made["thresholds"].html()
-    found["All returns"] = made["returns"].html()
     if films:
         found["Films"] = section_of_films(films)
     few = len(made["seeds"].rows) <= 200

@@ -108,16 +108,6 @@ def in_short(table: Table) -> str:
     return "\n\n".join(parts)
 
 
-def all_returns(groups: list[Group]) -> Table:
-    """Both estimates of all three returns."""
-    rows = []
-    for group in groups:
-        three = {"final evaluation": group.final, "best evaluation (optimistic)": group.best}
-        for name, scores in (three | {"training": group.training}).items():
-            rows.append([group.env_id, group.method, name, len(scores), *estimates(scores)])
-    return Table(["environment", "method", "return", "seeds", "mean", "IQM"], rows)
-
-
 def per_seed(groups: list[Group]) -> Table:
     header = ["environment", "method", "seed", "final evaluation", "best evaluation", "training return"]
     rows = []

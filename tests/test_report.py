@@ -84,8 +84,6 @@ def test_tables_of_two_scripts_on_two_environments(tmp_path, capsys):
     every = [row["steps"] for row in rows(tmp_path / "out" / "thresholds-seeds.csv") if row["method"] == "sac_x"]
     assert [float(steps) for steps in every] == [np.inf, 100, 100, 90]
     assert "| not reached |" in (tmp_path / "out" / "thresholds-seeds.md").read_text()
-    training = [row for row in rows(tmp_path / "out" / "returns.csv") if row["return"] == "training"]
-    assert [float(row["mean"]) for row in training] == [float(row["IQM"]) for row in training] == [1.5, 11.5] * 2
 
     html = (tmp_path / "out" / "index.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", html)  # works without anything else
