@@ -1,6 +1,5 @@
 """What a report consists of: tables, figures, and the page that shows them."""
 
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -38,17 +37,6 @@ SECTIONS = {  # figures and their captions
     "Comparisons": {"improvements": "Probability that a seed of the one method ends higher than one of the other."},
 }
 IN_GREY = "In the figures the random policy is grey: its mean and the middle half of its episodes."
-
-
-def best_methods(groups: list[Group], baseline: str | None) -> list[str]:
-    """As many methods as there are colours, in order: the baseline, and the best mean ranks where they were run."""
-    ranks = defaultdict(list)
-    for group in groups:
-        others = [other.final.mean() for other in groups if other.env_id == group.env_id]
-        ranks[group.method].append(sum(other > group.final.mean() for other in others) / len(others))
-    methods = methods_of(groups)
-    best = sorted(methods, key=lambda method: (method != baseline, np.mean(ranks[method])))[:MOST_METHODS]
-    return [method for method in methods if method in best]
 
 
 def normalised_scores(groups: list[Group], baselines: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -183,8 +171,8 @@ def make_report(
 
     `baseline` is the method that all others are compared with, `asked` are thresholds by environment.
     """
-    groups, number = material.groups, len(methods_of(material.groups))
-    chosen = best_methods(groups, baseline)
+    groups, methods = material.groups, methods_of(material.groups)
+    chosen = methods[:MOST_METHODS]
     drawn, colour = [group for group in groups if group.method in chosen], figures.colours(chosen)
     made = make_tables(groups, baselines, baseline, asked or {})
     shown, losses = draw_runs(drawn, baselines, colour), draw_losses(drawn, colour)
@@ -205,8 +193,8 @@ def make_report(
         figures.save(figure, output / name)
 
     told = [IN_GREY, *notes] if baselines else notes
-    if number > len(chosen):
-        told = [f"The figures show the {len(chosen)} of {number} methods that rank best; the tables show all.", *told]
+    if len(methods) > len(chosen):
+        told = [f"The figures show the first {len(chosen)} of {len(methods)} methods; the tables show all.", *told]
     sections = {"Results": page.paragraph(ABOUT) + made["results"].html() + "".join(map(page.paragraph, told))}
     for heading, captions in SECTIONS.items():
         if here := {output / f"{name}.png": caption for name, caption in captions.items() if name in shown}:
@@ -217,7 +205,7 @@ def make_report(
     sections |= sections_of_tables(made, films, material.left_out)
     runs = [run for group in groups for run in group.runs]
     last = max(str(run.meta.get("started", "")) for run in runs)[:10]
-    counts = f"runs: {len(runs)}, methods: {number}, environments: {len(environments_of(groups))}"
+    counts = f"runs: {len(runs)}, methods: {len(methods)}, environments: {len(environments_of(groups))}"
     text = page.page(", ".join(part for part in (title, last) if part), counts, sections)
     write_atomically(output / "index.html", text)
     return "\n".join([tables.in_short(made["results"]), *(f"note: {note}" for note in notes)])
