@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from benchmark.errors import unboxed
-from benchmark.runs import MARKS, Run, find_runs, read_json
+from benchmark.runs import Run, find_runs, folders_with, read_json
 from benchmark.suites import jobs_in_order
 
 # What may differ between runs of one group, as it does not change what is learnt.
@@ -170,19 +170,12 @@ def failure(folder: Path) -> str:
 
 def remains(paths: list[Path], runs: set[Path]) -> dict[Path, str]:
     """Folders of jobs that failed before there was a run, and of runs that lack what makes them one."""
-    found, waiting = {}, list(paths)
-    while waiting:
-        path = waiting.pop()
-        if path in runs or not path.is_dir():
-            continue
-        below = [folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
-        waiting += below
-        missing = [mark for mark in MARKS if not (path / mark).is_file()]
-        if missing and (path / "progress.csv").is_file():
-            found[path] = f"has no {' and no '.join(missing)}"
-        elif not runs & set(below) and (why := failure(path)):
-            found[path] = why
-    return found
+    jobs = {run.parent for run in runs}
+    found = {folder: failure(folder) for folder in folders_with("failed.json", paths) if folder not in jobs}
+    for folder in folders_with("progress.csv", paths):
+        if folder not in runs:
+            found[folder] = "has no meta.json or no config.yaml"
+    return {folder: why for folder, why in found.items() if why}
 
 
 def number(value: float) -> str:

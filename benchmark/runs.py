@@ -17,8 +17,6 @@ from types import ModuleType
 import numpy as np
 import yaml
 
-MARKS = ("meta.json", "config.yaml")  # what makes a folder a run directory
-
 
 @dataclass(frozen=True)
 class Run:
@@ -177,17 +175,19 @@ def read_json(path: Path) -> dict | None:
 
 
 def is_run(path: Path) -> bool:
-    return all((path / mark).is_file() for mark in MARKS)
+    return (path / "meta.json").is_file() and (path / "config.yaml").is_file()
 
 
-def find_runs(paths: list[Path]) -> list[Run]:
-    """The run directories among the paths and in them, however deep, in order; hidden folders are unfinished."""
-    found: set[Path] = set()
-    waiting = list(paths)
-    while waiting:
-        path = waiting.pop()
-        if is_run(path):
-            found.add(path)
-        elif path.is_dir():
-            waiting += [below for below in path.iterdir() if below.is_dir() and not below.name.startswith(".")]
-    return [Run(directory) for directory in sorted(found)]
+def folders_with(name: str, paths: Iterable[Path]) -> list[Path]:
+    """Those that hold a file of this name, among the paths and in them, however deep; hidden ones are unfinished."""
+    found = set()
+    for path in paths:
+        for folder, below, files in os.walk(path, followlinks=True):
+            below[:] = [each for each in below if not each.startswith(".")]
+            if name in files:
+                found.add(Path(folder))
+    return sorted(found)
+
+
+def find_runs(paths: Iterable[Path]) -> list[Run]:
+    return [Run(folder) for folder in folders_with("meta.json", paths) if is_run(folder)]

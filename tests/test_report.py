@@ -233,7 +233,7 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
         (7, "ParserError"),
         (8, "progress.csv has no rows"),
         (9, "not numbers"),
-        (10, "has no config.yaml"),
+        (10, "no config.yaml"),
         (11, "failed: exit status 1"),
         (12, "failed: exit status 1: --gamma 2: must be at most 1"),
     ):
