@@ -11,12 +11,8 @@ import numpy as np
 import yaml
 
 from benchmark.errors import unboxed
-from benchmark.runs import Run, find_runs, folders_with, read_json
+from benchmark.runs import INCIDENTAL, Run, find_runs, folders_with, read_json
 from benchmark.suites import jobs_in_order
-
-# What may differ between runs of one group, as it does not change what is learnt.
-INCIDENTAL = {"env_id", "seed", "threads", "compile", "device", "num_evals", "eval_episodes", "checkpoint_every"}
-INCIDENTAL |= {"runs_dir", "resume", "config", "capture_video", "track", "wandb_project_name", "wandb_entity"}
 
 NEAR = 0.1  # of a run's steps: evaluations that lie so near to each other are compared
 SHORT = {"learning_rate": "lr"}
@@ -204,7 +200,7 @@ def differences(runs: list[Run]) -> dict[Run, dict[str, object]]:
     """Of each run's settings those that set methods apart: they vary between runs of its script on one environment."""
     settings, seen = {}, defaultdict(set)
     for run in runs:
-        settings[run] = {name: value for name, value in run.config.items() if name not in INCIDENTAL}
+        settings[run] = {name: value for name, value in run.config.items() if name not in {*INCIDENTAL, "env_id"}}
         settings[run]["source"] = run.version
         for name, value in settings[run].items():
             seen[run.script, run.config["env_id"], name].add(repr(value))

@@ -9,13 +9,17 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import yaml
+
+# Arguments that say where a run was made, and those that change nothing of what is learnt.
+WHERE = {"runs_dir", "resume", "config", "capture_video", "track", "wandb_project_name", "wandb_entity"}
+INCIDENTAL = WHERE | {"seed", "threads", "compile", "device", "num_evals", "eval_episodes", "checkpoint_every"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,11 @@ class Run:
     @cached_property
     def meta(self) -> dict:
         return json.loads((self.directory / "meta.json").read_text())
+
+    @cached_property
+    def defaults(self) -> dict:
+        """Of the script's arguments, as the run's own are read."""
+        return json.loads(json.dumps({field.name: field.default for field in fields(self.module().Args)}))
 
     @property
     def result(self) -> dict | None:

@@ -18,13 +18,9 @@ from benchmark.errors import nearest, refuse
 from benchmark.executors import run_locally, until_told
 from benchmark.jobs import Job
 from benchmark.options import at_least, make_folder, need
-from benchmark.runs import Run, file_name, fingerprint, import_script, write_atomically, write_table
+from benchmark.runs import INCIDENTAL, Run, file_name, fingerprint, import_script, write_atomically, write_table
 from benchmark.suites import Suite, as_words, check, find_script, jobs_of
 from benchmark.sweep import tell_failure
-
-# What runs are given for the search's sake, and no setting that it finds.
-BUDGET = {"total_timesteps", "num_evals", "eval_episodes", "checkpoint_every", "capture_video", "track", "runs_dir"}
-BUDGET |= {"seed", "threads", "compile", "device", "resume", "config"}
 
 
 @dataclass(frozen=True)
@@ -93,10 +89,9 @@ def evaluation_means(job: Job) -> list[tuple[float, float]]:
 
 def settings_of(run: Run, space: dict) -> dict[str, object]:
     """What sets a run apart from its script's defaults, apart from what the search is run with."""
-    defaults = {field.name: field.default for field in fields(run.module().Args)}
-    defaults = json.loads(json.dumps(defaults)) | {"env_id": None}  # tuples are lists in its file
-    own = {name: value for name, value in run.config.items() if name not in BUDGET and value != defaults[name]}
-    return own | {name: run.config[name] for name in space}
+    budget = {*INCIDENTAL, "total_timesteps"}
+    own = {name: value for name, value in run.config.items() if name not in budget and value != run.defaults[name]}
+    return {"env_id": run.config["env_id"]} | own | {name: run.config[name] for name in space}
 
 
 class Tuner:

@@ -4,7 +4,6 @@ import json
 import shlex
 import shutil
 import tempfile
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -15,15 +14,8 @@ import yaml
 from benchmark.errors import refuse
 from benchmark.groups import Group, gather
 from benchmark.options import make_folder
-from benchmark.runs import Run, file_name, is_run
+from benchmark.runs import WHERE, Run, file_name, is_run
 from benchmark.suites import as_words
-
-# Arguments that say where a run was made, and nothing of what was learnt.
-WHERE = {"runs_dir", "resume", "config", "capture_video", "track", "wandb_project_name", "wandb_entity"}
-
-
-def defaults_of(run: Run) -> dict[str, object]:
-    return {field.name: field.default for field in fields(run.module().Args)}
 
 
 def anywhere(settings: dict, defaults: dict) -> dict:
@@ -33,8 +25,7 @@ def anywhere(settings: dict, defaults: dict) -> dict:
 
 def command_of(script: str, settings: dict, defaults: dict) -> str:
     """By which anybody trains the same: the environment, and what differs from the defaults."""
-    plain = json.loads(json.dumps(defaults))  # tuples are lists, as in settings
-    told = {name: value for name, value in settings.items() if name == "env_id" or value != plain[name]}
+    told = {name: value for name, value in settings.items() if name == "env_id" or value != defaults[name]}
     words = [as_words(name, value) for name, value in told.items()]
     return shlex.join(["python", f"{script}.py", *(word for each in words for word in each)])
 
@@ -47,15 +38,14 @@ def fill(entry: Path, run: Run, group: Group) -> None:
     """The files of an entry, from the run that is kept of a group."""
     import torch
 
-    defaults = defaults_of(run)
-    settings, meta = anywhere(run.config, defaults), dict(run.meta)
+    settings, meta = anywhere(run.config, run.defaults), dict(run.meta)
     meta.pop("host", None)
-    meta["command"] = command_of(run.script, settings, defaults)
+    meta["command"] = command_of(run.script, settings, run.defaults)
     meta["final_returns"] = {
         other.config["seed"]: mean for other, mean in zip(group.runs, group.final.tolist(), strict=True)
     }
     policy = torch.load(final_policy(run), map_location="cpu", weights_only=True)
-    policy["args"] = anywhere(policy["args"], defaults)
+    policy["args"] = anywhere(policy["args"], run.defaults)
     kept = entry / final_policy(run).relative_to(run.directory)
     kept.parent.mkdir()
     torch.save(policy, kept)
