@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -105,6 +106,12 @@ class Run:
     @cached_property
     def episodes(self) -> dict[str, np.ndarray]:
         return self.table("episodes")
+
+    @property
+    def compiling(self) -> float:
+        """Seconds, each time it was begun."""
+        log = self.directory / "run.log"
+        return sum(map(float, re.findall(r"compiled in ([\d.]+) s", log.read_text()))) if log.is_file() else 0.0
 
     def last_rows(self, name: str, most: int) -> list[dict[str, float]]:
         """The last rows of a table that may be long and is still being written."""

@@ -1,10 +1,8 @@
 """Steps per second of a script beside other libraries', with equal settings, on this machine."""
 
-import csv
 import itertools
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -19,7 +17,7 @@ import tyro
 from benchmark.errors import refuse
 from benchmark.jobs import ROOT
 from benchmark.options import at_least
-from benchmark.runs import write_atomically
+from benchmark.runs import find_runs, write_atomically
 from benchmark.speed.cases import CASES, PACKAGES, Case, in_our_words, in_their_words
 from benchmark.suites import check
 
@@ -65,18 +63,16 @@ def measure(script: str, contender: Contender, settings: dict) -> tuple[float, d
     with tempfile.TemporaryDirectory() as runs:
         own = {"vec": contender.vec, "threads": contender.threads, "runs_dir": runs, "num_evals": 0}
         own |= case.ours[contender.name]
-        output = output_of([sys.executable, f"{script}.py", *in_our_words(case, settings | own)])
-        with next(Path(runs).glob("*/progress.csv")).open() as file:
-            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    first, last = rows[WARMUP - 1], rows[-1]
-    seconds = last["wall_time"] - first["wall_time"]
+        output_of([sys.executable, f"{script}.py", *in_our_words(case, settings | own)])
+        (run,) = find_runs([Path(runs)])
+        progress, compiling = run.progress, run.compiling
+    steps, seconds = (progress[name][-1] - progress[name][WARMUP - 1] for name in ("step", "wall_time"))
     shares = {
-        name.removeprefix("seconds_"): sum(row[name] for row in rows[WARMUP:]) / seconds
-        for name in first
+        name.removeprefix("seconds_"): float(column[WARMUP:].sum() / seconds)
+        for name, column in progress.items()
         if name.startswith("seconds_")
     }
-    compiling = re.search(r"compiled in ([\d.]+) s", output)
-    return (last["step"] - first["step"]) / seconds, shares | {"compiling": float(compiling[1]) if compiling else 0.0}
+    return float(steps / seconds), shares | {"compiling": compiling}
 
 
 def output_of(words: list[str]) -> str:

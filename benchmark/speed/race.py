@@ -1,6 +1,5 @@
 """Who learnt what and how soon: the figure and the tables of `versus`."""
 
-import re
 from functools import cached_property
 from pathlib import Path
 
@@ -21,13 +20,7 @@ class Runner(Group):
     @cached_property
     def seconds(self) -> np.ndarray:
         """With those of compiling, which ours books apart and others have among their own."""
-        return super().seconds + np.array([[compiling(run)] for run in self.runs])
-
-
-def compiling(run: Run) -> float:
-    """Seconds, each time it was begun."""
-    log = run.directory / "run.log"
-    return sum(map(float, re.findall(r"compiled in ([\d.]+) s", log.read_text()))) if log.is_file() else 0.0
+        return super().seconds + np.array([[run.compiling] for run in self.runs])
 
 
 def standings(runners: list[Runner], thresholds: tuple[float, ...]) -> tuple[Table, Table]:
