@@ -149,39 +149,29 @@ class Player:
 
 def plot_values(player: Player, episodes: list[Episode], path: Path) -> float:
     """Scatter of predicted against realised returns, and both along the first episodes; the explained variance."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from benchmark import figures
 
     realised = [realised_returns(episode, player.policy.discount) for episode in episodes]
     predicted = [np.array(episode.values[: len(episode.rewards)]) for episode in episodes]
-    explained = explained_variance(np.concatenate(predicted), np.concatenate(realised))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.scatter(np.concatenate(realised), np.concatenate(predicted), s=4, alpha=0.3, color="#0072B2", lw=0)
-    ends = [min(left.get_xlim()[0], left.get_ylim()[0]), max(left.get_xlim()[1], left.get_ylim()[1])]
-    left.plot(ends, ends, color="0.4", lw=1, ls="--")
-    left.set(xlabel="realised discounted return", ylabel="predicted value", title=f"explained variance {explained:.3f}")
-    for color, values, returns in zip(("#0072B2", "#D55E00", "#009E73"), predicted, realised, strict=False):
-        right.plot(values, color=color, lw=1.2)
-        right.plot(returns, color=color, lw=1.2, ls=":")
-    right.plot([], color="0.3", label="predicted")
-    right.plot([], color="0.3", ls=":", label="realised")
-    right.legend(frameon=False)
-    right.set(xlabel="step of the episode", title=f"along {min(3, len(episodes))} episodes")
-    for axis in (left, right):
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    config = player.run.config
-    figure.suptitle(f"{player.run.script} on {config['env_id']}, seed {config['seed']}", parse_math=False)
-    for suffix in (".png", ".svg"):
-        with replacing(path.with_suffix(suffix)) as unfinished:
-            figure.savefig(unfinished, dpi=200)
-    plt.close(figure)
+    explained, config = explained_variance(np.concatenate(predicted), np.concatenate(realised)), player.run.config
+    with figures.plt.rc_context(figures.STYLE):
+        figure, (left, right) = figures.grid(2, height=2.2)
+        left.scatter(
+            np.concatenate(realised), np.concatenate(predicted), s=2, alpha=0.3, color=figures.COLOURS[0], lw=0
+        )
+        left.axline((0, 0), slope=1, color="0.4", lw=1, ls="--")
+        left.set(xlabel="realised return", ylabel="predicted value", title=f"explained variance {explained:.3f}")
+        for k, (values, returns) in enumerate(zip(predicted[:3], realised[:3], strict=True)):
+            right.plot(values, color=figures.COLOURS[k], label=None if k else "predicted")
+            right.plot(returns, color=figures.COLOURS[k], ls=":", label=None if k else "realised")
+        right.set(xlabel="step of the episode", title=f"along {min(3, len(episodes))} episodes")
+        figures.legend_below(figure, [right])
+        figure.suptitle(f"{player.run.script} on {config['env_id']}, seed {config['seed']}", fontsize=8)
+    figures.save(figure, path)
     rows = [["seed", "step", "predicted", "realised"]]
     for episode, values, returns in zip(episodes, predicted, realised, strict=True):
         rows += zip([episode.seed] * len(returns), range(len(returns)), values, returns, strict=True)
-    write_table(path.with_suffix(".csv"), rows)
+    write_table(path.with_name(f"{path.name}.csv"), rows)
     return explained
 
 
@@ -336,7 +326,7 @@ def evaluate(
     at_least(1, episodes=episodes)
     at_least(0, seeds=min(seeds, default=0))
     if analyze_value:
-        need("matplotlib")
+        need("matplotlib", "scipy")
     kwargs = read_kwargs(env_kwargs)
     if draw_without_display() and render:
         refuse("--render: there is no display here; --gif and --video make a film")
@@ -358,8 +348,8 @@ def evaluate(
         filmed = film_best(player, played, stochastic, gif, film_path) if video or gif else {}
         rows += rows_of(player.name, policy, played, filmed)
         if analyze_value:
-            path = output / f"{player.name}-value.png"
-            print(f"  explained variance {plot_values(player, played, path):.3f}  {path}")
+            path = output / f"{player.name}-value"
+            print(f"  explained variance {plot_values(player, played, path):.3f}  {path}.png")
     write_table(output / "episodes.csv", rows)
     for run, path in paths.items():
         if path is None:
