@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmark import figures, page, stats, tables
-from benchmark.groups import Group, Material, environments_of, methods_of
+from benchmark.groups import Group, Material, by_environment, methods_of
 from benchmark.runs import file_name, write_atomically
 from benchmark.tables import Table
 
@@ -44,11 +44,12 @@ def normalised_scores(groups: list[Group], baselines: dict[str, np.ndarray]) -> 
 
     None without a random policy on each, or where fewer than two have such a scale. What had to be left out follows.
     """
-    if baselines.keys() != {*environments_of(groups)}:
+    environments = by_environment(groups)
+    if baselines.keys() != environments.keys():
         return {}, []
     scales, scores, notes = {}, {}, []
-    for env_id in environments_of(groups):
-        if ends := tables.scale([group for group in groups if group.env_id == env_id], baselines):
+    for env_id, here in environments.items():
+        if ends := tables.scale(here, baselines):
             scales[env_id] = ends
         else:
             notes.append(f"normalised scores leave out {env_id}: no mean there is better than a random policy's")
@@ -100,16 +101,6 @@ def draw_runs(groups: list[Group], baselines: dict[str, np.ndarray], colour: fig
         made["training"] = figures.curves(
             *drawn, lambda group: (group.spans, group.returns_in_training), figures.STEPS, "training return"
         )
-    return made
-
-
-def draw_losses(groups: list[Group], colour: figures.Colours) -> dict[str, Figure]:
-    """By environment."""
-    made = {}
-    for env_id in environments_of(groups):
-        here = [group for group in groups if group.env_id == env_id]
-        if any(group.quantities() for group in here):
-            made[env_id] = figures.losses(here, colour)
     return made
 
 
@@ -175,7 +166,11 @@ def make_report(
     chosen = methods[:MOST_METHODS]
     drawn, colour = [group for group in groups if group.method in chosen], figures.colours(chosen)
     made = make_tables(groups, baselines, baseline, asked or {})
-    shown, losses = draw_runs(drawn, baselines, colour), draw_losses(drawn, colour)
+    shown, captions = draw_runs(drawn, baselines, colour), {}
+    for env_id, here in by_environment(drawn).items():
+        if any(group.quantities() for group in here):
+            name = file_name(f"losses-{env_id}")
+            shown[name], captions[name] = figures.losses(here, colour), f"{env_id}: what was logged of learning."
     scores, missing = normalised_scores(groups, baselines)
     if scores := {method: score for method, score in scores.items() if method in chosen}:
         shown |= draw_scores(scores, colour)
@@ -188,24 +183,20 @@ def make_report(
     for name, table in made.items():
         if table.rows:
             table.write(output / name)
-    named = {file_name(f"losses-{env_id}"): env_id for env_id in losses}
-    for name, figure in (shown | {name: losses[env_id] for name, env_id in named.items()}).items():
+    for name, figure in shown.items():
         figures.save(figure, output / name)
 
     told = [IN_GREY, *notes] if baselines else notes
     if len(methods) > len(chosen):
         told = [f"The figures show the first {len(chosen)} of {len(methods)} methods; the tables show all.", *told]
     sections = {"Results": page.paragraph(ABOUT) + made["results"].html() + "".join(map(page.paragraph, told))}
-    for heading, captions in SECTIONS.items():
-        if here := {output / f"{name}.png": caption for name, caption in captions.items() if name in shown}:
+    for heading, told_of in (SECTIONS | {"Losses": captions}).items():
+        if here := {output / f"{name}.png": caption for name, caption in told_of.items() if name in shown}:
             sections[heading] = page.pictures(here)
-    if losses:
-        captions = {output / f"{name}.png": f"{env_id}: what was logged of learning." for name, env_id in named.items()}
-        sections["Losses"] = page.pictures(captions)
     sections |= sections_of_tables(made, films, material.left_out)
     runs = [run for group in groups for run in group.runs]
     last = max(str(run.meta.get("started", "")) for run in runs)[:10]
-    counts = f"runs: {len(runs)}, methods: {len(methods)}, environments: {len(environments_of(groups))}"
+    counts = f"runs: {len(runs)}, methods: {len(methods)}, environments: {len(by_environment(groups))}"
     text = page.page(", ".join(part for part in (title, last) if part), counts, sections)
     write_atomically(output / "index.html", text)
     return "\n".join([tables.in_short(made["results"]), *(f"note: {note}" for note in notes)])

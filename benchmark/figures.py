@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from benchmark.groups import Group, environments_of
+from benchmark.groups import Group, by_environment
 from benchmark.runs import replacing
 from benchmark.stats import mean, mean_band, with_interval
 
@@ -80,11 +80,11 @@ def grid(number: int, height: float = 1.75, **more: object) -> tuple[Figure, lis
 
 def panels(groups: list[Group], draw: Callable[[Axes, str, list[Group]], None]) -> Figure:
     """A panel per environment, and one legend below them."""
-    environments = environments_of(groups)
+    environments = by_environment(groups)
     with plt.rc_context(STYLE):
         figure, axes = grid(len(environments))
-        for axis, env_id in zip(axes, environments, strict=True):
-            draw(axis, env_id, [group for group in groups if group.env_id == env_id])
+        for axis, (env_id, here) in zip(axes, environments.items(), strict=True):
+            draw(axis, env_id, here)
             axis.set_title(fill(env_id, 48 if len(environments) == 1 else 26))
         label_once(figure, axes)
         legend_below(figure, axes)

@@ -248,5 +248,6 @@ def methods_of(groups: list[Group]) -> list[str]:
     return list(dict.fromkeys(group.method for group in sorted(groups, key=lambda group: group.place)))
 
 
-def environments_of(groups: list[Group]) -> list[str]:
-    return sorted({group.env_id for group in groups})
+def by_environment(groups: list[Group]) -> dict[str, list[Group]]:
+    env_ids = sorted({group.env_id for group in groups})
+    return {env_id: [group for group in groups if group.env_id == env_id] for env_id in env_ids}

@@ -9,7 +9,7 @@ import numpy as np
 import tyro
 
 from benchmark.errors import choices, refuse
-from benchmark.groups import Group, gather, in_order, methods_of
+from benchmark.groups import Group, by_environment, gather, in_order, methods_of
 from benchmark.options import make_folder, need
 from benchmark.random_policy import arguments_of, baseline_of
 from benchmark.runs import Run
@@ -17,8 +17,8 @@ from benchmark.runs import Run
 
 def find_baselines(groups: list[Group]) -> dict[str, np.ndarray]:
     baselines = {}
-    for env_id in sorted({group.env_id for group in groups}):
-        runs = [group.runs[0] for group in groups if group.env_id == env_id]
+    for env_id, here in by_environment(groups).items():
+        runs = [group.runs[0] for group in here]
         try:
             made_from = [arguments_of(run) for run in runs]
             if any(one[name] != other[name] for one in made_from for other in made_from for name in one.keys() & other):
@@ -33,8 +33,7 @@ def find_baselines(groups: list[Group]) -> dict[str, np.ndarray]:
 def best_films(groups: list[Group]) -> dict[str, Path]:
     """The last film of the best run on each environment, under what it shows."""
     films = {}
-    for env_id in sorted({group.env_id for group in groups}):
-        here = [group for group in groups if group.env_id == env_id]
+    for env_id, here in by_environment(groups).items():
         filmed = [(value, g, run) for g in here for value, run in zip(g.final, g.runs, strict=True) if run.videos()]
         if filmed:
             _, group, run = max(filmed, key=lambda one: one[0])
@@ -51,7 +50,7 @@ def film_of(run: Run, step: int) -> str:
 
 def asked_for(threshold: tuple[str, ...], groups: list[Group]) -> dict[str, list[float]]:
     asked: dict[str, list[float]] = {}
-    environments = {group.env_id for group in groups}
+    environments = by_environment(groups)
     for pair in threshold:
         env_id, _, value = pair.partition("=")
         try:
@@ -62,7 +61,7 @@ def asked_for(threshold: tuple[str, ...], groups: list[Group]) -> dict[str, list
             refuse(f"--threshold {pair}: must be ENVIRONMENT=RETURN")
         asked.setdefault(env_id, []).append(number)
         if env_id not in environments:
-            refuse(f"--threshold {pair}: no run on {env_id}; there are {', '.join(sorted(environments))}")
+            refuse(f"--threshold {pair}: no run on {env_id}; there are {', '.join(environments)}")
     return asked
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmark import page
-from benchmark.groups import Group, environments_of, methods_of
+from benchmark.groups import Group, by_environment, methods_of
 from benchmark.runs import write_atomically, write_table
 from benchmark.stats import interquartile_mean, mean, probability_of_improvement, with_interval
 
@@ -127,8 +127,7 @@ def thresholds(
     """
     first = ["environment", "threshold", "return", "method"]
     medians, seeds = [], []
-    for env_id in environments_of(groups):
-        here = [group for group in groups if group.env_id == env_id]
+    for env_id, here in by_environment(groups).items():
         named = [("asked for", value) for value in asked.get(env_id, [])]
         if not named and (ends := scale(here, baselines)):
             bottom, top = ends
