@@ -60,11 +60,11 @@ def test_minutes_leave_evaluation_out(tmp_path, monkeypatch):
 
 def test_settings_are_read_as_rl_zoo_writes_them():
     library = load("sb3", 1)
-    model = build(library, "PPO", make_envs("CartPole-v1", 8, "sync", 1, 1), SETTINGS["PPO", "CartPole-v1"], 1)
+    model = build(library, "PPO", make_envs("CartPole-v1", 8, "sync", 1), SETTINGS["PPO", "CartPole-v1"], 1)
     assert model.n_envs == 8 and model.lr_schedule(0.5) == pytest.approx(0.0005)
     assert model.clip_range(0.25) == pytest.approx(0.05) and model.get_vec_normalize_env() is None
     tuned = SETTINGS["PPO", "HalfCheetah-v4"]
-    model = build(library, "PPO", make_envs("Pendulum-v1", 1, "sync", 1, 1), tuned, 1)
+    model = build(library, "PPO", make_envs("Pendulum-v1", 1, "sync", 1), tuned, 1)
     assert [layer.out_features for layer in model.policy.mlp_extractor.policy_net[::2]] == [256, 256]
     assert {type(layer).__name__ for layer in model.policy.mlp_extractor.value_net} == {"Linear", "ReLU"}
     assert model.policy.log_std.tolist() == [-2.0] and model.get_vec_normalize_env().gamma == 0.98

@@ -69,8 +69,7 @@ CASES = {
         on_policy({"update_epochs": 4}, (8, 128, 4)),
         PRECISIONS,
         ["ale", "envpool"],
-        # SBX's network for images is another; adapted is what Stable-Baselines3 would be with our way of stepping.
-        {"sb3": ["sync", "async"], "sb3, adapted": ["ale"]},
+        {"sb3": ["sync", "async"]},  # SBX's network for images is another
         {"policy": "CnnPolicy"},
     ),
     "sac_continuous": Case("SAC", ["HalfCheetah-v4"], BOX, PRECISIONS, ["sync"], IN_TURN),

@@ -46,7 +46,7 @@ def without_bf16(case: Case) -> Case:
 def contenders(case: Case) -> list[Contender]:
     """Every way of stepping and thread count worth trying, of what is installed."""
     ours = [vec for vec in case.ways if vec != "envpool" or find_spec("envpool")]
-    others = {name: vecs for name, vecs in case.others.items() if find_spec(PACKAGES[name.split(",")[0]])}
+    others = {name: vecs for name, vecs in case.others.items() if find_spec(PACKAGES[name])}
     ways = dict.fromkeys(case.ours, ours) | others
     return [Contender(name, vec, n) for name, vecs in ways.items() for vec in vecs for n in (1, 2)]
 
@@ -55,7 +55,7 @@ def measure(script: str, contender: Contender, settings: dict) -> tuple[float, d
     """Steps per second after the warm-up; of ours also the shares of the time and the seconds of compiling."""
     case = CASES[script]
     if contender.name not in case.ours:
-        words = [sys.executable, "-m", "benchmark.speed.libraries", contender.name.split(",")[0], case.algorithm]
+        words = [sys.executable, "-m", "benchmark.speed.libraries", contender.name, case.algorithm]
         theirs = {"vec": contender.vec, "threads": contender.threads, "warmup": WARMUP}
         theirs |= {name: settings[name] for name in ("env_id", "num_envs", "num_steps", "rollouts")}
         theirs |= {"settings": in_their_words(case, settings)}

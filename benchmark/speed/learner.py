@@ -99,7 +99,7 @@ def learn(args: Args) -> Path:
     """Returns the run directory. Imports take no time here, compiling does."""
     library, settings = load(args.library, args.threads), json.loads(args.settings)
     examiner = Examiner(args, time.perf_counter())
-    env = make_envs(args.env_id, settings.get("n_envs", 1), "sync", args.threads, args.seed)
+    env = make_envs(args.env_id, settings.get("n_envs", 1), "sync", args.seed)
     model = build(library, args.algorithm, env, settings, args.seed)
     model.learn(args.total_timesteps, callback=examiner)
     env.close()

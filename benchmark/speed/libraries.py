@@ -51,52 +51,13 @@ def build(library: ModuleType, algorithm: str, env: VecEnv, settings: dict, seed
     return make(kind, env, **given, policy_kwargs=policy, device="cpu", seed=seed)
 
 
-class Games(VecEnv):
-    """ale-py's vector environment, as Stable-Baselines3 wants its environments; it does not offer that itself."""
-
-    def __init__(self, game: str, num_envs: int, threads: int):
-        from ale_py.vector_env import AtariVectorEnv
-
-        self.envs = AtariVectorEnv(game, num_envs, num_threads=threads)
-        super().__init__(num_envs, self.envs.single_observation_space, self.envs.single_action_space)
-
-    def reset(self) -> np.ndarray:
-        return self.envs.reset(seed=1)[0]
-
-    def step_async(self, actions: np.ndarray) -> None:
-        self.envs.send(actions)
-
-    def step_wait(self) -> tuple:
-        observations, rewards, terminated, truncated, _ = self.envs.recv()
-        over, infos = terminated | truncated, [{} for _ in range(self.num_envs)]
-        if over.any():
-            for n in np.flatnonzero(over):
-                infos[n] = {"terminal_observation": observations[n], "TimeLimit.truncated": bool(truncated[n])}
-            observations = self.envs.reset(options={"reset_mask": over})[0]
-        return observations, rewards.astype(np.float32), over, infos
-
-    def close(self) -> None:
-        self.envs.close()
-
-    def get_attr(self, name: str, indices: object = None) -> list:
-        return [getattr(self.envs, name, None)] * self.num_envs
-
-    def env_is_wrapped(self, wrapper: type, indices: object = None) -> list:
-        return [False] * self.num_envs
-
-    def set_attr(self, *_: object) -> None: ...
-    def env_method(self, *_: object) -> None: ...
-
-
-def make_envs(env_id: str, num_envs: int, vec: str, threads: int, seed: int) -> VecEnv:
-    vector = {"sync": DummyVecEnv, "async": SubprocVecEnv}.get(vec)
+def make_envs(env_id: str, num_envs: int, vec: str, seed: int) -> VecEnv:
+    vector = {"sync": DummyVecEnv, "async": SubprocVecEnv}[vec]
     if not env_id.startswith("ALE/"):
         return make_vec_env(env_id, num_envs, seed=seed, vec_env_cls=vector)
     import ale_py  # noqa: F401  registers the games
 
     game = gym.spec(env_id).kwargs["game"]
-    if vec == "ale":
-        return Games(game, num_envs, threads)
     name = f"ale_py:{game.title().replace('_', '')}NoFrameskip-v4"  # in every process
     return VecFrameStack(make_atari_env(name, num_envs, seed=seed, vec_env_cls=vector), 4)
 
@@ -121,7 +82,7 @@ class Clock(BaseCallback):
 
 def main(library: str, algorithm: str, told: dict) -> None:
     loaded = load(library, told["threads"])
-    env = make_envs(told["env_id"], told["num_envs"], told["vec"], told["threads"], seed=1)
+    env = make_envs(told["env_id"], told["num_envs"], told["vec"], seed=1)
     rollout, rollouts, warmup = told["num_envs"] * told["num_steps"], told["rollouts"], told["warmup"]
     clock = Clock(rollout)
     build(loaded, algorithm, env, told["settings"], seed=1).learn(rollout * rollouts, callback=clock)
