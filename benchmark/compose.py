@@ -67,22 +67,6 @@ def normalised_scores(groups: list[Group], baselines: dict[str, np.ndarray]) -> 
     return scores, notes
 
 
-def make_tables(
-    groups: list[Group],
-    baselines: dict[str, np.ndarray],
-    baseline: str | None,
-    asked: dict[str, list[float]],
-) -> dict[str, Table]:
-    made = {
-        "results": tables.results(groups, baselines),
-        "seeds": tables.per_seed(groups),
-        "provenance": tables.provenance(groups),
-        "improvements": tables.improvements(groups, baseline),
-    }
-    made["thresholds"], made["thresholds-seeds"] = tables.thresholds(groups, baselines, asked)
-    return made
-
-
 def draw_runs(groups: list[Group], baselines: dict[str, np.ndarray], colour: figures.Colours) -> dict[str, Figure]:
     """What is drawn of each environment by itself."""
     drawn = groups, baselines, colour
@@ -135,7 +119,7 @@ def sections_of_tables(made: dict[str, Table], films: dict[str, Path], left_out:
     """What follows the figures."""
     found = {}
     if made["thresholds"].rows:
-        told = "Until the mean of an evaluation first reached the return; thresholds-seeds.csv has every seed."
+        told = "Until the mean of an evaluation first reached the return."
         if any(name != "asked for" for _, name, *_ in made["thresholds"].rows):
             told += " The way leads from the random policy's mean to the final mean of the best method."
         found["Time to a threshold"] = page.paragraph(told) + made["thresholds"].html()
@@ -165,7 +149,13 @@ def make_report(
     groups, methods = material.groups, methods_of(material.groups)
     chosen = methods[:MOST_METHODS]
     drawn, colour = [group for group in groups if group.method in chosen], figures.colours(chosen)
-    made = make_tables(groups, baselines, baseline, asked or {})
+    made = {
+        "results": tables.results(groups, baselines),
+        "seeds": tables.per_seed(groups),
+        "provenance": tables.provenance(groups),
+        "improvements": tables.improvements(groups, baseline),
+        "thresholds": tables.thresholds(groups, baselines, asked or {}),
+    }
     shown, captions = draw_runs(drawn, baselines, colour), {}
     for env_id, here in by_environment(drawn).items():
         if any(group.quantities() for group in here):

@@ -118,29 +118,24 @@ def per_seed(groups: list[Group]) -> Table:
     return Table([*header, "minutes", "run"], rows)
 
 
-def thresholds(
-    groups: list[Group], baselines: dict[str, np.ndarray], asked: dict[str, list[float]]
-) -> tuple[Table, Table]:
-    """Steps and seconds to thresholds, of the median seed and of every seed.
+def thresholds(groups: list[Group], baselines: dict[str, np.ndarray], asked: dict[str, list[float]]) -> Table:
+    """Steps and seconds to thresholds, of the median seed.
 
     Where none is asked for: half and nine tenths of the way from the random policy to the best mean.
     """
-    first = ["environment", "threshold", "return", "method"]
-    medians, seeds = [], []
+    rows = []
     for env_id, here in by_environment(groups).items():
         named = [("asked for", value) for value in asked.get(env_id, [])]
         if not named and (ends := scale(here, baselines)):
             bottom, top = ends
             named = [(f"{share:.0%} of the way", bottom + share * (top - bottom)) for share in (0.5, 0.9)]
         for (name, value), group in itertools.product(named, here):
-            row = [env_id, name, float(value), group.method]
             steps, seconds = group.reached(value)
             reached = f"{int(np.isfinite(steps).sum())} of {len(steps)}"
-            medians.append([*row, reached, float(np.median(steps)), float(np.median(seconds))])
-            for run, *numbers in zip(group.runs, steps, seconds, strict=True):
-                seeds.append([*row, run.config["seed"], *map(float, numbers)])
-    told = Table([*first, "reached by", "median steps", "median seconds"], medians)
-    return told, Table([*first, "seed", "steps", "seconds"], seeds)
+            row = [env_id, name, float(value), group.method, reached]
+            rows.append([*row, float(np.median(steps)), float(np.median(seconds))])
+    header = ["environment", "threshold", "return", "method", "reached by", "median steps", "median seconds"]
+    return Table(header, rows)
 
 
 def scale(here: list[Group], baselines: dict[str, np.ndarray]) -> tuple[float, float] | None:

@@ -81,9 +81,7 @@ def test_tables_of_two_scripts_on_two_environments(tmp_path, capsys):
     assert asked["sac_x"]["reached by"] == "3 of 4"
     assert float(asked["sac_x"]["median steps"]) == np.median([100, 100, 90, np.inf])
     assert float(asked["sac_x"]["median seconds"]) == np.median([600, 600, 540, np.inf])
-    every = [row["steps"] for row in rows(tmp_path / "out" / "thresholds-seeds.csv") if row["method"] == "sac_x"]
-    assert [float(steps) for steps in every] == [np.inf, 100, 100, 90]
-    assert "| not reached |" in (tmp_path / "out" / "thresholds-seeds.md").read_text()
+    assert "| not reached |" in (tmp_path / "out" / "thresholds.md").read_text()
 
     html = (tmp_path / "out" / "index.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", html)  # works without anything else
