@@ -21,9 +21,10 @@ def resample(scores: np.ndarray, seed: int = 0) -> np.ndarray:
     return np.take_along_axis(scores[None], drawn, axis=1)
 
 
-def interval(estimates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    low, high = np.quantile(estimates, [0.025, 0.975], axis=0)
-    return low, high
+def interval(estimates: np.ndarray, seeds: int) -> np.ndarray:
+    """Both ends of the 95% interval, NaN where there are too few seeds to know the spread."""
+    ends = np.quantile(estimates, [0.025, 0.975], axis=0)
+    return ends if seeds >= FEWEST else np.full_like(ends, np.nan)
 
 
 def interquartile_mean(scores: np.ndarray) -> np.ndarray:
@@ -36,10 +37,7 @@ def mean(scores: np.ndarray) -> np.ndarray:
 
 
 def with_interval(scores: np.ndarray, estimator: Callable) -> tuple[float, float, float]:
-    """An estimate and its 95% interval, NaN where there are too few seeds to know the spread."""
-    if len(scores) < FEWEST:
-        return float(estimator(scores)), np.nan, np.nan
-    low, high = interval(estimator(resample(scores)))
+    low, high = interval(estimator(resample(scores)), len(scores))
     return float(estimator(scores)), float(low), float(high)
 
 
@@ -52,10 +50,7 @@ def weights(seeds: int, stream: int = 0) -> np.ndarray:
 
 def mean_band(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean of the curves (seeds, points), and the ends of its interval at every point; seeds are drawn as a whole."""
-    if len(curves) < FEWEST:
-        unknown = np.full(curves.shape[1], np.nan)
-        return curves.mean(0), unknown, unknown
-    return curves.mean(0), *interval(weights(len(curves)) @ curves)
+    return curves.mean(0), *interval(weights(len(curves)) @ curves, len(curves))
 
 
 def probability_of_improvement(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float, float]:
@@ -69,17 +64,13 @@ def probability_of_improvement(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tu
         middles.append(wins.mean())
         drawn = weights(len(one), 2 * k) @ wins
         draws.append((drawn * weights(len(other), 2 * k + 1)).sum(1))
-    if min(len(scores) for pair in pairs for scores in pair) < FEWEST:
-        return float(np.mean(middles)), np.nan, np.nan
-    low, high = interval(np.mean(draws, axis=0))
+    low, high = interval(np.mean(draws, axis=0), min(len(scores) for pair in pairs for scores in pair))
     return float(np.mean(middles)), float(low), float(high)
 
 
 def performance_profile(scores: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Share of runs whose score is above each level, and the ends of its interval."""
     share = np.array([(scores > level).mean() for level in levels])
-    if len(scores) < FEWEST:
-        return share, np.full(len(levels), np.nan), np.full(len(levels), np.nan)
     drawn = resample(scores)
     shares = np.stack([(drawn > level).mean((1, 2)) for level in levels], axis=1)
-    return share, *interval(shares)
+    return share, *interval(shares, len(scores))
