@@ -39,19 +39,12 @@ class Group:
     place: int = 0  # of the method among the others
 
     @cached_property
-    def evaluations(self) -> list[dict[str, np.ndarray]]:
-        return [run.evaluations for run in self.runs]
-
-    @cached_property
     def curves(self) -> tuple[np.ndarray, np.ndarray]:
         """Steps of the evaluations that all seeds made (K,), and each seed's mean return at them (seeds, K).
 
         Where iterations are whole episodes, a seed's steps lie beside another's: then it is their mean.
         """
-        means = []
-        for table in self.evaluations:
-            steps, which = np.unique(table["step"], return_inverse=True)
-            means.append(dict(zip(steps, np.bincount(which, table["return"]) / np.bincount(which), strict=True)))
+        means = [run.means for run in self.runs]
         if len({len(mean) for mean in means}) == 1:
             every = np.array([list(mean) for mean in means])
             if np.ptp(every, axis=0).max() <= NEAR * every.max():
@@ -107,7 +100,7 @@ class Group:
     def at_share(self, share: float) -> np.ndarray:
         """Returns of all evaluation episodes at the evaluation nearest to a share of the run, over all seeds."""
         step, found = self.step_at(share), []
-        for table in self.evaluations:
+        for table in (run.evaluations for run in self.runs):
             distance = np.abs(table["step"] - step)
             found.append(table["return"][distance == distance.min()])
         return np.concatenate(found)

@@ -100,6 +100,13 @@ class Run:
         return self.table("evaluations")
 
     @cached_property
+    def means(self) -> dict[float, float]:
+        """Mean return of each evaluation, by its step."""
+        steps, which = np.unique(self.evaluations["step"], return_inverse=True)
+        means = np.bincount(which, self.evaluations["return"]) / np.bincount(which)
+        return dict(zip(steps.tolist(), means.tolist(), strict=True))
+
+    @cached_property
     def progress(self) -> dict[str, np.ndarray]:
         return self.table("progress")
 

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import tyro
 import yaml
 from filelock import FileLock, Timeout
@@ -75,16 +74,12 @@ def suggest(trial, name: str, value: dict[str, list]) -> object:
 
 
 def evaluation_means(job: Job) -> list[tuple[float, float]]:
-    """Step and mean return of each evaluation of which all episodes are there."""
-    if not (run := job.run()):
-        return []
+    """Step and mean return of each evaluation so far."""
+    run = job.run()
     try:
-        table = run.table("evaluations")
-    except (FileNotFoundError, ValueError):
+        return list(run.means.items()) if run else []
+    except (FileNotFoundError, ValueError):  # none so far
         return []
-    steps, episodes = np.unique(table["step"], return_counts=True)
-    whole = steps[episodes >= run.config.get("eval_episodes", 1)]
-    return [(float(step), float(table["return"][table["step"] == step].mean())) for step in whole]
 
 
 def settings_of(run: Run, space: dict) -> dict[str, object]:
