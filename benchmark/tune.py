@@ -186,7 +186,7 @@ class Tuner:
                 write_atomically(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
 
 
-def open_study(name: str, search: Search, storage: str, prune: bool, seed: int):
+def open_study(name: str, search: Search, storage: str, prune: bool):
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -207,7 +207,7 @@ def open_study(name: str, search: Search, storage: str, prune: bool, seed: int):
         refuse(f"{storage}: holds a study with other {', '.join(differing)}; choose another --output or --storage")
     study.set_user_attr("search", vars(search))
     # Another seed each time: a search that is begun again, or joined, draws nothing twice.
-    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.get_trials(deepcopy=False)))
+    study.sampler = optuna.samplers.TPESampler(seed=len(study.get_trials(deepcopy=False)))
     return study
 
 
@@ -221,7 +221,6 @@ def tune(
     workers: int = 1,
     threads: int = 1,
     prune: bool = True,
-    seed: int = 0,
     storage: str | None = None,
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     words: Annotated[tuple[str, ...], tyro.conf.Suppress] = (),
@@ -246,13 +245,11 @@ def tune(
         workers: runs at the same time
         threads: torch threads of each run
         prune: end trials that fall behind
-        seed: of the sampler
         storage: a journal file of Optuna's, or a database server's URL; by default study.log in the output folder
         output: a folder for the runs and the results; by default tuning/ and a name that follows from the others
         words: everything after --
     """
     at_least(1, trials=trials, seeds=seeds, workers=workers, threads=threads)
-    at_least(0, seed=seed)
     if storage and storage.startswith("sqlite"):  # which gives a trial that waits to two that ask at once
         refuse(f"--storage {storage}: SQLite mixes trials up; name a journal file, or the URL of a database server")
     need("optuna", "matplotlib")
@@ -264,7 +261,7 @@ def tune(
     at_once, kept = max(1, workers // seeds), storage or str(folder / "study.log")
     try:
         with FileLock(folder / "lock", timeout=0), until_told() as stop:
-            study = open_study(f"{path.stem}__{env_id}", search, kept, prune, seed)
+            study = open_study(f"{path.stem}__{env_id}", search, kept, prune)
             tuner = Tuner(path, search, study, folder, stop)
             tuner.recover()
 

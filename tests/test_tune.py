@@ -224,7 +224,6 @@ def test_choices_with_dollars_are_no_mathematics_but_powers_of_ten_are(tmp_path)
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--seed", "-1"], "--seed -1: must be at least 0"),
         (["--workers", "0"], "--workers 0: must be at least 1"),
         (["--storage", "sqlite:///study.db"], "name a journal file, or the URL of a database server"),
         (["--", "--mod", "well"], "--mod: scripts has no such argument; did you mean --mood?"),
