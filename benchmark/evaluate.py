@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from ctypes.util import find_library
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -85,29 +86,43 @@ def play(policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool, 
     return episodes
 
 
+@dataclass(frozen=True)
+class Player:
+    """A run's policy, and what makes the environment that it plays."""
+
+    run: Run
+    policy: Callable
+    make_env: Callable[[str | None], gym.Env]  # of a render mode
+
+    @property
+    def name(self) -> str:
+        return self.run.directory.name
+
+
 def render(env: gym.Env) -> list[np.ndarray]:
     """What there is to see since the last time: of most environments one image."""
     images = env.render()
     return images if isinstance(images, list) else [images]
 
 
-def film(policy: Callable, env: gym.Env, seed: int, sample: bool, path: Path) -> float:
+def film(player: Player, seed: int, sample: bool, path: Path) -> float:
     """Plays an episode into an mp4, as `play` does one by itself; its return."""
     import torch
     from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
 
     torch.manual_seed(seed)
-    (observation, info), over, total = env.reset(seed=seed), False, 0.0
-    height, width, _ = render(env)[0].shape
-    fps = env.metadata.get("render_fps", 30)
-    with replacing(path) as unfinished, FFMPEG_VideoWriter(str(unfinished), (width, height), fps) as video:
-        while not over:
-            action = choose(policy, observation[None], [info], sample)[0]
-            observation, reward, terminated, truncated, info = env.step(action)
-            total += float(reward)
-            for image in render(env):
-                video.write_frame(image)
-            over = terminated or truncated
+    with closing(player.make_env("rgb_array")) as env:
+        (observation, info), over, total = env.reset(seed=seed), False, 0.0
+        height, width, _ = render(env)[0].shape
+        fps = env.metadata.get("render_fps", 30)
+        with replacing(path) as unfinished, FFMPEG_VideoWriter(str(unfinished), (width, height), fps) as video:
+            while not over:
+                action = choose(player.policy, observation[None], [info], sample)[0]
+                observation, reward, terminated, truncated, info = env.step(action)
+                total += float(reward)
+                for image in render(env):
+                    video.write_frame(image)
+                over = terminated or truncated
     return total
 
 
@@ -132,19 +147,6 @@ def realised_returns(episode: Episode, gamma: float) -> np.ndarray:
 
 def explained_variance(predicted: np.ndarray, realised: np.ndarray) -> float:
     return float(1 - (realised - predicted).var() / realised.var()) if realised.var() else float("nan")
-
-
-@dataclass(frozen=True)
-class Player:
-    """A run's policy, and what makes the environment that it plays."""
-
-    run: Run
-    policy: Callable
-    make_env: Callable[[str | None], gym.Env]  # of a render mode
-
-    @property
-    def name(self) -> str:
-        return self.run.directory.name
 
 
 def plot_values(player: Player, episodes: list[Episode], path: Path) -> float:
@@ -271,9 +273,7 @@ def summary(name: str, episodes: list[Episode], width: int) -> str:
 def film_best(player: Player, episodes: list[Episode], sample: bool, gif: bool, path: Path) -> dict[int, float]:
     """Plays the best of the episodes again, into a film: its seed, and the return in the film."""
     best = max(episodes, key=lambda episode: episode.total)
-    env = player.make_env("rgb_array")
-    earned = film(player.policy, env, best.seed, sample, path)
-    env.close()
+    earned = film(player, best.seed, sample, path)
     print(f"  film of the best, seed {best.seed}, evaluation return {earned:,.1f}")
     print(f"  {path}" + (f"  {to_gif(path)}" if gif else ""))
     return {best.seed: earned}

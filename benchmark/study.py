@@ -1,46 +1,36 @@
 """A study of one script and environment from end to end: a sweep of one job, then what the report makes of it."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 
 from benchmark.errors import refuse
-from benchmark.evaluate import draw_without_display, film, to_gif
-from benchmark.groups import Group, gather
+from benchmark.evaluate import draw_without_display, film, load_player, to_gif
+from benchmark.groups import gather
 from benchmark.jobs import Job
 from benchmark.options import at_least, check_seed, make_folder, need
 from benchmark.report import film_of, find_baselines
-from benchmark.runs import Run, file_name, replacing, write_atomically, write_table
+from benchmark.runs import Run, file_name, replacing, write_table
 from benchmark.suites import Suite, check, jobs_of
 from benchmark.sweep import end_if_failed, previous_states, run_sweep
 
 
-def keep_checkpoint(group: Group, share: float, folder: Path, filmed: bool) -> dict:
-    """The policy at a share of the run, what it earned, and a film of its best episode."""
-    (run,), step = group.runs, int(group.step_at(share))
+def keep_checkpoint(run: Run, step: int, folder: Path, filmed: bool) -> np.ndarray:
+    """The policy of an evaluation, a film of its best episode, and its rows; what it earned."""
     at = run.evaluations["step"] == step
     here = {name: column[at] for name, column in run.evaluations.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "policy.pt") as unfinished:
         shutil.copy(run.policies()[step], unfinished)
     write_table(folder / "evaluations.csv", [here, *zip(*(column.tolist() for column in here.values()), strict=True)])
-    meta = {"step": step, "run": str(run.directory), "mean": here["return"].mean(), "std": here["return"].std()}
-    meta |= {name: run.meta.get(name) for name in ("script", "git_commit", "packages")}
-    if filmed:
-        best = int(here["return"].argmax())
-        meta["film"] = {"seed": int(here["seed"][best]), "return": here["return"][best]}
-        if not (folder / "episode.gif").exists():
-            module = run.module()
-            env = module.make_eval_env(module.Args(**run.config), "rgb_array")
-            policy = module.load_policy(folder / "policy.pt")
-            film(policy, env, meta["film"]["seed"], False, folder / "episode.mp4")
-            env.close()
-            to_gif(folder / "episode.mp4")
-    write_atomically(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
-    return meta
+    if filmed and not (folder / "episode.gif").exists():
+        player = load_player(run, folder / "policy.pt", {}, "rgb_array")
+        film(player, int(here["seed"][here["return"].argmax()]), False, folder / "episode.mp4")
+        to_gif(folder / "episode.mp4")
+    return here["return"]
 
 
 def train_one(job: Job, output: Path) -> Run:
@@ -92,10 +82,11 @@ def study(
     baselines, films = find_baselines(material.groups), {}
     for share in (0.25, 0.5, 1.0):
         folder = directory / "checkpoints" / f"{round(100 * share):03d}"
-        meta = keep_checkpoint(material.groups[0], share, folder, video)
-        earned = f"evaluation return {meta['mean']:,.1f} ± {meta['std']:,.1f}"
-        print(f"{share:>4.0%}  step {meta['step']:>10,}  {earned}  {folder}")
-        films |= {f"{share:.0%} of the run: {film_of(trained, meta['step'])}": folder / "episode.mp4"} if video else {}
+        step = int(material.groups[0].step_at(share))
+        returns = keep_checkpoint(trained, step, folder, video)
+        earned = f"evaluation return {returns.mean():,.1f} ± {returns.std():,.1f}"
+        print(f"{share:>4.0%}  step {step:>10,}  {earned}  {folder}")
+        films |= {f"{share:.0%} of the run: {film_of(trained, step)}": folder / "episode.mp4"} if video else {}
     title = f"{Path(script).stem} on {env_id}"
     print(make_report(material, title, baselines, films, directory / "report"))
     print(directory / "report" / "index.html")

@@ -113,7 +113,7 @@ def test_a_film_its_caption_and_its_row_are_of_one_episode(run, tmp_path, monkey
     filmed = []
 
     def film(*arguments: object) -> float:
-        filmed.append((arguments[2], original(*arguments)))
+        filmed.append((arguments[1], original(*arguments)))
         return filmed[-1][1]
 
     original = benchmark.evaluate.film

@@ -1,7 +1,6 @@
 """A study from end to end, stopped on the way."""
 
 import csv
-import json
 from pathlib import Path
 
 import pytest
@@ -24,16 +23,12 @@ def test_a_study_from_the_random_policy_to_the_last(tmp_path, monkeypatch, capsy
     films = []
     for share, step in (("025", 256), ("050", 512), ("100", 1024)):
         folder = tmp_path / "out" / "checkpoints" / share
-        meta = json.loads((folder / "meta.json").read_text())
-        assert meta["step"] == step and meta["script"] == "ppo_continuous"
         assert (folder / "policy.pt").read_bytes() == run.policies()[step].read_bytes()
         with (folder / "evaluations.csv").open() as file:
             returns = [float(row["return"]) for row in csv.DictReader(file)]
         table = run.table("evaluations")
         assert returns == table["return"][table["step"] == step].tolist() and len(returns) == 3
-        best = returns.index(max(returns))
-        assert meta["film"] == {"seed": 10_000 + best, "return": returns[best]}
-        films.append(f"{int(share)}% of the run: an episode of return {returns[best]:,.1f}, the best of 3<")
+        films.append(f"{int(share)}% of the run: an episode of return {max(returns):,.1f}, the best of 3<")
         for name in ("episode.mp4", "episode.gif"):
             assert (folder / name).stat().st_size > 2000
     html = (tmp_path / "out" / "report" / "index.html").read_text()
