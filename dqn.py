@@ -659,7 +659,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     progress["learn_from"] = args.learning_starts
     with closing(envs), Run(args, agent, learners, buffer, envs, progress) as run:
         run.begin()
-        fast_update = compile_update(args, agent, learners, buffer, run, interrupts) if args.compile else update
+        fast_update = compile_update(args, agent, learners, buffer, run) if args.compile else update
         optimise = partial(fast_update, agent, args, learners, buffer.rings)
         if device.type == "cuda":
             act, optimise = capture_network(agent.q, device), capture_updates(optimise, learners)
@@ -794,21 +794,17 @@ def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) ->
             run.tracker.log({"videos": importlib.import_module("wandb").Video(str(path))})
 
 
-def compile_update(
-    args: Args, agent: Agent, learners: Learners, buffer: ReplayBuffer, run: "Run", interrupts: Sequence[int]
-) -> Callable:
+def compile_update(args: Args, agent: Agent, learners: Learners, buffer: ReplayBuffer, run: "Run") -> Callable:
     device, D, B = learners.target.device, agent.moments.mean.numel(), args.batch_size
     scale, slots = torch.ones((2, D), device=device), torch.zeros(B, dtype=torch.int64, device=device)
     calls = [
         (agent, args, copy.deepcopy(learners), buffer.rings, scale, slots, follows)
         for follows in {args.target_network_frequency == 1, True}
     ]
-    return compile_by(calls, update, device, run, interrupts)
+    return compile_by(calls, update, device, run)
 
 
-def compile_by(
-    calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run", interrupts: Sequence[int]
-) -> Callable:
+def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run") -> Callable:
     """The function, compiled by calls on copies of what changes; as it is, where that is impossible."""
     started = time.perf_counter()
     torch.compiler.reset()  # what another run compiled in this process would be taken for this one's
@@ -829,8 +825,7 @@ def compile_by(
         for call in calls:
             fast(*call)
     except Exception as error:
-        if not interrupts:  # which the compiler hears too
-            run.say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
+        run.say(f"the update is not compiled, so the run is slower: {' '.join(str(error).split())[:100]}")
         return function
     finally:
         gc.enable()

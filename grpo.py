@@ -772,7 +772,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     progress |= {"recent": [], "evaluation": {}, "best": {}, "seconds": dict.fromkeys(SECONDS, 0.0)}
     with closing(envs), Run(args, agent, learner, envs, progress) as run:
         run.begin()
-        fast_update = compile_update(args, agent, learner, run, interrupts) if args.compile else update
+        fast_update = compile_update(args, agent, learner, run) if args.compile else update
         if device.type == "cuda":
             fast_update = capture_update(args, agent, learner, fast_update)
         watch, booked, step = Stopwatch(progress["seconds"]), dict(progress["seconds"]), run.saved
@@ -902,18 +902,16 @@ def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) ->
             run.tracker.log({"videos": importlib.import_module("wandb").Video(str(path))})
 
 
-def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run", interrupts: Sequence[int]) -> Callable:
+def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run") -> Callable:
     device, size, D = learner.theta.device, args.minibatch_size, agent.moments.mean.numel()
     observations, *columns = (torch.zeros(shape, device=device) for shape in ((size, D), size, size, size))
     outputs = agent(observations)
     actions = torch.tensor(agent.kind.best(outputs.cpu().numpy()), device=device)
     batch, kl_coef = Batch(observations, actions, *columns, outputs), torch.zeros((), device=device)
-    return compile_by([(agent, args, copy.deepcopy(learner), batch, kl_coef)], update, device, run, interrupts)
+    return compile_by([(agent, args, copy.deepcopy(learner), batch, kl_coef)], update, device, run)
 
 
-def compile_by(
-    calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run", interrupts: Sequence[int]
-) -> Callable:
+def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run") -> Callable:
     """The function, compiled by calls on copies of what changes; as it is, where that is impossible."""
     started = time.perf_counter()
     torch.compiler.reset()  # what another run compiled in this process would be taken for this one's
@@ -934,8 +932,7 @@ def compile_by(
         for call in calls:
             fast(*call)
     except Exception as error:
-        if not interrupts:  # which the compiler hears too
-            run.say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
+        run.say(f"the update is not compiled, so the run is slower: {' '.join(str(error).split())[:100]}")
         return function
     finally:
         gc.enable()

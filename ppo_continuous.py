@@ -606,7 +606,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     progress = {"updates": 0, "recent": [], "evaluation": {}, "best": {}, "seconds": dict.fromkeys(SECONDS, 0.0)}
     with closing(envs), Run(args, agent, learner, envs, progress) as run:
         run.begin()
-        fast_update = compile_update(args, agent, learner, run, interrupts) if args.compile else update
+        fast_update = compile_update(args, agent, learner, run) if args.compile else update
         parts = args, agent, learner, fast_update
         optimise = capture_epoch(*parts) if device.type == "cuda" else partial(run_epoch, *parts)
         watch, booked = Stopwatch(progress["seconds"]), dict(progress["seconds"])
@@ -731,17 +731,15 @@ def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) ->
             run.tracker.log({"videos": importlib.import_module("wandb").Video(str(path))})
 
 
-def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run", interrupts: Sequence[int]) -> Callable:
+def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run") -> Callable:
     device, B = learner.theta.device, args.num_envs * args.num_steps
     D, A = agent.moments.mean.numel(), agent.low.numel()
     batch = Batch(*(torch.zeros(shape, device=device) for shape in ((B, D), (B, A), B, B, B, B)))
     indices = torch.arange(B // args.num_minibatches, device=device)
-    return compile_by([(agent, args, copy.deepcopy(learner), batch, indices)], update, device, run, interrupts)
+    return compile_by([(agent, args, copy.deepcopy(learner), batch, indices)], update, device, run)
 
 
-def compile_by(
-    calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run", interrupts: Sequence[int]
-) -> Callable:
+def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run") -> Callable:
     """The function, compiled by calls on copies of what changes; as it is, where that is impossible."""
     started = time.perf_counter()
     torch.compiler.reset()  # what another run compiled in this process would be taken for this one's
@@ -762,8 +760,7 @@ def compile_by(
         for call in calls:
             fast(*call)
     except Exception as error:
-        if not interrupts:  # which the compiler hears too
-            run.say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
+        run.say(f"the update is not compiled, so the run is slower: {' '.join(str(error).split())[:100]}")
         return function
     finally:
         gc.enable()

@@ -266,7 +266,7 @@ def test_every_kind_of_update_is_compiled(monkeypatch):
         kinds.clear()
         args, run = replace(SMALL, target_network_frequency=every), SimpleNamespace(say=lambda text: None)
         agent = agent_of(args)
-        dqn.compile_update(args, agent, learners_of(agent, 0), buffer_of(60, 4), run, ())
+        dqn.compile_update(args, agent, learners_of(agent, 0), buffer_of(60, 4), run)
         assert sorted(kinds) == expected
 
 

@@ -268,7 +268,7 @@ def test_the_compiled_update_is_the_update(vf_coef):
     agent = agent_of(args)
     batch, learner = random_batch(agent), learner_of(agent, rate=1e-3)
     said, random = [], torch.get_rng_state()
-    fast = ppo.compile_update(args, agent, learner, SimpleNamespace(say=said.append), ())
+    fast = ppo.compile_update(args, agent, learner, SimpleNamespace(say=said.append))
     assert "compiled in" in said[-1] and not torch.count_nonzero(learner.first_moment)
     assert torch.equal(torch.get_rng_state(), random)
     indices, start = torch.randperm(64)[:32], [tensor.clone() for tensor in learner]

@@ -250,7 +250,7 @@ def test_every_kind_of_update_is_compiled(monkeypatch):
         args = replace(SMALL, policy_frequency=actor, target_network_frequency=target)
         agent, run = agent_of(args), SimpleNamespace(say=lambda text: None)
         buffer, first = SimpleNamespace(rings=wide(random_rings())), len(kinds)
-        sac.compile_update(args, agent, learners_of(agent, 0, 0, 0), buffer, run, ())
+        sac.compile_update(args, agent, learners_of(agent, 0, 0, 0), buffer, run)
         assert len(kinds) - first == expected
         if actor * target < 100:
             assert set(kinds[first:]) == {sac.parts_of(args, number) for number in range(1, 1 + actor * target)}

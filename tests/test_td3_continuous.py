@@ -213,7 +213,7 @@ def test_every_kind_of_update_is_compiled(monkeypatch, frequency, kinds):
     calls, args = [], replace(SMALL, policy_frequency=frequency)
     monkeypatch.setattr(torch, "compile", lambda update, **_: lambda *arguments: calls.append(arguments[-1]))
     agent, run = agent_of(args), SimpleNamespace(say=lambda text: None)
-    td3.compile_update(args, agent, learners_of(agent, 0), SimpleNamespace(rings=random_rings()), run, ())
+    td3.compile_update(args, agent, learners_of(agent, 0), SimpleNamespace(rings=random_rings()), run)
     assert sorted(calls) == sorted(kinds)
 
 
