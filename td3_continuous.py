@@ -766,9 +766,7 @@ def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) ->
     run.tensorboard.add_scalar("charts/evaluation_return", evaluation["mean"], step)
     state = {"script": SCRIPT, "args": asdict(args), "step": step, "agent": agent.state_dict()}
     write_atomically(run.directory / "policies" / f"step-{step:09d}.pt", state)
-    if math.isnan(evaluation["mean"]):
-        run.say(f"the evaluation at step {step:,} has returns that are not numbers: {returns}")
-    elif evaluation["mean"] > progress["best"].get("mean", -math.inf):
+    if evaluation["mean"] > progress["best"].get("mean", -math.inf):
         progress["best"] = evaluation
         write_atomically(run.directory / "best.pt", state)
     run.say(f"{step:>11,}  evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}")
