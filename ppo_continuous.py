@@ -1152,10 +1152,8 @@ def parse(argv: list[str] | None = None) -> Args:
     if args.resume and args.config:
         refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
     path = f"{args.resume}/config.yaml" if args.resume else args.config
-    if not path:
-        return args
     try:
-        settings = yaml.safe_load(Path(path).read_text()).items()
+        settings = yaml.safe_load(Path(path).read_text()).items() if path else ()
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         refuse(f"{path}: is no file of arguments: {error}")
     words = []
