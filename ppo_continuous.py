@@ -1143,9 +1143,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
     return args, envs, actions
 
 
-def parse(argv: list[str] | None = None) -> Args:
+def parse(argv: list[str]) -> Args:
     """The defaults, then the file of `--config` or the run of `--resume`, then the command line: the last one wins."""
-    argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=argv, description=__doc__)
     if args.resume and not all(any(Path(args.resume).glob(name)) for name in (f"{SCRIPT}.py", "checkpoint*.pt")):
         refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py, or has no checkpoint")
@@ -1184,4 +1183,4 @@ def catch_interrupts() -> list[int]:
 
 if __name__ == "__main__":
     sys.path.append(os.getcwd())  # where a `module:Id-v0` of the user's may lie
-    train(interrupts=catch_interrupts(), args=parse())
+    train(interrupts=catch_interrupts(), args=parse(sys.argv[1:]))
