@@ -1172,8 +1172,7 @@ def check(args: Args) -> None:
     for rule, (low, high, names) in RANGES.items():
         for name in names.split():
             value = getattr(args, name)
-            values = value if isinstance(value, tuple | list) else () if value is None else (value,)
-            if not all(low <= each <= high for each in values):
+            if value is not None and not all(low <= each <= high for each in np.atleast_1d(value)):
                 raise ValueError(f"{flag(name)} {value}: must be {rule}")
     args.total_timesteps, args.checkpoint_every = int(args.total_timesteps), int(args.checkpoint_every)  # of 1e6
     for name in ("env_id", "runs_dir", "resume", "config"):
