@@ -833,16 +833,20 @@ def processes():
 @with_each("killed")
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_were_not(script, killed, processes):
     settings = {"env_id": killed, "checkpoint_every": 384} | script.row.killed[killed]
-    started = time.monotonic()
     undisturbed = script.train(**settings | {"runs_dir": str(script.runs / "undisturbed")})
-    seconds = time.monotonic() - started
+    total, random = len(rows(undisturbed, "progress")), np.random.default_rng(zlib.crc32(killed.encode()))
+
+    def share_done() -> float:
+        return len(rows(run, "progress")) / total if (run := only(runs)) and (run / "progress.csv").exists() else 0.0
 
     runs = script.runs / "killed"
     words, kills = script.words(**settings | {"runs_dir": str(runs)}), 0
-    for moment in np.random.default_rng(zlib.crc32(killed.encode())).uniform(0.1, 0.5, script.row.kills) * seconds:
+    for share in np.sort(random.uniform(0, 0.9, script.row.kills)):
         process = processes(target=run_in_process, args=(script.name, words))
         process.start()
-        process.join(moment)
+        while process.is_alive() and share_done() < share:
+            time.sleep(0.002)
+        process.join(random.uniform(0, 0.05))
         process.kill()
         process.join()
         kills += process.exitcode == -signal.SIGKILL
