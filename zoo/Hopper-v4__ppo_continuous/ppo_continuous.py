@@ -17,6 +17,7 @@ The algorithm ends with `train`; what follows keeps, evaluates and checks, and i
 What may surprise, beside the usual PPO (`--config configs/ppo_continuous/textbook.yaml`):
 - Many environments with short pieces, minibatches of 64; gamma is 0.992, lambda 0.9, Adam's epsilon 1e-8.
 - The critic's rate is three times the policy's, and the policy's deviation does not fall below exp(-1.5).
+- Adam counts its steps anew in every rollout, whose objective is another (https://arxiv.org/abs/2412.17113).
 - Advantages are recomputed with the current critic at every epoch.
 - An episode cut by a time limit bootstraps from the value of its true last observation; only termination ends a return.
 - What normalises observations changes once per rollout, after its update; the first sees them raw, clipped at ±10.
@@ -97,9 +98,10 @@ class Args:
     vf_coef: float = 0.25  # weight of the value loss
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     adam_eps: float = 1e-8  # Adam's epsilon; with PPO's usual 1e-5 most of the critic's scaled gradients lie below it
+    adam_local_time: bool = True  # count Adam's steps anew in every rollout, so that the first are small
     target_kl: float | None = None  # end a rollout's update once a minibatch's KL from the rollout's policy exceeds it
     norm_obs: bool = True  # normalise observations by their running mean and deviation
-    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
+    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return; clip them at ±10
     actor_sizes: tuple[int, ...] = (64, 64)  # hidden layers of the policy
     critic_sizes: tuple[int, ...] = (64, 64)  # hidden layers of the value function
     log_std_init: float | None = None  # log of the first standard deviation; default: -0.4 log(A) for A actions
@@ -159,7 +161,8 @@ class TrainEnv(gym.Wrapper):
 
     def step(self, action: np.ndarray) -> tuple:
         self.episode.append(np.array(action))
-        return *self.env.step(action)[:4], {}  # infos are not read, and collecting them takes a tenth of the time
+        observation, reward, terminated, truncated, _ = self.env.step(action)
+        return observation, float(reward), bool(terminated), bool(truncated), {}  # collecting infos takes a tenth
 
     def replay(self) -> tuple[np.ndarray, float]:
         """Its last observation and its return so far."""
@@ -268,8 +271,10 @@ class RunningMoments(nn.Module):
 
     def normaliser(self) -> Callable[[np.ndarray], np.ndarray]:
         """Of batches, with the moments as they are now."""
-        mean, deviation, limit = self.mean.numpy() * self.enabled, self.deviation(), 10 if self.enabled else np.inf
-        return lambda batch: np.minimum(np.maximum((batch - mean) / deviation, -limit), limit).astype(np.float32)
+        if not self.enabled:
+            return lambda batch: batch.astype(np.float32)
+        mean, deviation = self.mean.numpy().copy(), self.deviation()
+        return lambda batch: np.minimum(np.maximum((batch - mean) / deviation, -10), 10).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------- algorithm
@@ -342,7 +347,7 @@ class Agent(nn.Module):
         """(N, A) of the policy's to the environment's shape and bounds."""
         low, high = self.bounds
         actions = self.centre + self.half_range * actions.reshape(-1, *low.shape)
-        return np.minimum(np.maximum(actions, low), high)
+        return np.minimum(np.maximum(actions, low), high).astype(low.dtype, copy=False)
 
 
 def log_prob(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
@@ -548,6 +553,9 @@ def improve(
 ) -> dict[str, float]:
     """Epochs of minibatches, ended early where the policy has moved too far; their mean measures."""
     measured, M = [], args.num_minibatches
+    if args.adam_local_time:  # the t of its corrections: √(1 − β₂ᵗ) / (1 − β₁ᵗ) is 0.3 at t = 100, 0.8 at t = 1000
+        learner.first_decay.fill_(1.0)
+        learner.second_decay.fill_(1.0)
     for epoch in range(args.update_epochs):
         if epoch == 0:
             batch = batch_of(agent, rollout, *estimate(args, agent, rollout, rewards))
@@ -613,8 +621,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             measures = improve(args, agent, learner, rollout, rewards, optimise)
             agent.moments.update(rollout.observations.reshape(B, *agent.moments.mean.shape))
             watch.lap("updating")
-            measured = [measures[name] for name in MEASURES]
-            if not np.isfinite([*measured, *agent.moments.var.flatten(), agent.return_moments.var]).all():
+            sums = agent.moments.var.sum(), agent.return_moments.var, learner.theta.sum().cpu()
+            if not np.isfinite([*(measures[name] for name in MEASURES), *sums]).all():
                 raise FloatingPointError(f"not finite in the rollout that ended at step {step:,}: {measures}")
 
             progress["updates"] += measures["updates"]
@@ -920,6 +928,8 @@ class Run(ExitStack):
                 break
         else:
             raise ValueError("its checkpoints are torn or missing; start a new run")
+        if "sizes" not in saved:
+            raise ValueError(f"{path.name} is a policy, from which no training goes on")
         was = saved["args"] | {"script": saved["script"]}
         for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
             if name not in FREE and value != was.get(name):
@@ -963,7 +973,9 @@ class Run(ExitStack):
                 self.tensorboard.add_scalar(kind + name.replace("sps", "SPS"), row[name], row["step"])
 
     def save(self, step: int) -> None:
-        """The checkpoint before this one stays as `checkpoint.previous.pt`."""
+        """The checkpoint before this one stays as `checkpoint.previous.pt`. Of networks that diverged there is none."""
+        if not all(parameter.isfinite().all() for parameter in self.agent.parameters()):
+            raise FloatingPointError(f"not finite at step {step:,}: the parameters")
         sizes = {}
         for path in self.directory.glob("*.csv"):
             with path.open("a") as file:
@@ -1131,7 +1143,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
     except Exception as error:
         names = ("env_kwargs", "eval_env_kwargs", "vec", "capture_video")
         given = ["env_id", *(name for name in names if getattr(args, name) != getattr(Args, name))]
-        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {error}")
+        told = error if " " in str(error) else repr(error)
+        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {told}")
     return args, envs, actions
 
 
@@ -1139,8 +1152,8 @@ def parse(argv: list[str] | None = None) -> Args:
     """The defaults, then the file of `--config` or the run of `--resume`, then the command line: the last one wins."""
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=argv, description=__doc__)
-    if args.resume and not (Path(args.resume) / f"{SCRIPT}.py").is_file():
-        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py")
+    if args.resume and not all(any(Path(args.resume).glob(name)) for name in (f"{SCRIPT}.py", "checkpoint*.pt")):
+        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py, or has no checkpoint")
     if args.resume and args.config:
         refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
     path = f"{args.resume}/config.yaml" if args.resume else args.config
