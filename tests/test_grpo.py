@@ -116,7 +116,7 @@ def test_the_mean_of_k3_is_the_closed_divergence(kind):
     actions = torch.tensor(kind.sample(agent.forward(None).numpy()))
     batch = grpo.Batch(zeros, actions, policy.log_prob(actions), zeros, zeros + 1, others.expand(100_000, 4))
     for estimator in ("closed", "k3"):
-        args = replace(SMALL, kl_estimator=estimator)
+        args = replace(SMALL, kl_coef=1.0, kl_estimator=estimator)
         losses[estimator] = grpo.grpo_loss({}, agent, args, batch, torch.tensor(1.0))[0].item()
     assert losses["closed"] == pytest.approx(kind(outputs).kl(kind(others)).item(), rel=1e-4)
     assert losses["k3"] == pytest.approx(losses["closed"], rel=0.05)

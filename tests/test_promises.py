@@ -841,7 +841,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_were_not(script, k
 
     runs = script.runs / "killed"
     words, kills = script.words(**settings | {"runs_dir": str(runs)}), 0
-    for share in np.sort(random.uniform(0, 0.9, script.row.kills)):
+    for share in np.sort(random.uniform(0, 0.6, script.row.kills)):
         process = processes(target=run_in_process, args=(script.name, words))
         process.start()
         while process.is_alive() and share_done() < share:
