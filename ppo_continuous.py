@@ -17,6 +17,7 @@ The algorithm ends with `train`; what follows keeps, evaluates and checks, and i
 What may surprise, beside the usual PPO (`--config configs/ppo_continuous/textbook.yaml`):
 - Many environments with short pieces, minibatches of 64; gamma is 0.992, lambda 0.9, Adam's epsilon 1e-8.
 - The critic's rate is three times the policy's, and the policy's deviation does not fall below exp(-1.5).
+- Adam counts its steps anew in every rollout, whose objective is another (https://arxiv.org/abs/2412.17113).
 - Advantages are recomputed with the current critic at every epoch.
 - An episode cut by a time limit bootstraps from the value of its true last observation; only termination ends a return.
 - What normalises observations changes once per rollout, after its update; the first sees them raw, clipped at ±10.
@@ -81,7 +82,7 @@ class Args:
     compile: bool = True  # compile the update (needs a C++ compiler)
 
     num_steps: int | None = None  # of each environment per rollout; default: all make 1024 + 512 A, at most 4096
-    learning_rate: float = 2.5e-4  # Adam's step size at the start
+    learning_rate: float = 5e-4  # Adam's step size at the start
     critic_lr_ratio: float = 3.0  # the critic's step size, as a multiple of that
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how the rate falls; the last two end at 0
     lr_warmup: float = 0.0  # share of the run over which the learning rate first rises from 0
@@ -97,6 +98,7 @@ class Args:
     vf_coef: float = 0.25  # weight of the value loss
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     adam_eps: float = 1e-8  # Adam's epsilon; with PPO's usual 1e-5 most of the critic's scaled gradients lie below it
+    adam_local_time: bool = True  # count Adam's steps anew in every rollout, so that the first are small
     target_kl: float | None = None  # end a rollout's update once a minibatch's KL from the rollout's policy exceeds it
     norm_obs: bool = True  # normalise observations by their running mean and deviation
     norm_reward: bool = True  # divide rewards by the running deviation of the discounted return; clip them at ±10
@@ -551,6 +553,9 @@ def improve(
 ) -> dict[str, float]:
     """Epochs of minibatches, ended early where the policy has moved too far; their mean measures."""
     measured, M = [], args.num_minibatches
+    if args.adam_local_time:  # the t of its corrections: √(1 − β₂ᵗ) / (1 − β₁ᵗ) is 0.3 at t = 100, 0.8 at t = 1000
+        learner.first_decay.fill_(1.0)
+        learner.second_decay.fill_(1.0)
     for epoch in range(args.update_epochs):
         if epoch == 0:
             batch = batch_of(agent, rollout, *estimate(args, agent, rollout, rewards))

@@ -460,6 +460,24 @@ def test_epochs_of_minibatches(played, recompute):
     assert measures["explained_variance"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("local", [True, False])
+def test_adam_counts_its_steps_anew_in_every_rollout(local):
+    played, seen = Played(), []
+    args, learner = replace(FATES, update_epochs=3, num_minibatches=4, adam_local_time=local), learner_of(played.agent)
+
+    def update(agent: ppo.Agent, args: Args, learner: ppo.Learner, *rest: object) -> torch.Tensor:
+        seen.append([tensor.clone() for tensor in learner])
+        return ppo.update(agent, args, learner, *rest)
+
+    optimise = partial(ppo.run_epoch, args, played.agent, learner, update)
+    for _ in range(2):
+        ends = [tensor.clone() for tensor in learner]
+        ppo.improve(args, played.agent, learner, played.rollout, played.rewards, optimise)
+    _, first, second, *decays, _ = seen[12]
+    assert torch.equal(first, ends[1]) and torch.equal(second, ends[2]) and second.any()  # which stay
+    assert decays == pytest.approx([1, 1] if local else [0.9**12, 0.999**12])
+
+
 def test_an_update_ends_once_a_minibatch_has_moved_too_far(played):
     args = replace(FATES, update_epochs=3, num_minibatches=4)
     for target, updates in ((0.45, 5), (0.1, 2), (9.0, 12), (None, 12)):
