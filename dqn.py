@@ -94,7 +94,7 @@ class Args:
     tau: float = 0.005  # how far the target network moves towards the network; 1 copies it
     target_network_frequency: int = 1  # it moves at every so many updates
     epsilon_start: float = 1.0  # share of random actions at the first step
-    epsilon_end: float = 0.05  # and from when it has fallen linearly
+    epsilon_end: float = 0.05  # share of random actions once it has fallen, linearly
     exploration_fraction: float = 0.1  # share of the run over which it falls
     action_masks: bool = True  # where `info` has an `action_mask`, what it forbids is not done
     norm_obs: bool = False  # normalise observations by their running mean and deviation
@@ -1014,6 +1014,8 @@ class Run(ExitStack):
         for name, size in saved["sizes"].items():
             if not (self.directory / name).is_file() or (self.directory / name).stat().st_size < size:
                 raise ValueError(f"{name} is shorter than when {path.name} was written; start a new run")
+        if (self.directory / f"{SCRIPT}.py").read_bytes() != Path(__file__).read_bytes():
+            print(f"{self.directory}: goes on with another {SCRIPT}.py than it began with", file=sys.stderr)
         if path.name != "checkpoint.pt":
             print(f"{self.directory}: checkpoint.pt is torn or missing; going on from {path.name}", file=sys.stderr)
             path.replace(self.directory / "checkpoint.pt")

@@ -33,11 +33,11 @@ def keep_checkpoint(run: Run, step: int, folder: Path, filmed: bool) -> np.ndarr
     return here["return"]
 
 
-def train_one(job: Job, output: Path) -> Run:
+def train_one(job: Job, output: Path, filmed: bool = False) -> Run:
     """Trains, or goes on with, a job below `output`; the finished run, with which nothing is done again."""
     settled = previous_states([job], retry_failed=True, advice="choose another --output")
     if not settled:
-        check(Path(job.script), [job.env_id], job.words)
+        check(Path(job.script), [job.env_id], job.words, filmed)
     make_folder(output)
     end_if_failed(run_sweep([job], settled), "the same command tries again")
     return job.run()
@@ -73,7 +73,7 @@ def study(
     suite = Suite([script], [env_id], [seed], words=("--num-evals", "20", *words))
     directory = (output or Path("studies") / file_name(f"{env_id}__{Path(script).stem}__{seed}")).resolve()
     (job,) = jobs_of(suite, directory / "run", threads)
-    trained = train_one(job, directory)
+    trained = train_one(job, directory, video)
     from benchmark.compose import make_report
 
     material = gather([trained.directory])

@@ -5,8 +5,11 @@ import itertools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -57,7 +60,7 @@ def find_script(name: str) -> Path:
     refuse(f"script {name}: unknown{choices(name, sorted(ours))}")
 
 
-def check(script: Path, env_ids: Iterable[str], words: Iterable[str]) -> None:
+def check(script: Path, env_ids: Iterable[str], words: Iterable[str], filmed: bool = False) -> None:
     """Says once, before anything begins, what would end every run of a script: wrong arguments and environments."""
     sys.path.insert(0, str(script.parent))  # as for `python script.py`
     try:
@@ -75,12 +78,21 @@ def check(script: Path, env_ids: Iterable[str], words: Iterable[str]) -> None:
             flags = [each.replace("_", "-") for each in names]
             refuse(f"{word}: {script.stem} has no such argument{nearest(name.replace('_', '-'), flags, '--')}")
     for env_id in env_ids if hasattr(module, "make_eval_env") else ():
+        make = partial(module.make_eval_env, module.Args(env_id=env_id))
         try:
-            module.make_eval_env(module.Args(env_id=env_id)).close()
+            make().close()
         except (gym.error.Error, ImportError) as error:
             refuse(f"{env_id}: {' '.join(str(error).split())}")
         except Exception:  # without the other arguments it need not work
             continue
+        if filmed:
+            try:
+                with warnings.catch_warnings(action="ignore"), closing(make("rgb_array")) as env:
+                    env.reset(seed=0)
+                    env.render()
+            except Exception as error:
+                told = " ".join(f"{type(error).__name__} {error}".split())
+                refuse(f"{env_id}: cannot be filmed ({told}); --no-video does without")
 
 
 def as_words(name: str, value: object) -> list[str]:

@@ -910,6 +910,15 @@ def test_a_finished_run_that_is_resumed_is_finished_again(script, finished):
     assert all(new[name] == old[name] for name in ("steps", "evaluation", "best", "training_return"))
 
 
+@about("Run.load")
+def test_a_run_that_goes_on_with_an_edited_script_says_so(script, finished, capsys):
+    began_with = finished / script.path.name
+    began_with.write_text(began_with.read_text() + "# as it was\n")
+    script.train("--resume", str(finished))
+    error = capsys.readouterr().err
+    assert f"another {script.path.name} than it began with" in error and error.count("\n") == 1
+
+
 @about("Run.begin", "Run.load", "Run.state", "Run.save")
 def test_a_finished_run_that_has_lost_its_end_is_unfinished_until_it_is_there_again(script, finished):
     (finished / "checkpoint.previous.pt").replace(finished / "checkpoint.pt")

@@ -43,7 +43,8 @@ def test_a_study_from_the_random_policy_to_the_last(tmp_path, monkeypatch, capsy
 
 
 def test_a_failing_study_says_so(tmp_path, capsys):
-    words = ["run", "ppo_continuous", "tests.envs:Mirror-v0", "-o", str(tmp_path / "out"), "--", *SETTINGS]
+    words = ["run", "ppo_continuous", "tests.envs:Mirror-v0", "--no-video", "-o", str(tmp_path / "out"), "--"]
+    words += SETTINGS
     with pytest.raises(SystemExit) as stop:
         main([*words, "--env-kwargs", '{"breaks": 40}'])
     told = capsys.readouterr().out
@@ -56,6 +57,7 @@ def test_a_failing_study_says_so(tmp_path, capsys):
     [
         (["Pendulum-v1", "--threads", "0"], "--threads 0: must be at least 1"),
         (["Pendulum-v1", "--seed", "-1"], "--seed -1: must be between 0 and 2147483647"),
+        (["tests.envs:Mirror-v0"], "Mirror-v0: cannot be filmed (NotImplementedError"),
         (["Pendulu-v1"], "Pendulu-v1: Environment `Pendulu` doesn't exist. Did you mean: `Pendulum`?"),
         (["Pendulum-v1", "--", "--gama", "1"], "--gama: ppo_continuous has no such argument; did you mean --gamma?"),
     ],

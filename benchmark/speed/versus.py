@@ -50,8 +50,9 @@ def contestants(script: str, env_id: str) -> list[Contestant]:
             words = ("--library", library, "--algorithm", case.algorithm, "--settings", json.dumps(settings))
             found.append(Contestant(f"{library}-{name}", f"{title}, {told}", LEARNER, words))
     textbook = ROOT / "configs" / script / "textbook.yaml"
-    if textbook.is_file():
-        found.append(Contestant("cleanrl", "CleanRL's settings in SoloRL", ours, ("--config", str(textbook))))
+    if textbook.is_file():  # named as seen from here, as in a command that anybody may repeat
+        words = ("--config", os.path.relpath(textbook))
+        found.append(Contestant("cleanrl", "CleanRL's settings in SoloRL", ours, words))
     return found
 
 

@@ -22,7 +22,7 @@ speed() { # what, script, arguments
     runs=$(train "${@:2}")
     awk -F, -v what="$1" 'NR == 2 { step = $1; time = $2 } NR > 2 { last = $1; end = $2 }
         END { if (end > time) printf "%-40s %8.0f steps/s\n", what, (last - step) / (end - time) }' "$runs"/*/progress.csv
-    grep -h "compiled in\|impossible\|steps/s:" "$runs/log" | sed 's/^/    /' || true
+    grep -h "compiled in\|not compiled\|steps/s:" "$runs/log" | sed 's/^/    /' || true
 }
 
 lean() { # what, script, arguments
