@@ -101,7 +101,7 @@ class Args:
     target_kl: float | None = None  # end a rollout's update once a minibatch's KL from the rollout's policy exceeds it
     action_masks: bool = True  # where `info` has an `action_mask`, what it forbids is not done
     norm_obs: bool = True  # normalise observations by their running mean and deviation
-    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
+    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return; clip them at ±10
     actor_sizes: tuple[int, ...] = (64, 64)  # hidden layers of the policy
     critic_sizes: tuple[int, ...] = (64, 64)  # hidden layers of the value function
 
@@ -160,9 +160,9 @@ class TrainEnv(gym.Wrapper):
 
     def step(self, action: np.ndarray) -> tuple:
         self.episode.append(np.array(action))
-        *result, info = self.env.step(action)
+        observation, reward, terminated, truncated, info = self.env.step(action)
         self.mask = info.get("action_mask")
-        return *result, {}  # collecting infos takes a tenth of the time
+        return observation, float(reward), bool(terminated), bool(truncated), {}  # collecting infos takes a tenth
 
     def replay(self) -> tuple[np.ndarray, float]:
         """Its last observation and its return so far."""
@@ -271,8 +271,10 @@ class RunningMoments(nn.Module):
 
     def normaliser(self) -> Callable[[np.ndarray], np.ndarray]:
         """Of batches, with the moments as they are now."""
-        mean, deviation, limit = self.mean.numpy() * self.enabled, self.deviation(), 10 if self.enabled else np.inf
-        return lambda batch: np.minimum(np.maximum((batch - mean) / deviation, -limit), limit).astype(np.float32)
+        if not self.enabled:
+            return lambda batch: batch.astype(np.float32)
+        mean, deviation = self.mean.numpy().copy(), self.deviation()
+        return lambda batch: np.minimum(np.maximum((batch - mean) / deviation, -10), 10).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------- algorithm
@@ -637,7 +639,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     progress = {"updates": 0, "recent": [], "evaluation": {}, "best": {}, "seconds": dict.fromkeys(SECONDS, 0.0)}
     with closing(envs), Run(args, agent, learner, envs, progress) as run:
         run.begin()
-        fast_update = compile_update(args, agent, learner, run, interrupts) if args.compile else update
+        fast_update = compile_update(args, agent, learner, run) if args.compile else update
         parts = args, agent, learner, fast_update
         optimise = capture_epoch(*parts) if device.type == "cuda" else partial(run_epoch, *parts)
         watch, booked = Stopwatch(progress["seconds"]), dict(progress["seconds"])
@@ -652,8 +654,8 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             measures = improve(args, agent, learner, rollout, rewards, optimise)
             agent.moments.update(rollout.observations.reshape(B, *agent.moments.mean.shape))
             watch.lap("updating")
-            measured = [measures[name] for name in MEASURES]
-            if not np.isfinite([*measured, *agent.moments.var.flatten(), agent.return_moments.var]).all():
+            sums = agent.moments.var.sum(), agent.return_moments.var, learner.theta.sum().cpu()
+            if not np.isfinite([*(measures[name] for name in MEASURES), *sums]).all():
                 raise FloatingPointError(f"not finite in the rollout that ended at step {step:,}: {measures}")
 
             progress["updates"] += measures["updates"]
@@ -688,17 +690,18 @@ class Policy:
     """
 
     def __init__(self, args: Args, agent: Agent):
-        self.agent, self.discount, self.bootstraps = agent, args.gamma, ("truncated",)
-        self.args, self.masked = args, args.action_masks
-        self.shape = tuple(agent.moments.mean.shape)
+        self.args, self.agent, self.shape = args, agent, tuple(agent.moments.mean.shape)
+        self.discount, self.bootstraps = args.gamma, ("truncated",)
+        self.masked = args.action_masks
         self._act, self._normalise = in_numpy(agent.actor), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False, mask: Sequence | None = None) -> np.ndarray:
         if np.shape(observations) == self.shape:
             return self._choose(observations, mask, sample)
-        rows = self._batch(observations)
-        masks = [None] * len(rows) if mask is None else mask
-        actions = [self._choose(*each, sample) for each in zip(rows, masks, strict=True)]
+        if np.shape(observations)[1:] != self.shape:
+            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
+        masks = [None] * len(observations) if mask is None else mask
+        actions = [self._choose(*each, sample) for each in zip(observations, masks, strict=True)]
         return np.array(actions).reshape(-1, *self.agent.low.shape)
 
     def _choose(self, observation: np.ndarray, mask: Sequence | None, sample: bool) -> np.ndarray:
@@ -710,18 +713,10 @@ class Policy:
         return self.agent.for_environment(logits.argmax(-1))[0]
 
     def value(self, observations: np.ndarray) -> np.ndarray:
-        """The discounted return that the critic expects, in the environment's own rewards."""
-        if np.shape(observations) == self.shape:
-            return self.value(np.asarray(observations)[None])[0]
-        rows = self._normalise(self._batch(observations)).reshape(len(observations), -1)
+        """The discounted returns that the critic expects of a batch, in the environment's own rewards."""
+        rows = self._normalise(observations).reshape(len(observations), -1)
         inputs = torch.tensor(rows, device=next(self.agent.parameters()).device)
-        values = self.agent.critic(inputs).squeeze(-1).cpu().numpy()
-        return values * self.agent.return_moments.deviation()
-
-    def _batch(self, observations: np.ndarray) -> np.ndarray:
-        if np.shape(observations)[1:] != self.shape:
-            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
-        return np.asarray(observations)
+        return self.agent.critic(inputs).squeeze(-1).cpu().numpy() * self.agent.return_moments.deviation()
 
 
 def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:
@@ -757,9 +752,7 @@ def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) ->
     run.tensorboard.add_scalar("charts/evaluation_return", evaluation["mean"], step)
     state = {"script": SCRIPT, "args": asdict(args), "step": step, "agent": agent.state_dict()}
     write_atomically(run.directory / "policies" / f"step-{step:09d}.pt", state)
-    if math.isnan(evaluation["mean"]):
-        run.say(f"the evaluation at step {step:,} has returns that are not numbers: {returns}")
-    elif evaluation["mean"] > progress["best"].get("mean", -math.inf):
+    if evaluation["mean"] > progress["best"].get("mean", -math.inf):
         progress["best"] = evaluation
         write_atomically(run.directory / "best.pt", state)
     run.say(f"{step:>11,}  evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}")
@@ -774,22 +767,20 @@ def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) ->
             run.tracker.log({"videos": importlib.import_module("wandb").Video(str(path))})
 
 
-def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run", interrupts: Sequence[int]) -> Callable:
+def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run") -> Callable:
     device, B = learner.theta.device, args.num_envs * args.num_steps
     D, A = agent.moments.mean.numel(), agent.low.numel()
     shapes = (B, D), (B, A), (B, *agent.mask_shape), B, B, B, B
     batch = Batch(*(torch.zeros(shape, device=device) for shape in shapes))
     batch = batch._replace(actions=batch.actions.long(), masks=batch.masks.bool())
     indices = torch.arange(B // args.num_minibatches, device=device)
-    return compile_by([(agent, args, copy.deepcopy(learner), batch, indices)], update, device, run, interrupts)
+    return compile_by([(agent, args, copy.deepcopy(learner), batch, indices)], update, device, run)
 
 
-def compile_by(
-    calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run", interrupts: Sequence[int]
-) -> Callable:
+def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run") -> Callable:
     """The function, compiled by calls on copies of what changes; as it is, where that is impossible."""
     started = time.perf_counter()
-    torch.compiler.reset()
+    torch.compiler.reset()  # what another run compiled in this process would be taken for this one's
 
     def compared(guards: Sequence) -> list[bool]:
         """At every call: flags and shapes. Settings and the agent stay, and would take a fifth of the time."""
@@ -807,8 +798,7 @@ def compile_by(
         for call in calls:
             fast(*call)
     except Exception as error:
-        if not interrupts:  # which the compiler hears too
-            run.say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
+        run.say(f"the update is not compiled, so the run is slower: {' '.join(str(error).split())[:100]}")
         return function
     finally:
         gc.enable()
@@ -973,6 +963,8 @@ class Run(ExitStack):
                 break
         else:
             raise ValueError("its checkpoints are torn or missing; start a new run")
+        if "sizes" not in saved:
+            raise ValueError(f"{path.name} is a policy, from which no training goes on")
         was = saved["args"] | {"script": saved["script"]}
         for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
             if name not in FREE and value != was.get(name):
@@ -980,6 +972,8 @@ class Run(ExitStack):
         for name, size in saved["sizes"].items():
             if not (self.directory / name).is_file() or (self.directory / name).stat().st_size < size:
                 raise ValueError(f"{name} is shorter than when {path.name} was written; start a new run")
+        if (self.directory / f"{SCRIPT}.py").read_bytes() != Path(__file__).read_bytes():
+            print(f"{self.directory}: goes on with another {SCRIPT}.py than it began with", file=sys.stderr)
         if path.name != "checkpoint.pt":
             print(f"{self.directory}: checkpoint.pt is torn or missing; going on from {path.name}", file=sys.stderr)
             path.replace(self.directory / "checkpoint.pt")
@@ -1017,7 +1011,9 @@ class Run(ExitStack):
                 self.tensorboard.add_scalar(kind + name.replace("sps", "SPS"), row[name], row["step"])
 
     def save(self, step: int) -> None:
-        """The checkpoint before this one stays as `checkpoint.previous.pt`."""
+        """The checkpoint before this one stays as `checkpoint.previous.pt`. Of networks that diverged there is none."""
+        if not all(parameter.isfinite().all() for parameter in self.agent.parameters()):
+            raise FloatingPointError(f"not finite at step {step:,}: the parameters")
         sizes = {}
         for path in self.directory.glob("*.csv"):
             with path.open("a") as file:
@@ -1107,8 +1103,7 @@ def check(args: Args) -> None:
     for rule, (low, high, names) in RANGES.items():
         for name in names.split():
             value = getattr(args, name)
-            values = value if isinstance(value, tuple | list) else () if value is None else (value,)
-            if not all(low <= each <= high for each in values):
+            if value is not None and not all(low <= each <= high for each in np.atleast_1d(value)):
                 raise ValueError(f"{flag(name)} {value}: must be {rule}")
     args.total_timesteps, args.checkpoint_every = int(args.total_timesteps), int(args.checkpoint_every)  # of 1e6
     for name in ("env_id", "runs_dir", "resume", "config"):
@@ -1180,7 +1175,9 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.Space]:
                 else:
                     first = allowed(args, choices_of(low, high), [mask]).argmax(-1)
                     action = (low + first.reshape(low.shape)).astype(low.dtype)
-                env.step(action)  # some values are no problem before
+                _, _, *over, info = env.step(action)  # some values are no problem before
+                if mask is not None and not any(over):
+                    allowed(args, choices_of(low, high), [info.get("action_mask", getattr(env, "mask", None))])
                 if env.render_mode:
                     env.render()
         args = replace(args, action_masks=mask is not None)
@@ -1201,23 +1198,21 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.Space]:
     except Exception as error:
         names = ("env_kwargs", "eval_env_kwargs", "vec", "capture_video")
         given = ["env_id", *(name for name in names if getattr(args, name) != getattr(Args, name))]
-        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {error}")
+        told = error if " " in str(error) else repr(error)
+        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {told}")
     return args, envs, actions
 
 
-def parse(argv: list[str] | None = None) -> Args:
+def parse(argv: list[str]) -> Args:
     """The defaults, then the file of `--config` or the run of `--resume`, then the command line: the last one wins."""
-    argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=argv, description=__doc__)
-    if args.resume and not (Path(args.resume) / f"{SCRIPT}.py").is_file():
-        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py")
+    if args.resume and not all(any(Path(args.resume).glob(name)) for name in (f"{SCRIPT}.py", "checkpoint*.pt")):
+        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py, or has no checkpoint")
     if args.resume and args.config:
         refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
     path = f"{args.resume}/config.yaml" if args.resume else args.config
-    if not path:
-        return args
     try:
-        settings = yaml.safe_load(Path(path).read_text()).items()
+        settings = yaml.safe_load(Path(path).read_text()).items() if path else ()
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         refuse(f"{path}: is no file of arguments: {error}")
     words = []
@@ -1248,4 +1243,4 @@ def catch_interrupts() -> list[int]:
 
 if __name__ == "__main__":
     sys.path.append(os.getcwd())  # where a `module:Id-v0` of the user's may lie
-    train(interrupts=catch_interrupts(), args=parse())
+    train(interrupts=catch_interrupts(), args=parse(sys.argv[1:]))
