@@ -83,7 +83,7 @@ class Examiner(BaseCallback):
         for k, (env, episode) in enumerate(zip(envs, episodes, strict=True)):
             env.close()
             row = {"step": step, "episode": k, "seed": episode.seed}
-            self.evaluations.append(row | {"return": sum(episode.rewards), "length": len(episode.rewards)})
+            self.evaluations.append(row | {"return": episode.total, "length": len(episode.rewards)})
         seconds = before - self.started - self.paused
         self.progress.append({"step": step, "wall_time": round(seconds, 3), "sps": round(step / seconds)})
         self.paused += time.perf_counter() - before
