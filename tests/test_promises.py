@@ -91,7 +91,6 @@ SCRIPTS = {
         },
         killed={
             "HalfCheetah-v4": {"num_envs": 2, "total_timesteps": 1536},
-            "Hopper-v4": {"total_timesteps": 2048},
             "LunarLander-v3": {"total_timesteps": 2048, "env_kwargs": '{"continuous": true}'},
             "BipedalWalker-v3": {"num_envs": 2, "eval_episodes": 1, "num_evals": 1},
         },
