@@ -94,7 +94,7 @@ class Args:
     tau: float = 0.005  # how far the target network moves towards the network; 1 copies it
     target_network_frequency: int = 1  # it moves at every so many updates
     epsilon_start: float = 1.0  # share of random actions at the first step
-    epsilon_end: float = 0.05  # and from when it has fallen linearly
+    epsilon_end: float = 0.05  # share of random actions once it has fallen, linearly
     exploration_fraction: float = 0.1  # share of the run over which it falls
     action_masks: bool = True  # where `info` has an `action_mask`, what it forbids is not done
     norm_obs: bool = False  # normalise observations by their running mean and deviation
@@ -158,9 +158,9 @@ class TrainEnv(gym.Wrapper):
 
     def step(self, action: np.ndarray) -> tuple:
         self.episode.append(np.array(action))
-        *result, info = self.env.step(action)
+        observation, reward, terminated, truncated, info = self.env.step(action)
         self.mask = info.get("action_mask")
-        return *result, {}  # collecting infos takes a tenth of the time
+        return observation, float(reward), bool(terminated), bool(truncated), {}  # collecting infos takes a tenth
 
     def replay(self) -> tuple[np.ndarray, float]:
         """Its last observation and its return so far."""
@@ -269,8 +269,10 @@ class RunningMoments(nn.Module):
 
     def normaliser(self) -> Callable[[np.ndarray], np.ndarray]:
         """Of batches, with the moments as they are now."""
-        mean, deviation, limit = self.mean.numpy() * self.enabled, self.deviation(), 10 if self.enabled else np.inf
-        return lambda batch: np.minimum(np.maximum((batch - mean) / deviation, -limit), limit).astype(np.float32)
+        if not self.enabled:
+            return lambda batch: batch.astype(np.float32)
+        mean, deviation = self.mean.numpy().copy(), self.deviation()
+        return lambda batch: np.minimum(np.maximum((batch - mean) / deviation, -10), 10).astype(np.float32)
 
 
 # --------------------------------------------------------------------------------------------------- replay buffer
@@ -313,7 +315,7 @@ class ReplayBuffer:
     def __init__(self, rings: Rings, num_envs: int):
         self.rings, self.size, self.num_envs = rings, len(rings.rewards), num_envs
         # Numpy writes a few rows in a fraction of torch's time; to a GPU only torch does.
-        self.open = Rings(*(ring.numpy() if ring.is_cpu else ring for ring in rings))
+        self.writable = Rings(*(ring.numpy() if ring.is_cpu else ring for ring in rings))
         self.before = rings.between[:, 0].cpu().numpy()  # the same memory, or a copy for which no GPU is waited
         self.seen, self.first, self.end = 0, 0, 0  # observations so far; transitions from `first` up to `end` are held
 
@@ -322,9 +324,9 @@ class ReplayBuffer:
 
     def begin(self, observations: np.ndarray, masks: np.ndarray) -> None:
         """What the environments see now (N, ...), and may do (N, A), without a transition that led there."""
-        self._put(self.open.observations, self.seen, observations.reshape(len(observations), -1))
+        self._put(self.writable.observations, self.seen, observations.reshape(len(observations), -1))
         if self.rings.masks.numel():
-            self._put(self.open.masks, self.seen, masks)
+            self._put(self.writable.masks, self.seen, masks)
         self.seen += len(observations)
         while self.first < self.end and self.before[self.first % self.size] < self.seen - self.size:
             self.first += 1
@@ -335,22 +337,22 @@ class ReplayBuffer:
         rewards: np.ndarray,
         terminated: np.ndarray,
         ended: np.ndarray,
-        seen: np.ndarray,
+        shown: np.ndarray,
         masks: np.ndarray,
     ) -> None:
         """A step of every environment, where K episodes `ended`.
 
-        What those saw last, and what all see now, is `seen` (K + N, ...); `masks` are of the same.
+        What those saw last, and what all see now, is `shown` (K + N, ...); `masks` are of the same.
         """
-        N, K = self.num_envs, len(seen) - self.num_envs
+        N, K = self.num_envs, len(shown) - self.num_envs
         before = np.arange(self.seen - N, self.seen)
         after = before + N + K
         after[ended] = self.seen + np.arange(K)
         done = actions, rewards, terminated, np.array((before, after)).T, before
-        for rows, content in zip((*self.open[2:], self.before), done, strict=True):
+        for rows, content in zip((*self.writable[2:], self.before), done, strict=True):
             self._put(rows, self.end, content)
         self.end += N
-        self.begin(seen, masks)
+        self.begin(shown, masks)
 
     def draw(self, count: int) -> Tensor:
         """Slots of transitions, uniformly and with replacement."""
@@ -567,18 +569,17 @@ def collect(
 ) -> list[dict]:
     """A step of every environment from `step` on, into the buffer; the rows of episodes.csv."""
     N, A = args.num_envs, agent.count
-    normalise = agent.moments.normaliser() if args.norm_obs else np.float32
-    values = act(normalise(envs.observations).reshape(N, -1))
+    values = act(agent.moments.normaliser()(envs.observations).reshape(N, -1))
     actions = choose(values, torch.rand((N, 1 + A)).numpy(), epsilon_of(args, step), masks_of(args, agent, envs))
     watch.lap("acting")
     true_next, rewards, terminated, truncated, finished = envs.step(agent.for_environment(actions))
-    if not (np.isfinite(rewards).all() and np.isfinite(true_next).all()):
+    if not all((np.abs(numbers) < 3e38).all() for numbers in (rewards, true_next, envs.observations)):  # as float32
         raise FloatingPointError(f"not finite at step {step + N:,}: what the environment pays or shows")
     ended = terminated | truncated
-    seen = np.concatenate((true_next[ended], envs.observations)) if finished else envs.observations
-    buffer.add(actions, rewards, terminated, ended, seen, masks_of(args, agent, envs, ended))
+    shown = np.concatenate((true_next[ended], envs.observations)) if finished else envs.observations
+    buffer.add(actions, rewards, terminated, ended, shown, masks_of(args, agent, envs, ended))
     if args.norm_obs:
-        agent.moments.update(seen)
+        agent.moments.update(shown)
     watch.lap("stepping")
     when = {"step": step + N, "wall_time": round(watch.elapsed(), 3)}
     return [when | {"return": total, "length": length} for total, length in finished]
@@ -593,9 +594,11 @@ def masks_of(args: Args, agent: Agent, envs: Environments, ended: np.ndarray | N
     if not args.action_masks:
         return np.ones((args.num_envs + ended.sum(), agent.count), bool)
     now = allowed(args, agent.count, envs.envs.get_attr("mask"))
+    if not ended.any():
+        return now
     last = [mask for mask, over in zip(envs.envs.get_attr("last_mask"), ended, strict=True) if over]
     last = [mask if mask is not None and np.any(mask) else np.ones(agent.count) for mask in last]
-    return np.concatenate((allowed(args, agent.count, last), now)) if last else now
+    return np.concatenate((allowed(args, agent.count, last), now))
 
 
 def improve(
@@ -656,7 +659,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     progress["learn_from"] = args.learning_starts
     with closing(envs), Run(args, agent, learners, buffer, envs, progress) as run:
         run.begin()
-        fast_update = compile_update(args, agent, learners, buffer, run, interrupts) if args.compile else update
+        fast_update = compile_update(args, agent, learners, buffer, run) if args.compile else update
         optimise = partial(fast_update, agent, args, learners, buffer.rings)
         if device.type == "cuda":
             act, optimise = capture_network(agent.q, device), capture_updates(optimise, learners)
@@ -675,11 +678,12 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
             evaluates = step * args.num_evals // total > (step - N) * args.num_evals // total
             saves = step // args.checkpoint_every > (step - N) // args.checkpoint_every or step == total
+            saves = saves or len(interrupts) > 0  # so that a row says what was measured until then
             if not (evaluates or saves or step % interval == 0):
                 continue
             means = torch.stack(measured).nanmean(0).tolist() if measured else [math.nan] * len(MEASURES)
             measures, measured = dict(zip(MEASURES, means, strict=True)), []
-            if not learners.q.theta.isfinite().all():
+            if math.inf in map(abs, means) or not learners.q.theta.isfinite().all():
                 raise FloatingPointError(f"not finite at step {step:,}: {measures}")
             watch.lap("updating")
             seconds = {name: spent - booked[name] for name, spent in watch.seconds.items()}
@@ -715,17 +719,18 @@ class Policy:
     """
 
     def __init__(self, args: Args, agent: Agent):
-        self.agent, self.discount, self.bootstraps = agent, args.gamma, ("truncated",)
-        self.args, self.masked = args, args.action_masks
-        self.shape = tuple(agent.moments.mean.shape)
+        self.args, self.agent, self.shape = args, agent, tuple(agent.moments.mean.shape)
+        self.discount, self.bootstraps = args.gamma, ("truncated",)
+        self.masked = args.action_masks
         self._judge, self._normalise = in_numpy(copy.deepcopy(agent.q).cpu()), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False, mask: Sequence | None = None) -> np.ndarray:
         if np.shape(observations) == self.shape:
             return self._choose(observations, mask, sample)
-        rows = self._batch(observations)
-        masks = [None] * len(rows) if mask is None else mask
-        actions = [self._choose(*each, sample) for each in zip(rows, masks, strict=True)]
+        if np.shape(observations)[1:] != self.shape:
+            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
+        masks = [None] * len(observations) if mask is None else mask
+        actions = [self._choose(*each, sample) for each in zip(observations, masks, strict=True)]
         return np.array(actions).reshape(-1, *self.agent.low.shape)
 
     def _choose(self, observation: np.ndarray, mask: Sequence | None, sample: bool) -> np.ndarray:
@@ -735,15 +740,8 @@ class Policy:
         return self.agent.for_environment(choose(values, noise, self.args.epsilon_end, masks)[0])
 
     def value(self, observations: np.ndarray) -> np.ndarray:
-        """The discounted return that the network expects of the best action, whatever a mask says."""
-        if np.shape(observations) == self.shape:
-            return self.value(np.asarray(observations)[None])[0]
-        return self._judge(self._normalise(self._batch(observations)).reshape(len(observations), -1)).max(-1)
-
-    def _batch(self, observations: np.ndarray) -> np.ndarray:
-        if np.shape(observations)[1:] != self.shape:
-            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
-        return np.asarray(observations)
+        """The discounted returns that the network expects of the best actions, whatever masks say."""
+        return self._judge(self._normalise(observations).reshape(len(observations), -1)).max(-1)
 
 
 def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:
@@ -779,9 +777,7 @@ def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) ->
     run.tensorboard.add_scalar("charts/evaluation_return", evaluation["mean"], step)
     state = {"script": SCRIPT, "args": asdict(args), "step": step, "agent": agent.state_dict()}
     write_atomically(run.directory / "policies" / f"step-{step:09d}.pt", state)
-    if math.isnan(evaluation["mean"]):
-        run.say(f"the evaluation at step {step:,} has returns that are not numbers: {returns}")
-    elif evaluation["mean"] > progress["best"].get("mean", -math.inf):
+    if evaluation["mean"] > progress["best"].get("mean", -math.inf):
         progress["best"] = evaluation
         write_atomically(run.directory / "best.pt", state)
     run.say(f"{step:>11,}  evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}")
@@ -796,24 +792,20 @@ def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) ->
             run.tracker.log({"videos": importlib.import_module("wandb").Video(str(path))})
 
 
-def compile_update(
-    args: Args, agent: Agent, learners: Learners, buffer: ReplayBuffer, run: "Run", interrupts: Sequence[int]
-) -> Callable:
+def compile_update(args: Args, agent: Agent, learners: Learners, buffer: ReplayBuffer, run: "Run") -> Callable:
     device, D, B = learners.target.device, agent.moments.mean.numel(), args.batch_size
     scale, slots = torch.ones((2, D), device=device), torch.zeros(B, dtype=torch.int64, device=device)
     calls = [
         (agent, args, copy.deepcopy(learners), buffer.rings, scale, slots, follows)
         for follows in {args.target_network_frequency == 1, True}
     ]
-    return compile_by(calls, update, device, run, interrupts)
+    return compile_by(calls, update, device, run)
 
 
-def compile_by(
-    calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run", interrupts: Sequence[int]
-) -> Callable:
+def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run") -> Callable:
     """The function, compiled by calls on copies of what changes; as it is, where that is impossible."""
     started = time.perf_counter()
-    torch.compiler.reset()
+    torch.compiler.reset()  # what another run compiled in this process would be taken for this one's
 
     def compared(guards: Sequence) -> list[bool]:
         """At every call: flags and shapes. Settings and the agent stay, and would take a fifth of the time."""
@@ -831,8 +823,7 @@ def compile_by(
         for call in calls:
             fast(*call)
     except Exception as error:
-        if not interrupts:  # which the compiler hears too
-            run.say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
+        run.say(f"the update is not compiled, so the run is slower: {' '.join(str(error).split())[:100]}")
         return function
     finally:
         gc.enable()
@@ -955,7 +946,7 @@ class Run(ExitStack):
         state = {"script": SCRIPT, "args": asdict(self.args), "step": step, "agent": self.agent.state_dict()}
         state |= {"learner": self.learners.tensors(), "environments": self.envs.state(), "progress": self.progress}
         state |= {"buffer": self.buffer.state() if self.args.checkpoint_buffer else {}}
-        device = self.learners.target.device
+        device = self.buffer.rings.rewards.device
         random = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return state | {"random": torch.get_rng_state(), "cuda_random": random}
 
@@ -966,6 +957,9 @@ class Run(ExitStack):
             fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             saved = self.load()
             self.agent.load_state_dict(saved["agent"])
+            left, wait = self.args.total_timesteps - saved["step"], max(self.args.learning_starts, self.args.batch_size)
+            if self.args.resume and not saved["buffer"] and self.args.num_envs <= left <= wait:
+                raise ValueError(f"it has no replay buffer, and the {left:,} steps left don't fill a new one")
         except BlockingIOError:
             refuse(f"--resume {self.directory}: another process trains this run")
         except (OSError, ValueError, RuntimeError) as error:  # the last where the networks are others
@@ -978,12 +972,12 @@ class Run(ExitStack):
         if saved["buffer"]:
             self.buffer.restore(saved["buffer"])
         elif self.args.resume:
-            self.progress["learn_from"] = self.saved + max(self.args.learning_starts, self.args.batch_size)
+            self.progress["learn_from"] = self.saved + wait
         if not exact or not self.buffer.seen:
             self.buffer.begin(self.envs.observations, masks_of(self.args, self.agent, self.envs))
         torch.set_rng_state(saved["random"])
-        if self.learners.target.device.type == "cuda" and saved["cuda_random"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_random"], self.learners.target.device)
+        if self.buffer.rings.rewards.device.type == "cuda" and saved["cuda_random"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_random"], self.buffer.rings.rewards.device)
 
         (self.directory / "result.json").unlink(missing_ok=True)
         for path in self.directory.glob("*.csv"):  # the rows after the checkpoint will be written again
@@ -1011,6 +1005,8 @@ class Run(ExitStack):
                 break
         else:
             raise ValueError("its checkpoints are torn or missing; start a new run")
+        if "sizes" not in saved:
+            raise ValueError(f"{path.name} is a policy, from which no training goes on")
         was = saved["args"] | {"script": saved["script"]}
         for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
             if name not in FREE and value != was.get(name):
@@ -1018,6 +1014,8 @@ class Run(ExitStack):
         for name, size in saved["sizes"].items():
             if not (self.directory / name).is_file() or (self.directory / name).stat().st_size < size:
                 raise ValueError(f"{name} is shorter than when {path.name} was written; start a new run")
+        if (self.directory / f"{SCRIPT}.py").read_bytes() != Path(__file__).read_bytes():
+            print(f"{self.directory}: goes on with another {SCRIPT}.py than it began with", file=sys.stderr)
         if path.name != "checkpoint.pt":
             print(f"{self.directory}: checkpoint.pt is torn or missing; going on from {path.name}", file=sys.stderr)
             path.replace(self.directory / "checkpoint.pt")
@@ -1053,7 +1051,9 @@ class Run(ExitStack):
                 self.tensorboard.add_scalar(kind + name.replace("sps", "SPS"), row[name], row["step"])
 
     def save(self, step: int) -> None:
-        """The checkpoint before this one stays as `checkpoint.previous.pt`."""
+        """The checkpoint before this one stays as `checkpoint.previous.pt`. Of networks that diverged there is none."""
+        if not all(parameter.isfinite().all() for parameter in self.agent.parameters()):
+            raise FloatingPointError(f"not finite at step {step:,}: the parameters")
         sizes = {}
         for path in self.directory.glob("*.csv"):
             with path.open("a") as file:
@@ -1129,7 +1129,8 @@ def refuse(problem: str) -> NoReturn:
 
 
 RANGES = {
-    "between 1 and 1e15": (1, 1e15, "total_timesteps checkpoint_every num_envs eval_episodes"),
+    "between 1 and 1e9": (1, 1e9, "total_timesteps"),  # observations are numbered in 32 bits
+    "between 1 and 1e15": (1, 1e15, "checkpoint_every num_envs eval_episodes"),
     "between 1 and 1e12": (1, 1e12, "buffer_size"),
     "between 1 and 65536": (1, 65536, "batch_size target_network_frequency hidden_sizes"),
     "between 1 and 100": (1, 100, "n_step"),  # so many steps are compiled
@@ -1147,8 +1148,7 @@ def check(args: Args) -> None:
     for rule, (low, high, names) in RANGES.items():
         for name in names.split():
             value = getattr(args, name)
-            values = value if isinstance(value, tuple | list) else () if value is None else (value,)
-            if not all(low <= each <= high for each in values):
+            if value is not None and not all(low <= each <= high for each in np.atleast_1d(value)):
                 raise ValueError(f"{flag(name)} {value}: must be {rule}")
     args.total_timesteps, args.checkpoint_every = int(args.total_timesteps), int(args.checkpoint_every)  # of 1e6
     for name in ("env_id", "runs_dir", "resume", "config"):
@@ -1196,7 +1196,7 @@ def memory_of(args: Args) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
+def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete]:
     """The environments, and the arguments as they can be; what cannot work is refused before anything is written."""
     for name, package in (("vec", "envpool"), ("track", "wandb")):
         if getattr(args, name) in (package, True) and not find_spec(package):
@@ -1211,7 +1211,7 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
     N, starts, spaces = args.num_envs, args.learning_starts, []
     if args.total_timesteps < starts + N:
-        refuse(f"--total-timesteps {args.total_timesteps}: must be above --learning-starts {starts}")
+        refuse(f"--total-timesteps {args.total_timesteps}: must be at least {starts + N}, after --learning-starts")
     if 0 < (risen := args.lr_warmup * args.total_timesteps) <= starts:
         refuse(f"--lr-warmup {args.lr_warmup:g}: ends at step {risen:,.0f}, before --learning-starts {starts}")
     if args.buffer_size < 4 * N:
@@ -1228,7 +1228,9 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
                 mask = info.get("action_mask", getattr(env, "mask", None)) if args.action_masks else None
                 spaces.append((env.observation_space.shape, actions, mask is not None))
                 first = 0 if mask is None else allowed(args, int(actions.n), [mask]).argmax()
-                env.step(actions.start + first)  # some values are no problem before
+                _, _, *over, info = env.step(actions.start + first)  # some values are no problem before
+                if mask is not None and not any(over):
+                    allowed(args, int(actions.n), [info.get("action_mask", getattr(env, "mask", None))])
                 if env.render_mode:
                     env.render()
         args = replace(args, action_masks=mask is not None)
@@ -1245,23 +1247,21 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
     except Exception as error:
         names = ("env_kwargs", "eval_env_kwargs", "vec", "capture_video")
         given = ["env_id", *(name for name in names if getattr(args, name) != getattr(Args, name))]
-        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {error}")
+        told = error if " " in str(error) else repr(error)
+        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {told}")
     return args, envs, actions
 
 
-def parse(argv: list[str] | None = None) -> Args:
+def parse(argv: list[str]) -> Args:
     """The defaults, then the file of `--config` or the run of `--resume`, then the command line: the last one wins."""
-    argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=argv, description=__doc__)
-    if args.resume and not (Path(args.resume) / f"{SCRIPT}.py").is_file():
-        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py")
+    if args.resume and not all(any(Path(args.resume).glob(name)) for name in (f"{SCRIPT}.py", "checkpoint*.pt")):
+        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py, or has no checkpoint")
     if args.resume and args.config:
         refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
     path = f"{args.resume}/config.yaml" if args.resume else args.config
-    if not path:
-        return args
     try:
-        settings = yaml.safe_load(Path(path).read_text()).items()
+        settings = yaml.safe_load(Path(path).read_text()).items() if path else ()
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         refuse(f"{path}: is no file of arguments: {error}")
     words = []
@@ -1292,4 +1292,4 @@ def catch_interrupts() -> list[int]:
 
 if __name__ == "__main__":
     sys.path.append(os.getcwd())  # where a `module:Id-v0` of the user's may lie
-    train(interrupts=catch_interrupts(), args=parse())
+    train(interrupts=catch_interrupts(), args=parse(sys.argv[1:]))
