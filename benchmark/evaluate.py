@@ -273,6 +273,7 @@ def summary(name: str, episodes: list[Episode], width: int) -> str:
 def film_best(player: Player, episodes: list[Episode], sample: bool, gif: bool, path: Path) -> dict[int, float]:
     """Plays the best of the episodes again, into a film: its seed, and the return in the film."""
     best = max(episodes, key=lambda episode: episode.total)
+    print("  filming the best …", flush=True)
     earned = film(player, best.seed, sample, path)
     print(f"  film of the best, seed {best.seed}, evaluation return {earned:,.1f}")
     print(f"  {path}" + (f"  {to_gif(path)}" if gif else ""))

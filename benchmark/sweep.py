@@ -122,7 +122,8 @@ def previous_states(jobs: list[Job], retry_failed: bool, advice: str | None) -> 
         told = described | (earlier or {})
         differing = [name for name in described if name != "version" and told[name] != described[name]]
         if differing:
-            refuse(f"{job.directory}: holds a job with other {', '.join(differing)}; choose another --output")
+            names = ", ".join(differing).replace("words", "arguments")
+            refuse(f"{job.directory}: holds a job with other {names}; choose another --output")
         if job.has_changed():
             changed[job.script] += 1
             continue
@@ -161,7 +162,10 @@ def run_sweep(jobs: list[Job], settled: dict[Job, str], execute: Callable = run_
                 said = time.monotonic()
                 print(watch.headline(running), flush=True)
     if stop.is_set():
-        print(f"stopped; the same command goes on: {watch.headline({})}")
+        counts = Counter(watch.ended.values())
+        left = len(watch.jobs) - counts["done"] - counts["failed"]
+        told = f"{counts['done']} of {len(watch.jobs)} done, {counts['failed']} failed, {left} to go on with"
+        print(f"stopped; the same command goes on: {told}")
         raise SystemExit(128 + stop.signal)
     return watch
 

@@ -272,7 +272,10 @@ def test_a_stopped_sweep_stops_its_jobs_and_goes_on_later(tmp_path):
     while sum(len(run.last_rows("progress", 3)) == 3 for run in runs(tmp_path)) < 2:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    assert "stopped; the same command goes on" in process.communicate(timeout=120)[0]
+    assert (
+        "stopped; the same command goes on: 0 of 2 done, 0 failed, 2 to go on with"
+        in process.communicate(timeout=120)[0]
+    )
     assert process.returncode == 130
     stopped = [run.last_rows("progress", 1)[0]["step"] for run in runs(tmp_path)]
     assert all(run.result is None and run.last_checkpoint.exists() for run in runs(tmp_path)) and max(stopped) < 4096
@@ -481,4 +484,4 @@ def test_names_of_arguments_are_names(tmp_path, capsys):
 def test_another_sweep_is_not_mixed_in(tmp_path, capsys):
     assert sweep(suite(tmp_path), "-o", tmp_path / "out") == 0
     assert sweep(suite(tmp_path, args={"total_timesteps": 300}), "-o", tmp_path / "out") == 2
-    assert "holds a job with other words" in capsys.readouterr().err
+    assert "holds a job with other arguments" in capsys.readouterr().err
