@@ -103,9 +103,7 @@ def in_their_words(case: Case, settings: dict) -> dict:
     if case.learns_off_policy:
         own = {name: settings[name] for name in ("batch_size", "learning_starts")}
         own |= {"train_freq": 1, "gradient_steps": N}
-    elif "num_minibatches" in settings:
+    else:
         own = {"n_steps": T, "batch_size": N * T // settings["num_minibatches"], "n_epochs": settings["update_epochs"]}
-    else:  # one update a rollout, as A2C makes
-        own = {"n_steps": T}
     network = {"policy_kwargs": {"net_arch": settings["sizes"]}} if "sizes" in settings else {}
     return own | network | case.theirs

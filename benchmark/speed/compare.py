@@ -137,7 +137,7 @@ def speed(
     for environment, title in itertools.product([env_id] if env_id else case.env_ids, case.settings):
         settings = case.settings[title] | {"env_id": environment, "rollouts": rollouts}
         how = "one update of {batch_size} a step" if case.learns_off_policy else "{update_epochs} epochs"
-        print(f"\n{environment}, {title}, {how.format(**{'update_epochs': 1} | settings)}", flush=True)
+        print(f"\n{environment}, {title}, {how.format(**settings)}", flush=True)
         fastest = find_fastest(script, case, settings | {"rollouts": min(6, rollouts)})
         measured: dict[str, list] = {name: [] for name in fastest}
         for _, (name, contender) in itertools.product(range(rounds), fastest.items()):
