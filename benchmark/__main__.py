@@ -37,6 +37,7 @@ COMMANDS = {
     "speed": speed,
     "versus": versus,
 }
+SHORT = tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName
 WITH_WORDS = (study, sweep, tune)  # what stands after -- goes to the scripts that these run
 
 
@@ -68,7 +69,7 @@ def main(arguments: list[str]) -> None:
     try:
         with redirect_stdout(told), redirect_stderr(printed):
             chosen = tyro.extras.subcommand_cli_from_dict(
-                commands, args=arguments, prog="python -m benchmark", description=__doc__
+                commands, args=arguments, prog="python -m benchmark", description=__doc__, config=SHORT
             )
     except SystemExit as stop:
         if not stop.code:

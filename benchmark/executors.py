@@ -9,9 +9,27 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 from benchmark.errors import refuse
 from benchmark.jobs import ROOT, SILENCE, Job, fail, run_job
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Its nodes must see this folder and the output under the same paths."""
+
+    executor: Literal["local", "ray", "slurm"] = "local"  # this machine, or a Ray or Slurm cluster
+    cpus: float = 1.0  # what a run reserves
+    gpus: float = 0.0  # what a run reserves
+    address: str | None = None  # of the Ray cluster; by default this machine's, started if there is none
+    partition: str | None = None  # of the Slurm cluster
+    time_limit: int = 240  # minutes after which Slurm puts a run back into its queue, to go on later
+    sbatch: tuple[str, ...] = ()  # more of Slurm's options, such as account=lab mem=8G
+
+
+HERE = Cluster()
 
 
 class Stop(threading.Event):
@@ -51,25 +69,20 @@ def run_locally(jobs: list[Job], stop: threading.Event, workers: int = 1, silenc
                 yield None
 
 
-def run_on_ray(
-    jobs: list[Job], stop: threading.Event, address: str | None, cpus: float, gpus: float, silence: float
-) -> Iterator:
-    """A job whose node dies begins again on another node, where its run is found and resumed.
-
-    The nodes must see this folder and the jobs' directories under the same paths.
-    """
+def run_on_ray(jobs: list[Job], stop: threading.Event, cluster: Cluster, silence: float) -> Iterator:
+    """A job whose node dies begins again on another node, where its run is found and resumed."""
     try:
         import ray
         from ray.exceptions import RayError
     except ImportError:
         refuse("--executor ray: Ray is not installed; pip install -e '.[ray]'")
     try:
-        ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+        ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
     except Exception as error:  # Ray raises plain ones too, such as when its start takes too long
-        where = f"--address {address}" if address else "--executor ray"
+        where = f"--address {cluster.address}" if cluster.address else "--executor ray"
         refuse(f"{where}: {' '.join(str(error).split())[:200]}")
 
-    work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=-1)(run_job)
+    work = ray.remote(num_cpus=cluster.cpus, num_gpus=cluster.gpus, max_retries=-1)(run_job)
     waiting = {work.options(name=job.name).remote(job, silence=silence): job for job in jobs}
     cancelled = False
     try:

@@ -80,7 +80,7 @@ def report(
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report"),
     baseline: str | None = None,
     threshold: tuple[str, ...] = (),
-    random: bool = True,
+    no_random: bool = False,
 ) -> None:
     """Write what finished runs reached, with intervals: tables, figures, and a page that needs nothing else.
 
@@ -97,8 +97,8 @@ def report(
         output: a folder
         baseline: the method, as the report names it, that comes first and that all others are compared with
         threshold: ENVIRONMENT=RETURN, to tell the steps and seconds until a seed reached it; as many as wanted
-        random: compare with a policy that acts at random, which is played once and remembered; the script in the run
-            directory makes its environment, so only report on runs whose script you trust
+        no_random: do not compare with a policy that acts at random. It is played once and remembered; the script in the
+            run directory makes its environment, so only report on runs whose script you trust
     """
     need("matplotlib", "scipy")
     from benchmark.compose import make_report
@@ -118,7 +118,7 @@ def report(
         refuse(f"--output {output}: is a file; name a folder")
     make_folder(output)
     title = ", ".join(dict.fromkeys(path.resolve().name for path in runs[:3]))
-    played, films = find_baselines(material.groups) if random else {}, best_films(material.groups)
+    played, films = {} if no_random else find_baselines(material.groups), best_films(material.groups)
     print(make_report(material, title, played, films, output, baseline, asked))
     for path, reason in material.left_out.items():
         print(f"left out: {path}: {reason}")

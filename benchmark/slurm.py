@@ -13,11 +13,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from benchmark.errors import refuse
+from benchmark.executors import Cluster
 from benchmark.jobs import ROOT, Job, fail, run_job
 from benchmark.runs import read_json, write_atomically
 
@@ -29,37 +29,27 @@ ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL
 ENDED |= {"REVOKED", "TIMEOUT", "GONE"}
 
 
-@dataclass(frozen=True)
-class Request:
-    """What every job asks Slurm for."""
-
-    partition: str | None
-    minutes: int
-    cpus: int
-    gpus: int
-    further: tuple[str, ...] = ()  # options of sbatch: "account=lab", "exclusive"
-
-    def options(self) -> dict[str, str | int | bool]:
-        """As sbatch knows them."""
-        asked = {"partition": self.partition, "time": self.minutes, "cpus-per-task": self.cpus}
-        asked |= {"gpus-per-node": self.gpus or None}
-        for word in self.further:
-            name, equals, value = word.removeprefix("--").partition("=")
-            asked[name] = value if equals else True
-        return {name: value for name, value in asked.items() if value is not None}
+def asked_of_slurm(cluster: Cluster) -> dict[str, str | int | bool]:
+    """What every job asks for, as options of sbatch."""
+    asked = {"partition": cluster.partition, "time": cluster.time_limit, "cpus-per-task": int(cluster.cpus)}
+    asked |= {"gpus-per-node": int(cluster.gpus) or None}
+    for word in cluster.sbatch:
+        name, equals, value = word.removeprefix("--").partition("=")
+        asked[name] = value if equals else True
+    return {name: value for name, value in asked.items() if value is not None}
 
 
-def check_request(request: Request) -> None:
+def check_slurm(cluster: Cluster) -> None:
     """Refuses what Slurm would refuse, before anything is written."""
     try:
         import submitit  # noqa: F401
     except ImportError:
         refuse("--executor slurm: submitit is not installed; pip install -e '.[slurm]'")
-    for word in request.further:
+    for word in cluster.sbatch:
         name = word.removeprefix("--").partition("=")[0]
         if not re.fullmatch(r"[a-z][a-z-]+", name) or name in OURS:
             refuse(f"--sbatch {word}: must be an option of sbatch that the sweep does not set, such as account=lab")
-    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in request.options().items()]
+    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in asked_of_slurm(cluster).items()]
     try:
         tried = subprocess.run(["sbatch", "--test-only", *words, "--wrap=true"], capture_output=True, text=True)
     except FileNotFoundError:
@@ -69,11 +59,8 @@ def check_request(request: Request) -> None:
         refuse(f"--executor slurm: sbatch {shlex.join(words)} is refused: {told[-1]}")
 
 
-def run_on_slurm(jobs: list[Job], stop: threading.Event, request: Request, silence: float) -> Iterator:
-    """Jobs that Slurm still has, from a sweep that was killed, are not given to it again.
-
-    The nodes must see this folder and the jobs' directories under the same paths.
-    """
+def run_on_slurm(jobs: list[Job], stop: threading.Event, cluster: Cluster, silence: float) -> Iterator:
+    """Jobs that Slurm still has, from a sweep that was killed, are not given to it again."""
     if not jobs:
         return
     from submitit import SlurmJob
@@ -82,7 +69,7 @@ def run_on_slurm(jobs: list[Job], stop: threading.Event, request: Request, silen
     known = read_json(folder / "jobs.json") or {}
     left = still_queued(jobs, known, ask_queue(folder) or {})
     if new := [job for job in jobs if job not in left]:
-        numbers = submit(new, request, silence, folder)
+        numbers = submit(new, cluster, silence, folder)
         known |= {job.name: {"number": numbers[job], "job": job.description()} for job in new}
         write_atomically(folder / "jobs.json", json.dumps(known, indent=2) + "\n")
 
@@ -122,7 +109,7 @@ def still_queued(jobs: list[Job], known: dict[str, dict], states: dict[str, str]
     return left
 
 
-def submit(jobs: list[Job], request: Request, silence: float, folder: Path) -> dict[Job, str]:
+def submit(jobs: list[Job], cluster: Cluster, silence: float, folder: Path) -> dict[Job, str]:
     """Slurm's number of each job."""
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -131,13 +118,13 @@ def submit(jobs: list[Job], request: Request, silence: float, folder: Path) -> d
     executor = SlurmExecutor(folder)
     executor.update_parameters(
         job_name=name_of(folder),
-        time=request.minutes,
+        time=cluster.time_limit,
         stderr_to_stdout=True,
         array_parallelism=len(jobs),
         setup=[f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"'],
-        srun_args=[f"--cpus-per-task={request.cpus}"],  # which it does not take from sbatch, from Slurm 22.05 on
-        additional_parameters=request.options()
-        | {"requeue": True, "signal": f"TERM@{min(NOTICE, 30 * request.minutes)}"},
+        srun_args=[f"--cpus-per-task={int(cluster.cpus)}"],  # which it does not take from sbatch, from Slurm 22.05 on
+        additional_parameters=asked_of_slurm(cluster)
+        | {"requeue": True, "signal": f"TERM@{min(NOTICE, 30 * cluster.time_limit)}"},
     )
     kept = {name: value for name, value in os.environ.items() if name.startswith(("SLURM_CONF", "SBATCH_"))}
     try:

@@ -49,7 +49,7 @@ def study(
     /,
     seed: int = 1,
     threads: int = 1,
-    video: bool = True,
+    no_video: bool = False,
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     words: Annotated[tuple[str, ...], tyro.conf.Suppress] = (),
 ) -> None:
@@ -63,17 +63,18 @@ def study(
         env_id: a Gymnasium id
         seed: the seed
         threads: torch threads of the run
-        video: film the checkpoints
+        no_video: film no checkpoints
         output: the folder; by default studies/ and a name that follows from the others
     """
     need("matplotlib", "scipy")
     at_least(1, threads=threads)
     check_seed(seed)
     draw_without_display()
+    filmed = not no_video
     suite = Suite([script], [env_id], [seed], words=("--num-evals", "20", *words))
     directory = (output or Path("studies") / file_name(f"{env_id}__{Path(script).stem}__{seed}")).resolve()
     (job,) = jobs_of(suite, directory / "run", threads)
-    trained = train_one(job, directory, video)
+    trained = train_one(job, directory, filmed)
     from benchmark.compose import make_report
 
     material = gather([trained.directory])
@@ -83,10 +84,10 @@ def study(
     for share in (0.25, 0.5, 1.0):
         folder = directory / "checkpoints" / f"{round(100 * share):03d}"
         step = int(material.groups[0].step_at(share))
-        returns = keep_checkpoint(trained, step, folder, video)
+        returns = keep_checkpoint(trained, step, folder, filmed)
         earned = f"evaluation return {returns.mean():,.1f} ± {returns.std():,.1f}"
         print(f"{share:>4.0%}  step {step:>10,}  {earned}  {folder}")
-        films |= {f"{share:.0%} of the run: {film_of(trained, step)}": folder / "episode.mp4"} if video else {}
+        films |= {f"{share:.0%} of the run: {film_of(trained, step)}": folder / "episode.mp4"} if filmed else {}
     title = f"{Path(script).stem} on {env_id}"
     print(make_report(material, title, baselines, films, directory / "report"))
     print(directory / "report" / "index.html")

@@ -6,21 +6,21 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from benchmark.errors import refuse
-from benchmark.executors import run_locally, run_on_ray, until_told
+from benchmark.executors import HERE, Cluster, run_locally, run_on_ray, until_told
 from benchmark.jobs import Job
 from benchmark.options import at_least, make_folder
-from benchmark.slurm import Request, check_request, run_on_slurm
+from benchmark.slurm import check_slurm, run_on_slurm
 from benchmark.suites import Suite, check, default_directory, jobs_of, keep_selection, read_suite
 
 
@@ -136,17 +136,21 @@ def previous_states(jobs: list[Job], retry_failed: bool, advice: str | None) -> 
     return settled
 
 
+def live_view() -> AbstractContextManager:
+    """What to update on a terminal; None elsewhere."""
+    if not (sys.stdout.isatty() and find_spec("rich")):
+        return nullcontext()
+    from rich.live import Live
+
+    return Live(refresh_per_second=2, transient=True)
+
+
 def run_sweep(jobs: list[Job], settled: dict[Job, str], execute: Callable = run_locally) -> Watch:
     """Runs what is not settled by `execute(jobs, stop)`, shows how it goes, and returns how it went."""
     watch = Watch(jobs, dict(settled))
     todo = sorted((job for job in jobs if job not in settled), key=lambda job: job.state() != "interrupted")
-    live = nullcontext()
-    if sys.stdout.isatty() and find_spec("rich"):
-        from rich.live import Live
-
-        live = Live(refresh_per_second=2, transient=True)
     said = 0.0
-    with until_told() as stop, live as screen:
+    with until_told() as stop, live_view() as screen:
         for event in execute(todo, stop):
             if event:
                 job, how = event
@@ -186,6 +190,15 @@ def end_if_failed(watch: Watch, advice: str) -> None:
         raise SystemExit(1)
 
 
+def check_cluster(cluster: Cluster) -> None:
+    for name, needed in (("address", "ray"), ("partition", "slurm"), ("sbatch", "slurm")):
+        if getattr(cluster, name) and cluster.executor != needed:
+            refuse(f"--{name}: is of --executor {needed}")
+    cpus, gpus, minutes = cluster.cpus, cluster.gpus, cluster.time_limit
+    if cluster.executor == "slurm" and not (cpus >= 1 and gpus >= 0 and minutes >= 1 and cpus % 1 == gpus % 1 == 0):
+        refuse(f"--cpus {cpus:g} --gpus {gpus:g} --time-limit {minutes}: Slurm takes whole numbers, from 1, 0 and 1")
+
+
 def sweep(
     suite: Annotated[Path | None, tyro.conf.Positional] = None,
     /,
@@ -199,13 +212,7 @@ def sweep(
     rerun: bool = False,
     silence: float = 30.0,
     dry_run: bool = False,
-    executor: Literal["local", "ray", "slurm"] = "local",
-    address: str | None = None,
-    cpus: float = 1.0,
-    gpus: float = 0.0,
-    partition: str | None = None,
-    time_limit: int = 240,
-    sbatch: tuple[str, ...] = (),
+    cluster: Annotated[Cluster, tyro.conf.OmitArgPrefixes] = HERE,
     words: Annotated[tuple[str, ...], tyro.conf.Suppress] = (),
 ) -> None:
     r"""Train many runs. Started again, it skips what is finished and resumes what was interrupted.
@@ -230,13 +237,6 @@ def sweep(
         rerun: run again what an earlier version of its script has run; those runs stay, in hidden folders
         silence: minutes without a sign of life after which a run is ended, as failed
         dry_run: print the commands and end
-        executor: this machine, or a Ray or Slurm cluster
-        address: of the Ray cluster; by default the one of this machine, which is started if there is none
-        cpus: what a run reserves on the cluster
-        gpus: what a run reserves on the cluster
-        partition: of the Slurm cluster
-        time_limit: minutes after which Slurm puts a run back into its queue, to go on later
-        sbatch: more of Slurm's options, such as account=lab mem=8G
         words: everything after --
     """
     if suite and (scripts or env_ids):
@@ -244,16 +244,7 @@ def sweep(
     at_least(1, seeds=seeds, workers=workers, threads=threads)
     if not silence > 0:
         refuse(f"--silence {silence}: must be above 0")
-    for name, value, needed in (
-        ("address", address, "ray"),
-        ("partition", partition, "slurm"),
-        ("sbatch", sbatch, "slurm"),
-    ):
-        if value and executor != needed:
-            refuse(f"--{name}: is of --executor {needed}")
-    if executor == "slurm" and not (cpus >= 1 and gpus >= 0 and time_limit >= 1 and cpus % 1 == gpus % 1 == 0):
-        refuse(f"--cpus {cpus:g} --gpus {gpus:g} --time-limit {time_limit}: Slurm takes whole numbers, from 1, 0 and 1")
-    request = Request(partition, time_limit, int(cpus), int(gpus), sbatch)
+    check_cluster(cluster)
     chosen = read_suite(suite) if suite else Suite(list(scripts), list(env_ids), list(range(1, seeds + 1)))
     chosen = replace(chosen, words=words)
     directory = output or (Path("sweeps") / suite.stem if suite else default_directory(chosen))
@@ -268,18 +259,21 @@ def sweep(
     if dry_run:
         print("\n".join(shlex.join(job.command()) for job in todo))
         return
-    if executor == "slurm":
-        check_request(request)
+    if cluster.executor == "slurm":
+        check_slurm(cluster)
     make_folder(directory)
     keep_selection(chosen, jobs, directory)
-    print(f"{len(jobs)} jobs in {directory}" + (f", {len(settled)} of them settled before" if settled else ""))
+    print(
+        f"{len(jobs)} job{'s' * (len(jobs) > 1)} in {directory}"
+        + (f", {len(settled)} of them settled before" if settled else "")
+    )
 
-    execute = partial(run_locally, workers=workers, silence=silence * 60)
-    if executor == "ray":
-        execute = partial(run_on_ray, address=address, cpus=cpus, gpus=gpus, silence=silence * 60)
-    elif executor == "slurm":
-        execute = partial(run_on_slurm, request=request, silence=silence * 60)
-    watch = run_sweep(jobs, settled, execute)
+    executors = {
+        "local": partial(run_locally, workers=workers),
+        "ray": partial(run_on_ray, cluster=cluster),
+        "slurm": partial(run_on_slurm, cluster=cluster),
+    }
+    watch = run_sweep(jobs, settled, partial(executors[cluster.executor], silence=silence * 60))
     for (script, env_id, setting), group in watch.groups().items():
         mean = f"{statistics.fmean(finals):,.1f}" if (finals := watch.final(group)) else "-"
         told = f"{len(finals)} of {len(group)} seeds  final evaluation return {mean}"

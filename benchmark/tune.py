@@ -19,7 +19,7 @@ from benchmark.jobs import Job
 from benchmark.options import at_least, make_folder, need
 from benchmark.runs import INCIDENTAL, Run, file_name, fingerprint, import_script, write_atomically, write_table
 from benchmark.suites import Suite, as_words, check, find_script, jobs_of
-from benchmark.sweep import tell_failure
+from benchmark.sweep import Watch, live_view, tell_failure
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,18 @@ def settings_of(run: Run, space: dict) -> dict[str, object]:
     return {"env_id": run.config["env_id"]} | own | {name: run.config[name] for name in space}
 
 
+def as_text(trial) -> str:
+    """Its arguments."""
+    values = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in trial.params.items()}
+    return "  ".join(f"{name} {value}" for name, value in values.items())
+
+
 class Tuner:
     """A study, and the folder of the runs that this process makes for it."""
 
-    def __init__(self, script: Path, search: Search, study, folder: Path, stop: threading.Event):
+    def __init__(self, script: Path, search: Search, study, folder: Path, stop: threading.Event, screen):
         self.script, self.search, self.study, self.folder, self.stop = script, search, study, folder, stop
+        self.screen, self.under_way = screen, {}  # what to update on a terminal; the row of each trial there
         self.config = folder / file_name(f"{script.stem}__{search.env_id}.yaml")
         self.writing = threading.Lock()
 
@@ -136,6 +143,7 @@ class Tuner:
         suite = Suite([str(self.script)], [search.env_id], seeds, words=(*search.words, *words))
         jobs = [replace(job, version=search.version) for job in jobs_of(suite, Path(folder), threads)]
         ends, halt, reported, behind = {}, threading.Event(), 0, False
+        watch = Watch(jobs, ends)
         for ended in run_locally(jobs, halt, workers):
             if ended:
                 job, ends[job] = ended
@@ -144,6 +152,8 @@ class Tuner:
                 reported, behind = reported + 1, behind or trial.should_prune()
             if behind or self.stop.is_set():
                 halt.set()
+            if self.screen:
+                self.follow(trial, watch)
         if failed := [job for job in jobs if ends[job] == "failed"]:
             tell_failure(failed[0])
         elif {*ends.values()} == {"done"}:
@@ -158,14 +168,33 @@ class Tuner:
             self.put_back(trial)
         return math.nan  # which Optuna takes for a failure
 
+    def follow(self, trial, watch: Watch) -> None:
+        """Shows how far a trial is."""
+        share = (len(watch.ended) + sum(row["share"] for row in watch.running().values())) / len(watch.jobs)
+        means = [evaluations[-1][1] for job in watch.jobs if (evaluations := evaluation_means(job))]
+        now = f"{statistics.fmean(means):,.5g}" if means else "-"
+        self.under_way[trial.number] = f"trial {trial.number:>3}  {share:>10.0%}  now  {now:>10}   {as_text(trial)}"
+        self.show()
+
+    def show(self, line: str | None = None) -> None:
+        """On a terminal the trials under way stand below what was said."""
+        if self.screen:
+            from rich.text import Text
+
+            if line:
+                self.screen.console.print(Text(line))
+            self.screen.update(Text("\n".join(row for _, row in sorted(self.under_way.items()))))
+        elif line:
+            print(line, flush=True)
+
     def tell(self, trial) -> None:
         """A line on how it ended, and the files; nothing where it was interrupted."""
+        self.under_way.pop(trial.number, None)
         if trial.number not in [other.number for other in self.trials()]:
             return
-        parameters = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
         text = trial.state.name.lower() if trial.state.name != "COMPLETE" else f"{trial.value:,.5g}"
         reached = f"{best.value:,.5g}" if (best := self.best()) else "-"
-        print(f"trial {trial.number:>3}  {text:>10}  best {reached:>10}   {parameters}", flush=True)
+        self.show(f"trial {trial.number:>3}  {text:>10}  best {reached:>10}   {as_text(trial)}")
         self.write()
 
     def write(self) -> None:
@@ -220,7 +249,7 @@ def tune(
     seeds: int = 2,
     workers: int = 1,
     threads: int = 1,
-    prune: bool = True,
+    no_prune: bool = False,
     storage: str | None = None,
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     words: Annotated[tuple[str, ...], tyro.conf.Suppress] = (),
@@ -244,7 +273,7 @@ def tune(
         seeds: runs of each trial, seeds 1 to this
         workers: runs at the same time
         threads: torch threads of each run
-        prune: end trials that fall behind
+        no_prune: let trials that fall behind go on
         storage: a journal file of Optuna's, or a database server's URL; by default study.log in the output folder
         output: a folder for the runs and the results; by default tuning/ and a name that follows from the others
         words: everything after --
@@ -256,14 +285,16 @@ def tune(
     path = find_script(script)
     check(path, [env_id], words)
     search = Search(env_id, seeds, read_space(space, path), list(words), fingerprint(path))
-    folder = (output or Path("tuning") / file_name(f"{path.stem}__{env_id}")).resolve()
-    make_folder(folder)
+    named = output or Path("tuning") / file_name(f"{path.stem}__{env_id}")
+    make_folder(named)
+    folder = named.resolve()
     at_once, kept = max(1, workers // seeds), storage or str(folder / "study.log")
     try:
-        with FileLock(folder / "lock", timeout=0), until_told() as stop:
-            study = open_study(f"{path.stem}__{env_id}", search, kept, prune)
-            tuner = Tuner(path, search, study, folder, stop)
+        with FileLock(folder / "lock", timeout=0), until_told() as stop, live_view() as screen:
+            study = open_study(f"{path.stem}__{env_id}", search, kept, not no_prune)
+            tuner = Tuner(path, search, study, folder, stop, screen)
             tuner.recover()
+            print(f"{tuner.left(trials)} of {trials} trials to go, of seeds 1 to {seeds}, in {named}", flush=True)
 
             def settle(_, trial) -> None:
                 tuner.tell(trial)
@@ -282,7 +313,7 @@ def tune(
         from benchmark.tune_figures import plot_search
 
         plot_search(study, folder)
-        print(f"\nbest: trial {best.number} with {best.value:,.5g}; all of it is in {folder}")
-        print(f"  python {path.name} --config {tuner.config}")
+        print(f"\nbest: trial {best.number} with {best.value:,.5g}; all of it is in {named}")
+        print(f"  python {path.name} --config {named / tuner.config.name}")
     if any(trial.state.name == "FAIL" for trial in tuner.trials()):
         raise SystemExit(1)

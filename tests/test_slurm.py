@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from benchmark import jobs, slurm
+from benchmark.executors import Cluster
 from benchmark.runs import Run, find_runs
-from benchmark.slurm import Request
 from tests.test_sweep import ONE, ROOT, jobs_in, suite, sweep
 
 pytest.importorskip("submitit")
@@ -196,7 +196,8 @@ def test_without_submitit_it_is_said_how_to_have_it(tmp_path, monkeypatch, capsy
 
 
 def test_what_a_job_asks_for_is_what_it_was_given():
-    asked = Request("long", 90, 4, 1, ("account=lab", "exclusive", "--mem=8G")).options()
+    words = "account=lab", "exclusive", "--mem=8G"
+    asked = slurm.asked_of_slurm(Cluster(cpus=4, gpus=1, partition="long", time_limit=90, sbatch=words))
     assert asked == {
         "partition": "long",
         "time": 90,
@@ -206,7 +207,7 @@ def test_what_a_job_asks_for_is_what_it_was_given():
         "exclusive": True,
         "mem": "8G",
     }
-    assert Request(None, 90, 1, 0).options() == {"time": 90, "cpus-per-task": 1}
+    assert slurm.asked_of_slurm(Cluster(time_limit=90)) == {"time": 90, "cpus-per-task": 1}
 
 
 @pytest.mark.parametrize(

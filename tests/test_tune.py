@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,35 @@ def test_the_best_argument_is_found(tmp_path, capsys):
     assert config == {"env_id": "Nowhere-v0"} | best["parameters"]
     for name in ("history", "slices", "importances"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
-    assert capsys.readouterr().out.count("\ntrial ") == 13
+    told = capsys.readouterr().out
+    assert told.startswith("14 of 14 trials to go, of seeds 1 to 2, in ") and told.count("\ntrial ") == 14
+
+
+class Screen:
+    """A terminal that remembers what it was to show."""
+
+    def __init__(self):
+        self.console, self.seen = self, []
+
+    def update(self, text) -> None:
+        self.seen.append(text.plain.splitlines())
+
+    def print(self, text) -> None:
+        self.seen.append([text.plain])
+
+
+def test_a_terminal_shows_how_far_the_trials_are(tmp_path, monkeypatch):
+    pytest.importorskip("rich")
+    screen = Screen()
+    monkeypatch.setattr("benchmark.tune.live_view", lambda: nullcontext(screen))
+    space = {"learning_rate": {"float": [0.6, 1.0]}}  # with which it rests for 3 s at its half
+    words = "--trials", 2, "--workers", 4, "--no-prune", "--", "--mood", "slow-if-bad"
+    assert tune(command(tmp_path, space, *words)) == 0
+    both = [rows for rows in screen.seen if len(rows) == 2]
+    assert any("trial   0" in first and "trial   1" in second for first, second in both)
+    assert any("50%" in row and re.search(r"now +-1\.\d+ +learning_rate 0\.\d+$", row) for row in sum(both, []))
+    assert len([row for rows in screen.seen for row in rows if "best" in row]) == 2
+    assert screen.seen[-1] == []
 
 
 def test_a_trial_that_lags_behind_is_ended(tmp_path):
