@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
@@ -35,6 +36,7 @@ class Job:
     version: str  # fingerprint of the script
     threads: int = 1
     started_in: str = "."  # the folder that relative paths among its arguments are meant from
+    config: str = ""  # fingerprint of the file that --config names among them
 
     @property
     def name(self) -> str:
@@ -89,6 +91,13 @@ class Job:
         for name in ("directory", "threads", "started_in"):  # may change from one start to the next
             del described[name]
         return described
+
+
+def fingerprint_of_config(words: Sequence[str], folder: str) -> str:
+    """Of the file that counts; empty where none is named."""
+    parts = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    named = [file for flag, file in pairwise(parts) if flag == "--config"]
+    return fingerprint(Path(folder, named[-1])) if named else ""
 
 
 def tail(path: Path, lines: int) -> list[str]:
@@ -150,6 +159,8 @@ def carry_out(job: Job, stopped: Callable[[], bool], silence: float, grace: floa
         own = job.run()
         if not own and fingerprint(Path(job.script)) != job.version:
             return fail(job, f"{job.script} is not what it was at the start")
+        if not own and fingerprint_of_config(job.words, job.started_in) != job.config:
+            return fail(job, "the file of --config is not what it was at the start")
         for run in find_runs([directory]):
             if not own or run.directory != own.directory:
                 run.directory.rename(run.directory.with_name(f".{time.time_ns()}-{run.directory.name}"))

@@ -17,7 +17,7 @@ import gymnasium as gym
 import yaml
 
 from benchmark.errors import choices, nearest, refuse
-from benchmark.jobs import ROOT, Job
+from benchmark.jobs import ROOT, Job, fingerprint_of_config
 from benchmark.runs import file_name, fingerprint, import_script, read_json, write_atomically
 
 IS_CLONE = (ROOT / "pyproject.toml").is_file()
@@ -60,6 +60,9 @@ def find_script(name: str) -> Path:
     refuse(f"script {name}: unknown{choices(name, sorted(ours))}")
 
 
+GIVEN = "env_id", "seed", "threads", "runs_dir", "resume"
+
+
 def check(script: Path, env_ids: Iterable[str], words: Iterable[str], filmed: bool = False) -> None:
     """Says once, before anything begins, what would end every run of a script: wrong arguments and environments."""
     sys.path.insert(0, str(script.parent))  # as for `python script.py`
@@ -74,6 +77,8 @@ def check(script: Path, env_ids: Iterable[str], words: Iterable[str], filmed: bo
         if (told := hint(Path(word))) and not Path(word).exists():
             refuse(f"{word}: there is no such file{told}")
         name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        if word.startswith("--") and name in GIVEN:
+            refuse(f"{word}: each run is given its own; environments, seeds, threads and folder are chosen before --")
         if word.startswith("--") and name not in names and name.removeprefix("no_") not in names:
             flags = [each.replace("_", "-") for each in names]
             refuse(f"{word}: {script.stem} has no such argument{nearest(name.replace('_', '-'), flags, '--')}")
@@ -152,7 +157,8 @@ def jobs_of(suite: Suite, directory: Path, threads: int) -> list[Job]:
             name = f"{name[:120]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
         words = (*common, *suite.words, *chosen)
         own = (str(directory / name), versions[script])
-        jobs.append(Job(str(script), env_id, seed, words, setting, *own, threads, os.getcwd()))
+        config = fingerprint_of_config(words, os.getcwd())
+        jobs.append(Job(str(script), env_id, seed, words, setting, *own, threads, os.getcwd(), config))
     if len({job.directory for job in jobs}) < len(jobs):
         refuse("two jobs have the same name: scripts, environments and seeds must differ from each other")
     return jobs

@@ -122,7 +122,7 @@ def previous_states(jobs: list[Job], retry_failed: bool, advice: str | None) -> 
         told = described | (earlier or {})
         differing = [name for name in described if name != "version" and told[name] != described[name]]
         if differing:
-            names = ", ".join(differing).replace("words", "arguments")
+            names = ", ".join(differing).replace("words", "arguments").replace("config", "contents of --config")
             refuse(f"{job.directory}: holds a job with other {names}; choose another --output")
         if job.has_changed():
             changed[job.script] += 1

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import statistics
 import threading
 from dataclasses import dataclass, fields, replace
@@ -15,10 +16,10 @@ from filelock import FileLock, Timeout
 
 from benchmark.errors import nearest, refuse
 from benchmark.executors import run_locally, until_told
-from benchmark.jobs import Job
+from benchmark.jobs import Job, fingerprint_of_config
 from benchmark.options import at_least, make_folder, need
 from benchmark.runs import INCIDENTAL, Run, file_name, fingerprint, import_script, write_atomically, write_table
-from benchmark.suites import Suite, as_words, check, find_script, jobs_of
+from benchmark.suites import GIVEN, Suite, as_words, check, find_script, jobs_of
 from benchmark.sweep import Watch, live_view, tell_failure
 
 
@@ -31,6 +32,7 @@ class Search:
     space: dict[str, dict[str, list]]
     words: list[str]
     version: str  # fingerprint of the script
+    config: str = ""  # and of the file of --config among the words
 
 
 def read_space(path: Path, script: Path) -> dict[str, dict[str, list]]:
@@ -45,6 +47,8 @@ def read_space(path: Path, script: Path) -> dict[str, dict[str, list]]:
         name = str(key).replace("-", "_")
         if name not in names:
             refuse(f"--space {path}: {script.stem} has no argument {key}{nearest(name, names)}")
+        if name in GIVEN:
+            refuse(f"--space {path}: {key}: each run is given its own")
         if not is_range(value):
             refuse(
                 f"--space {path}: {key}: must be float, log_float, int or log_int with two numbers, the lower first, or"
@@ -284,7 +288,8 @@ def tune(
     need("optuna", "matplotlib")
     path = find_script(script)
     check(path, [env_id], words)
-    search = Search(env_id, seeds, read_space(space, path), list(words), fingerprint(path))
+    config = fingerprint_of_config(words, os.getcwd())
+    search = Search(env_id, seeds, read_space(space, path), list(words), fingerprint(path), config)
     named = output or Path("tuning") / file_name(f"{path.stem}__{env_id}")
     make_folder(named)
     folder = named.resolve()

@@ -24,6 +24,7 @@ class Args:
     # slow-if-bad, full-disk
     mood: str = "well"
     resume: str | None = None
+    config: str | None = None  # is not read
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,20 @@ def test_a_job_from_before_scripts_were_told_apart_is_known_by_its_run(tmp_path,
     assert sweep(*command) == 0 and "1 of them settled before" in capsys.readouterr().out
     edit(script)
     assert sweep(*command) == 2
+
+
+@pytest.mark.parametrize("words", [["--config", "mine.yaml"], ["--config=mine.yaml"]])
+def test_an_edited_file_of_settings_is_another_sweep(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("learning_rate: 0.1")
+    command = [suite(tmp_path, seeds=2), "-o", tmp_path / "out", "--", *words]
+    assert sweep(*command) == 0 and sweep(*command) == 0
+    assert "2 of them settled before" in capsys.readouterr().out
+    (tmp_path / "mine.yaml").write_text("learning_rate: 0.2")
+    assert sweep(*command) == 2 and "with other contents of --config; choose another" in capsys.readouterr().err
+    first, second = (replace(job, config="another") for job in jobs_in(tmp_path, seeds=2, args={"config": "mine.yaml"}))
+    assert jobs.run_job(first) == "done" and jobs.run_job(replace(second, directory=str(tmp_path / "new"))) == "failed"
+    assert "--config is not what it was" in (tmp_path / "new" / "failed.json").read_text()
 
 
 def test_a_mended_script_is_not_told_of_its_old_failure(tmp_path, capsys):
@@ -423,6 +438,9 @@ def test_dry_run_prints_the_commands_and_writes_nothing(tmp_path, capsys):
         (["nowhere.yaml"], "nowhere.yaml: [Errno 2]"),
         (["--scripts", STANDIN, "--env-ids", "A-v0", "--silence", "nan"], "--silence nan: must be above 0"),
         ([*ONE, "--", "--learning_rat", "3"], "--learning_rat: scripts has no such argument; did you mean --learning-"),
+        ([*ONE, "--dry-run", "--", "--seed=5"], "--seed=5: each run is given its own; environments, seeds, thr"),
+        ([*ONE, "--", "--env_id", "Hopper-v4"], "--env_id: each run is given its own"),
+        ([*ONE, "--", "--runs-dir", "elsewhere"], "--runs-dir: each run is given its own"),
         ([*ONE, "--dry-run", "--", "--mod=well"], "--mod=well: scripts has no such argument; did you mean --mood?"),
         ([*ONE, "--", "well"], "-- well: must be an argument of the script"),
         (["--scripts", "ppo_discrete", "--env-ids", "CartPol-v1", "--seeds", "2"], "CartPol-v1: Environment `CartPol`"),
@@ -446,6 +464,8 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, told):
         ({"seeds": [-1]}, "from 0 to 2147483647"),
         ({"args": {"moood": "well"}}, "--moood: scripts has no such argument; did you mean --mood?"),
         ({"grid": {"moood": ["well"]}}, "--moood: scripts has no such argument"),
+        ({"args": {"seed": 3}}, "--seed: each run is given its own"),
+        ({"grid": {"env-id": ["A-v0", "B-v0"]}}, "--env-id: each run is given its own"),
         ({"script": ["x"]}, "unknown key script; did you mean scripts?"),
         ({"seeds": "many"}, "seeds must be a number of seeds, or a list of them"),
         ({"grid": {"mood": "crash"}}, "mood must be a list of values"),

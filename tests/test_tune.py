@@ -221,6 +221,7 @@ def test_another_source_is_not_mixed_into_a_search(tmp_path, capsys):
         ({"learning_rate": {"float": [float("nan"), 1.0]}}, WRONG),
         ({"learning_rate": {"int": [True, 3]}}, WRONG),
         ({"learning_rate": {"log_float": ["1e-4", 1]}}, "YAML reads 1e-4 as text and 1.0e-4 as a number"),
+        ({"seed": {"int": [1, 5]}}, "seed: each run is given its own"),
         ({"learning_rat": {"float": [0, 1]}}, "scripts has no argument learning_rat; did you mean learning_rate?"),
         ({"learning_rate": {"float": [1, 0]}}, WRONG),
         ({"learning_rate": {"log_float": [0, 1]}}, WRONG),
@@ -256,7 +257,7 @@ def test_choices_with_dollars_are_no_mathematics_but_powers_of_ten_are(tmp_path)
         (["--workers", "0"], "--workers 0: must be at least 1"),
         (["--storage", "sqlite:///study.db"], "name a journal file, or the URL of a database server"),
         (["--", "--mod", "well"], "--mod: scripts has no such argument; did you mean --mood?"),
-        (["--", "--resume", "x", "--config", "nowhere.yaml"], "--config: scripts has no such argument"),
+        (["--", "--resume", "x"], "--resume: each run is given its own"),
     ],
 )
 def test_wrong_arguments_are_one_line(tmp_path, capsys, words, told):

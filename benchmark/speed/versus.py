@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from benchmark.errors import refuse
-from benchmark.jobs import ROOT, Job
+from benchmark.jobs import ROOT, Job, fingerprint_of_config
 from benchmark.options import at_least, make_folder, need
 from benchmark.runs import file_name, fingerprint, import_script
 from benchmark.speed.cases import CASES, PACKAGES
@@ -69,6 +69,7 @@ def jobs_of(contestant: Contestant, env_id: str, seeds: int, words: tuple[str, .
             version,
             threads,
             os.getcwd(),
+            fingerprint_of_config(contestant.words, os.getcwd()),
         )
         for seed in range(1, seeds + 1)
     ]
