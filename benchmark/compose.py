@@ -167,7 +167,7 @@ def make_report(
     if 0 < len(made["improvements"].rows) <= MOST_METHODS:
         rows = [(f"{one}\nover {other}", e.middle, e.low, e.high) for one, other, _, e in made["improvements"].rows]
         shown["improvements"] = figures.intervals({"probability of improvement": rows}, {}, "", within=(0, 1))
-    notes = [*tables.repeated_seeds(groups), *tables.mixed_versions(groups), *missing]
+    notes = [*tables.mixed_versions(groups), *missing]
 
     output.mkdir(parents=True, exist_ok=True)
     for name, table in made.items():

@@ -221,15 +221,21 @@ def gather(paths: list[Path]) -> Material:
     ordered = sorted(finished, key=lambda run: rank(run, apart[run], sweeps[run.directory.parent.parent]))
     places = {label: k for k, label in enumerate(dict.fromkeys(labels[run] for run in ordered))}
 
+    latest: dict[tuple[str, str, int], Run] = {}  # a seed that was run twice is no second seed
+    for run in sorted(finished, key=lambda run: str(run.meta.get("started"))):
+        latest[run.config["env_id"], labels[run], run.config["seed"]] = run
     grouped: dict[tuple[str, str], list[Run]] = defaultdict(list)
-    for run in finished:
-        grouped[run.config["env_id"], labels[run]].append(run)
+    for (env_id, label, _), run in latest.items():
+        grouped[env_id, label].append(run)
     groups = [
         Group(method, env_id, sorted(runs, key=lambda run: run.config["seed"]), places[method])
         for (env_id, method), runs in grouped.items()
     ]
     left_out = remains(paths, {run.directory for run in states})
     left_out |= {run.directory: state for run, state in states.items() if state != "finished"}
+    for run in {*finished} - {*latest.values()}:
+        other = latest[run.config["env_id"], labels[run], run.config["seed"]]
+        left_out[run.directory] = f"its seed was run again: {other.directory}"
     return Material(in_order(groups), dict(sorted(left_out.items())))
 
 

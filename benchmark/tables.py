@@ -3,7 +3,7 @@
 import itertools
 import math
 import shlex
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,16 +158,6 @@ def improvements(groups: list[Group], baseline: str | None) -> Table:
             scores = [(final[one][env_id], final[other][env_id]) for env_id in shared]
             rows.append([one, other, ", ".join(shared), Estimate(*probability_of_improvement(scores))])
     return Table(["method", "is better than", "on", "with probability"], rows)
-
-
-def repeated_seeds(groups: list[Group]) -> list[str]:
-    """Runs of one seed are no independent samples: intervals over them are too narrow."""
-    notes = []
-    for group in groups:
-        for seed, times in Counter(run.config["seed"] for run in group.runs).items():
-            if times > 1:
-                notes.append(f"{group.env_id}, {group.method}: {times} runs of seed {seed} count as {times} seeds")
-    return notes
 
 
 def mixed_versions(groups: list[Group]) -> list[str]:

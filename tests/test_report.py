@@ -195,6 +195,18 @@ def test_a_name_with_dollars_is_no_mathematics(tmp_path):
     assert all(f">{name}<" in shown for name in ("A$x^$-v0", "schedule $x^$", "schedule $y^$"))
 
 
+def test_a_seed_that_was_run_twice_is_one_seed(tmp_path, capsys):
+    runs = [make_run(tmp_path / "runs", "A-v0", seed) for seed in (1, 2, 3)]
+    again = make_run(tmp_path / "again", "A-v0", 3, final=5.0, settings={"num_evals": 3})  # which sets none apart
+    for run, started in zip([*runs, again], ("2026-01-01", "2026-01-01", "2026-01-02", "2026-01-03"), strict=True):
+        meta = json.loads((run / "meta.json").read_text())
+        (run / "meta.json").write_text(json.dumps(meta | {"started": started}))
+    material = gather([tmp_path / "again", tmp_path / "runs"])
+    (group,) = material.groups
+    assert group.final.tolist() == [1.0, 2.0, 5.0] and [run.config["seed"] for run in group.runs] == [1, 2, 3]
+    assert material.left_out == {runs[2]: f"its seed was run again: {again}"}
+
+
 def test_what_is_left_out_is_named(tmp_path, capsys):
     make_run(tmp_path / "runs", "A-v0", 1)
     (make_run(tmp_path / "runs", "A-v0", 2) / "result.json").unlink()
@@ -270,14 +282,11 @@ def test_scores_have_no_scale_where_nothing_is_better_than_random(tmp_path, monk
     assert (tmp_path / "out" / "profiles.png").exists()  # one method, two environments
 
 
-def test_one_seed_has_no_interval_and_a_repeated_one_is_told(tmp_path, capsys):
+def test_one_seed_has_no_interval(tmp_path, capsys):
     make_run(tmp_path / "runs", "A-v0", 1)
     assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
     assert [row["final evaluation low"] for row in rows(tmp_path / "out" / "results.csv")] == ["nan"]
     assert re.search(r"ppo_x +1 +100 +1.00 +0.00\n", capsys.readouterr().out)
-    make_run(tmp_path / "runs" / "again", "A-v0", 1)
-    assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
-    assert "note: A-v0, ppo_x: 2 runs of seed 1 count as 2 seeds" in capsys.readouterr().out
 
 
 def test_two_seeds_have_no_interval():
