@@ -135,8 +135,10 @@ def test_films_and_animations(run, tmp_path):
 
     with VideoFileClip(str(tmp_path / f"{run.directory.name}.mp4")) as clip:
         assert clip.n_frames in (200, 201) and clip.get_frame(1).std() > 5
+        seconds = clip.duration
     with VideoFileClip(str(tmp_path / f"{run.directory.name}.gif")) as clip:
         assert clip.size[0] == 320 and clip.get_frame(1).std() > 5
+        assert clip.duration == pytest.approx(min(seconds, 10), abs=0.1)  # no faster than life
 
 
 def test_what_is_stopped_leaves_no_half_of_a_film(tmp_path):
