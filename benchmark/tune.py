@@ -145,7 +145,8 @@ class Tuner:
         words = [word for name, value in chosen.items() for word in as_words(name, value)]
         seeds = list(range(1, search.seeds + 1))
         suite = Suite([str(self.script)], [search.env_id], seeds, words=(*search.words, *words))
-        jobs = [replace(job, version=search.version) for job in jobs_of(suite, Path(folder), threads)]
+        given = jobs_of(suite, Path(folder), threads)
+        jobs = [replace(job, version=search.version, config=search.config) for job in given]
         ends, halt, reported, behind = {}, threading.Event(), 0, False
         watch = Watch(jobs, ends)
         for ended in run_locally(jobs, halt, workers):

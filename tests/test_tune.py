@@ -100,6 +100,16 @@ def test_a_terminal_shows_how_far_the_trials_are(tmp_path, monkeypatch):
     assert screen.seen[-1] == []
 
 
+def test_an_edited_file_of_settings_is_another_search(tmp_path, capsys):
+    settings = tmp_path / "mine.yaml"
+    settings.write_text("total_timesteps: 100")
+    words = command(tmp_path, RATE, "--trials", 1, "--", "--config", settings)
+    assert tune(words) == 0
+    settings.write_text("total_timesteps: 200")
+    assert tune(words) == 2 and "holds a study with other config" in capsys.readouterr().err
+    assert len(trials(tmp_path)) == 1
+
+
 def test_a_trial_that_lags_behind_is_ended(tmp_path):
     assert tune(command(tmp_path, RATE, "--trials", 10, "--", "--mood", "slow-if-bad")) == 0  # 3 s from its half on
     pruned = [row for row in trials(tmp_path) if row["state"] == "PRUNED"]
