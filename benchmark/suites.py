@@ -60,7 +60,7 @@ def find_script(name: str) -> Path:
     refuse(f"script {name}: unknown{choices(name, sorted(ours))}")
 
 
-GIVEN = "env_id", "seed", "threads", "runs_dir", "resume"
+GIVEN = "env_id", "seed", "threads", "runs_dir", "resume"  # of a job: no other argument may take their place
 
 
 def check(script: Path, env_ids: Iterable[str], words: Iterable[str], filmed: bool = False) -> None:

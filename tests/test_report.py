@@ -195,7 +195,7 @@ def test_a_name_with_dollars_is_no_mathematics(tmp_path):
     assert all(f">{name}<" in shown for name in ("A$x^$-v0", "schedule $x^$", "schedule $y^$"))
 
 
-def test_a_seed_that_was_run_twice_is_one_seed(tmp_path, capsys):
+def test_a_seed_that_was_run_twice_is_one_seed(tmp_path):
     runs = [make_run(tmp_path / "runs", "A-v0", seed) for seed in (1, 2, 3)]
     again = make_run(tmp_path / "again", "A-v0", 3, final=5.0, settings={"num_evals": 3})  # which sets none apart
     for run, started in zip([*runs, again], ("2026-01-01", "2026-01-01", "2026-01-02", "2026-01-03"), strict=True):
