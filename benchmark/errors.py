@@ -6,8 +6,8 @@ from typing import NoReturn
 
 
 def refuse(problem: str) -> NoReturn:
-    """A user's mistake: one line, exit status 2."""
-    print(f"benchmark: {problem}", file=sys.stderr)
+    """A user's mistake: one line, whatever lines a library's error has, and exit status 2."""
+    print(f"benchmark: {' '.join(problem.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 

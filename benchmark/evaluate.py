@@ -205,7 +205,7 @@ def load(run: Run) -> tuple[ModuleType, object]:
             refuse(f"{run.directory}: config.yaml is torn, and lacks {', '.join(sorted(lacking))}")
         return module, module.Args(**run.config)
     except Exception as error:
-        refuse(f"{run.source}: {type(error).__name__}: {' '.join(str(error).split())}")
+        refuse(f"{run.source}: {type(error).__name__}: {error}")
 
 
 def find_policies(paths: list[Path], which: str) -> dict[Run, Path | None]:
@@ -229,12 +229,12 @@ def load_player(run: Run, path: Path, kwargs: dict, mode: str | None) -> Player:
         player = Player(run, module.load_policy(path, "cpu"), partial(module.make_eval_env, args))
         player.make_env(None).close()
     except Exception as error:
-        refuse(f"{run.directory}: {' '.join(str(error).split())}")
+        refuse(f"{run.directory}: {error}")
     try:
         player.make_env(mode).close()
     except Exception as error:
         need = f"its environment must take render_mode={mode!r} to be seen"
-        refuse(f"{run.directory}: {need}; {' '.join(str(error).split())}")
+        refuse(f"{run.directory}: {need}; {error}")
     return player
 
 

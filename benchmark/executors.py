@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Literal
 
 from benchmark.errors import refuse
@@ -80,7 +81,7 @@ def run_on_ray(jobs: list[Job], stop: threading.Event, cluster: Cluster, silence
         ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
     except Exception as error:  # Ray raises plain ones too, such as when its start takes too long
         where = f"--address {cluster.address}" if cluster.address else "--executor ray"
-        refuse(f"{where}: {' '.join(str(error).split())[:200]}")
+        refuse(f"{where}: {shorten(str(error), 200, placeholder=' …')}")
 
     work = ray.remote(num_cpus=cluster.cpus, num_gpus=cluster.gpus, max_retries=-1)(run_job)
     waiting = {work.options(name=job.name).remote(job, silence=silence): job for job in jobs}

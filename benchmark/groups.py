@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import yaml
@@ -144,7 +145,7 @@ def read(run: Run) -> str:
             if not needed <= table.keys() or not (len(table["step"]) or name == "episodes"):
                 return f"{name}.csv has no rows of {', '.join(sorted(needed))}"
     except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error, yaml.YAMLError) as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        return f"{type(error).__name__}: {shorten(str(error), 120, placeholder=' …')}"
     return "finished"
 
 
@@ -154,7 +155,7 @@ def failure(folder: Path) -> str:
     if not told:
         return ""
     said = [part for line in told.get("log") or [] for part in unboxed(str(line))]
-    return f"failed: {told.get('reason')}" + "".join(f": {last[:200]}" for last in said[-1:])
+    return f"failed: {told.get('reason')}" + "".join(f": {shorten(last, 200, placeholder=' …')}" for last in said[-1:])
 
 
 def remains(paths: list[Path], runs: set[Path]) -> dict[Path, str]:

@@ -104,7 +104,7 @@ def random(
                 env.reset(seed=first_seed)
                 env.step(env.action_space.sample())  # some values are no problem before
         except Exception as error:
-            refuse(f"{env_id}{differing}: {' '.join(str(error).split())}")
+            refuse(f"{env_id}{differing}: {error}")
     for env_id, make in makers.items():
         seeds = list(range(first_seed, first_seed + episodes))
         played = random_baseline(make, {"env_id": env_id, "kwargs": kwargs}, seeds)

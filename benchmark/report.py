@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated
 
 import numpy as np
@@ -26,7 +27,7 @@ def find_baselines(groups: list[Group]) -> dict[str, np.ndarray]:
                 continue
             baselines[env_id] = baseline_of(runs[0])["return"]
         except Exception as error:  # whatever the environment or a fork's code raises
-            print(f"no random baseline on {env_id}: {' '.join(str(error).split())[:150]}")
+            print(f"no random baseline on {env_id}: {shorten(str(error), 150, placeholder=' …')}")
     return baselines
 
 

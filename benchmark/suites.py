@@ -70,7 +70,7 @@ def check(script: Path, env_ids: Iterable[str], words: Iterable[str], filmed: bo
         module = import_script(script)
         names = [each.name for each in fields(module.Args)]
     except Exception as error:
-        refuse(f"{script}: {type(error).__name__}: {' '.join(str(error).split())}")
+        refuse(f"{script}: {type(error).__name__}: {error}")
     finally:
         sys.path.remove(str(script.parent))
     for word in words:
@@ -87,7 +87,7 @@ def check(script: Path, env_ids: Iterable[str], words: Iterable[str], filmed: bo
         try:
             make().close()
         except (gym.error.Error, ImportError) as error:
-            refuse(f"{env_id}: {' '.join(str(error).split())}")
+            refuse(f"{env_id}: {error}")
         except Exception:  # without the other arguments it need not work
             continue
         if filmed:
@@ -96,8 +96,7 @@ def check(script: Path, env_ids: Iterable[str], words: Iterable[str], filmed: bo
                     env.reset(seed=0)
                     env.render()
             except Exception as error:
-                told = " ".join(f"{type(error).__name__} {error}".split())
-                refuse(f"{env_id}: cannot be filmed ({told}); --no-video does without")
+                refuse(f"{env_id}: cannot be filmed ({type(error).__name__} {error}); --no-video does without")
 
 
 def as_words(name: str, value: object) -> list[str]:
@@ -114,7 +113,7 @@ def read_suite(path: Path) -> Suite:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
-        refuse(f"{path}: {' '.join(str(error).split())}{hint(path)}")
+        refuse(f"{path}: {error}{hint(path)}")
     if not isinstance(content, dict):
         refuse(f"{path}: a suite is a mapping with scripts, env_ids and seeds")
     known = {"scripts": [], "env_ids": [], "seeds": 1, "args": {}, "grid": {}}

@@ -8,6 +8,7 @@ import threading
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated
 
 import tyro
@@ -39,7 +40,7 @@ def read_space(path: Path, script: Path) -> dict[str, dict[str, list]]:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
-        refuse(f"--space {path}: {' '.join(str(error).split())}")
+        refuse(f"--space {path}: {error}")
     if not isinstance(content, dict) or not content:
         refuse(f"--space {path}: must map arguments to ranges, such as learning_rate: {{log_float: [1.0e-4, 1.0e-3]}}")
     names, space = [field.name for field in fields(import_script(script).Args)], {}
@@ -235,7 +236,7 @@ def open_study(name: str, search: Search, storage: str, prune: bool):
             storage=kept, study_name=name, pruner=pruner, direction="maximize", load_if_exists=True
         )
     except Exception as error:  # whatever a database says
-        refuse(f"--storage {storage}: {' '.join(str(error).split())[:200]}")
+        refuse(f"--storage {storage}: {shorten(str(error), 200, placeholder=' …')}")
     earlier = vars(search) | study.user_attrs.get("search", {})
     if differing := [name for name, value in vars(search).items() if earlier[name] != value]:
         refuse(f"{storage}: holds a study with other {', '.join(differing)}; choose another --output or --storage")
