@@ -1,5 +1,6 @@
 """What a report consists of: tables, figures, and the page that shows them."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ ABOUT = (
     " each seed's best, which flatters. Training return: of the last 100 training episodes. IQM: interquartile mean."
     f" In brackets the 95% interval of a bootstrap over seeds, where there are at least {stats.FEWEST}."
 )
+TABLES = "results", "seeds", "provenance", "improvements", "thresholds"
 SECTIONS = {  # figures and their captions
     "Learning curves": {
         "curves-steps": "Mean evaluation return over environment steps, with its 95% interval over seeds; of two seeds"
@@ -133,6 +135,16 @@ def sections_of_tables(made: dict[str, Table], films: dict[str, Path], left_out:
     return found
 
 
+def remove_others(output: Path, names: set[str]) -> None:
+    """Tables and figures of an earlier report in the same folder that this one has none in the place of."""
+    drawn = ["losses-*", *(name for captions in SECTIONS.values() for name in captions)]
+    for known, endings in ((TABLES, ("md", "csv")), (drawn, ("png", "svg"))):
+        for name, ending in itertools.product(known, endings):
+            for path in output.glob(f"{name}.{ending}"):
+                if path.stem not in names:
+                    path.unlink()
+
+
 def make_report(
     material: Material,
     title: str,
@@ -149,13 +161,9 @@ def make_report(
     groups, methods = material.groups, methods_of(material.groups)
     chosen = methods[:MOST_METHODS]
     drawn, colour = [group for group in groups if group.method in chosen], figures.colours(chosen)
-    made = {
-        "results": tables.results(groups, baselines),
-        "seeds": tables.per_seed(groups),
-        "provenance": tables.provenance(groups),
-        "improvements": tables.improvements(groups, baseline),
-        "thresholds": tables.thresholds(groups, baselines, asked or {}),
-    }
+    each = tables.results(groups, baselines), tables.per_seed(groups), tables.provenance(groups)
+    compared = tables.improvements(groups, baseline), tables.thresholds(groups, baselines, asked or {})
+    made = dict(zip(TABLES, (*each, *compared), strict=True))
     shown, captions = draw_runs(drawn, baselines, colour), {}
     for env_id, here in by_environment(drawn).items():
         if any(group.quantities() for group in here):
@@ -175,6 +183,7 @@ def make_report(
             table.write(output / name)
     for name, figure in shown.items():
         figures.save(figure, output / name)
+    remove_others(output, {name for name, table in made.items() if table.rows} | shown.keys())
 
     told = [IN_GREY, *notes] if baselines else notes
     if len(methods) > len(chosen):

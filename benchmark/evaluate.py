@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from ctypes.util import find_library
@@ -19,7 +20,7 @@ import tyro
 
 from benchmark.errors import refuse
 from benchmark.options import at_least, make_folder, need, read_kwargs
-from benchmark.runs import Run, find_runs, replacing, write_table
+from benchmark.runs import Run, file_name, find_runs, replacing, write_table
 
 AT_ONCE = 20  # environments played side by side
 HEADER = f"{'episodes':>8} {'evaluation return':>22} {'lowest':>10} {'highest':>10} {'length':>8} {'at bounds':>9}"
@@ -93,10 +94,6 @@ class Player:
     run: Run
     policy: Callable
     make_env: Callable[[str | None], gym.Env]  # of a render mode
-
-    @property
-    def name(self) -> str:
-        return self.run.directory.name
 
 
 def render(env: gym.Env) -> list[np.ndarray]:
@@ -280,6 +277,17 @@ def film_best(player: Player, episodes: list[Episode], sample: bool, gif: bool, 
     return {best.seed: earned}
 
 
+def names_of(runs: list[Run]) -> list[str]:
+    """The job's name, which tells its setting, or the directory's; the whole path where two would have the same."""
+    names = [
+        run.directory.parent.name if (run.directory.parent / "job.json").exists() else run.directory.name
+        for run in runs
+    ]
+    repeated = {name for name, count in Counter(names).items() if count > 1}
+    whole = [file_name(str(run.directory)).strip("-") for run in runs]
+    return [path if name in repeated else name for name, path in zip(names, whole, strict=True)]
+
+
 def rows_of(name: str, policy: str, episodes: list[Episode], filmed: dict[int, float]) -> list[list]:
     rows = []
     for episode in episodes:
@@ -340,16 +348,17 @@ def evaluate(
     make_folder(output)
 
     rows = [["run", "policy", "seed", "return", "length", "terminated", "at_bounds", "film"]]
-    width = max(len(player.name) for player in players)
+    names = names_of([player.run for player in players])
+    width = max(map(len, names))
     print(f"{'run':<{width}} {HEADER}")
-    for player in players:
+    for name, player in zip(names, players, strict=True):
         played = play_all(player, chosen, stochastic, analyze_value, "human" if render else None)
-        print(summary(player.name, played, width))
-        film_path = output / f"{player.name}.mp4"
+        print(summary(name, played, width))
+        film_path = output / f"{name}.mp4"
         filmed = film_best(player, played, stochastic, gif, film_path) if video or gif else {}
-        rows += rows_of(player.name, policy, played, filmed)
+        rows += rows_of(name, policy, played, filmed)
         if analyze_value:
-            path = output / f"{player.name}-value"
+            path = output / f"{name}-value"
             print(f"  explained variance {plot_values(player, played, path):.3f}  {path}.png")
     write_table(output / "episodes.csv", rows)
     for run, path in paths.items():

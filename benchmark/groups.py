@@ -13,7 +13,7 @@ import yaml
 
 from benchmark.errors import unboxed
 from benchmark.runs import INCIDENTAL, Run, find_runs, folders_with, read_json
-from benchmark.suites import jobs_in_order
+from benchmark.suites import jobs_in_order, settings_swept
 
 NEAR = 0.1  # of a run's steps: evaluations that lie so near to each other are compared
 SHORT = {"learning_rate": "lr"}
@@ -193,13 +193,31 @@ def in_words(name: str, value: object) -> str:
 def differences(runs: list[Run]) -> dict[Run, dict[str, object]]:
     """Of each run's settings those that set methods apart: they vary between runs of its script on one environment."""
     settings, seen = {}, defaultdict(set)
+    swept = {folder: settings_swept(folder) for folder in {run.directory.parent.parent for run in runs}}
     for run in runs:
-        settings[run] = {name: value for name, value in run.config.items() if name not in {*INCIDENTAL, "env_id"}}
+        left_out = INCIDENTAL - swept[run.directory.parent.parent] | {"env_id"}
+        settings[run] = {name: value for name, value in run.config.items() if name not in left_out}
         settings[run]["source"] = run.version
         for name, value in settings[run].items():
             seen[run.script, run.config["env_id"], name].add(repr(value))
     apart = {(script, name) for (script, _, name), values in seen.items() if len(values) > 1}
-    return {run: {k: v for k, v in own.items() if (run.script, k) in apart} for run, own in settings.items()}
+    found = {run: {k: v for k, v in own.items() if (run.script, k) in apart} for run, own in settings.items()}
+    for script, name in sorted(apart):
+        own = {run: found[run] for run in runs if run.script == script}
+        if name not in set.union(*swept.values()) and is_decided(name, own):
+            for chosen in own.values():
+                del chosen[name]
+    return found
+
+
+def is_decided(name: str, found: dict[Run, dict[str, object]]) -> bool:
+    """Whether the script decided a setting by its others and the environment, as `num_steps` by `num_envs`."""
+    values: dict[str, dict[str, set]] = defaultdict(lambda: defaultdict(set))
+    for run, own in found.items():
+        others = repr([(k, v) for k, v in own.items() if k != name])
+        values[others][run.config["env_id"]].add(repr(own.get(name)))
+    one_each = all(len(seen) == 1 for here in values.values() for seen in here.values())
+    return one_each and any(len(set.union(*here.values())) > 1 for here in values.values())
 
 
 def rank(run: Run, own: dict[str, object], jobs: list[str]) -> tuple:

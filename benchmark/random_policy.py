@@ -1,12 +1,15 @@
 """What a policy earns that acts at random: the lower end of every scale."""
 
 import hashlib
+import inspect
 import json
 import os
 import warnings
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +19,7 @@ import tyro
 
 from benchmark.errors import refuse
 from benchmark.options import at_least, read_kwargs
-from benchmark.runs import Run, read_json, write_atomically
+from benchmark.runs import Run, fingerprint, read_json, write_atomically
 
 
 def cache_folder() -> Path:
@@ -34,19 +37,27 @@ def play_at_random(env: gym.Env, seed: int) -> tuple[float, int]:
     return total, length
 
 
+def source_of(env: gym.Env) -> str:
+    """Fingerprint of the file that the environment's class is in; another one once that is edited."""
+    try:
+        return fingerprint(Path(inspect.getsourcefile(type(env.unwrapped)) or ""))
+    except TypeError:  # it is in none
+        return "unknown"
+
+
 def random_baseline(make_env: Callable[[], gym.Env], key: dict, seeds: list[int]) -> dict[str, np.ndarray]:
-    """Returns and lengths of random episodes; played once for each `key` and list of seeds, and then remembered."""
-    key = key | {"seeds": seeds, "gymnasium": gym.__version__}
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    path = cache_folder() / f"{name}.json"
-    remembered = read_json(path)
-    if not remembered:
-        env = make_env()
-        returns, lengths = zip(*(play_at_random(env, seed) for seed in seeds), strict=True)
-        env.close()
-        remembered = {"key": key, "return": returns, "length": lengths}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(remembered, indent=2) + "\n")
+    """Returns and lengths of random episodes; played once for each `key`, list of seeds and text of the environment."""
+    packages = {name: version(name) for name in ("gymnasium", "mujoco", "ale_py") if find_spec(name)}
+    with closing(make_env()) as env:
+        key = key | {"seeds": seeds, "packages": packages, "environment": source_of(env)}
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        path = cache_folder() / f"{name}.json"
+        remembered = read_json(path)
+        if not remembered:
+            returns, lengths = zip(*(play_at_random(env, seed) for seed in seeds), strict=True)
+            remembered = {"key": key, "return": returns, "length": lengths}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(remembered, indent=2) + "\n")
     return {name: np.array(remembered[name], float) for name in ("return", "length")}
 
 

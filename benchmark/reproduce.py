@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -43,22 +44,29 @@ def rows_of(suite: Suite, table: Path, method: str | None) -> dict[tuple[str, st
     return found
 
 
-def all_rows(sources: Path) -> dict[tuple[str, str], Row]:
-    rows: dict[tuple[str, str], Row] = {}
+def all_rows(sources: Path) -> dict[tuple[str, str], dict[str, Row]]:
+    """By script and environment, and then by suite: some have a row by the defaults and one by their own settings."""
+    rows: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
     for source in yaml.safe_load(sources.read_text()):
         suite = read_suite(sources.parent.parent / "suites" / f"{source['suite']}.yaml")
-        rows |= rows_of(suite, sources.parent / source["table"], source.get("method"))
+        for key, row in rows_of(suite, sources.parent / source["table"], source.get("method")).items():
+            rows[key][source["suite"]] = row
     return rows
 
 
-def find_row(rows: dict[tuple[str, str], Row], script: str, env_id: str) -> Row:
-    if (script, env_id) in rows:
-        return rows[script, env_id]
+def find_row(rows: dict[tuple[str, str], dict[str, Row]], script: str, env_id: str, suite: str | None) -> tuple:
+    """The suite's name, and its row."""
     scripts = sorted({script for script, _ in rows})
     if script not in scripts:
         refuse(f"{script}: no row has this script{choices(script, scripts)}")
     ids = [other for one, other in rows if one == script]
-    refuse(f"{env_id}: no row of {script} has this environment{choices(env_id, ids)}")
+    if env_id not in ids:
+        refuse(f"{env_id}: no row of {script} has this environment{choices(env_id, ids)}")
+    found = rows[script, env_id]
+    suite = suite or next(iter(found))
+    if suite not in found:
+        refuse(f"--suite {suite}: has no row of {script} on {env_id}{choices(suite, found)}")
+    return suite, found[suite]
 
 
 def compared(row: Row, seed: int, earned: float) -> str:
@@ -77,6 +85,7 @@ def reproduce(
     script: Annotated[str, tyro.conf.Positional],
     env_id: Annotated[str, tyro.conf.Positional],
     /,
+    suite: str | None = None,
     seed: int = 1,
     threads: int = 1,
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("sweeps/reproduced"),
@@ -91,6 +100,7 @@ def reproduce(
     Args:
         script: name of one of ours
         env_id: a Gymnasium id, as the results name it
+        suite: of several rows the one of this suite; by default the first that results/suites.yaml names
         seed: the seed
         threads: torch threads of the run
         output: a folder for the run
@@ -99,7 +109,8 @@ def reproduce(
     check_seed(seed)
     if not SOURCES.is_file():
         refuse(f"reproduce needs the repository's results and suites, and {SOURCES} is not there; clone it")
-    row = find_row(all_rows(SOURCES), script, env_id)
+    name, row = find_row(all_rows(SOURCES), script, env_id, suite)
+    print(f"the row of suites/{name}.yaml")
     args = {name: str(ROOT / value) if name == "config" else value for name, value in row.suite.args.items()}
     (job,) = jobs_of(replace(row.suite, seeds=[seed], args=args), output.resolve(), threads)
     trained = train_one(job, output)

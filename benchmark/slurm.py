@@ -67,7 +67,12 @@ def run_on_slurm(jobs: list[Job], stop: threading.Event, cluster: Cluster, silen
 
     folder = Path(jobs[0].directory).parent / "slurm"
     known = read_json(folder / "jobs.json") or {}
-    left = still_queued(jobs, known, ask_queue(folder) or {})
+    queue = ask_queue(folder)
+    if known and queue is None:
+        refuse(
+            "--executor slurm: squeue does not answer, so it is unknown what Slurm has of this sweep; try again later"
+        )
+    left = still_queued(jobs, known, queue or {})
     if new := [job for job in jobs if job not in left]:
         numbers = submit(new, cluster, silence, folder)
         known |= {job.name: {"number": numbers[job], "job": job.description()} for job in new}

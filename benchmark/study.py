@@ -23,11 +23,13 @@ def keep_checkpoint(run: Run, step: int, folder: Path, filmed: bool) -> np.ndarr
     at = run.evaluations["step"] == step
     here = {name: column[at] for name, column in run.evaluations.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "policy.pt") as unfinished:
-        shutil.copy(run.policies()[step], unfinished)
+    policy, kept = run.policies()[step], folder / "policy.pt"
+    seen = kept.exists() and kept.read_bytes() == policy.read_bytes() and (folder / "episode.gif").exists()
+    with replacing(kept) as unfinished:
+        shutil.copy(policy, unfinished)
     write_table(folder / "evaluations.csv", [here, *zip(*(column.tolist() for column in here.values()), strict=True)])
-    if filmed and not (folder / "episode.gif").exists():
-        player = load_player(run, folder / "policy.pt", {}, "rgb_array")
+    if filmed and not seen:
+        player = load_player(run, kept, {}, "rgb_array")
         film(player, int(here["seed"][here["return"].argmax()]), False, folder / "episode.mp4")
         to_gif(folder / "episode.mp4")
     return here["return"]

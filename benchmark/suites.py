@@ -183,3 +183,8 @@ def keep_selection(suite: Suite, jobs: list[Job], directory: Path) -> None:
 def jobs_in_order(directory: Path) -> list[str]:
     """The names of those that the sweep in this folder was to run; none if none was here."""
     return (read_json(directory / "sweep.json") or {}).get("jobs", [])
+
+
+def settings_swept(directory: Path) -> set[str]:
+    """The arguments that the grid of this folder's sweep varies."""
+    return {name.replace("-", "_") for name in (read_json(directory / "sweep.json") or {}).get("grid", {})}

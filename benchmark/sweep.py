@@ -204,7 +204,7 @@ def sweep(
     /,
     scripts: tuple[str, ...] = (),
     env_ids: tuple[str, ...] = (),
-    seeds: int = 1,
+    seeds: int | None = None,
     workers: int = 1,
     threads: int = 1,
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
@@ -229,7 +229,7 @@ def sweep(
         suite: a suite, instead of --scripts, --env-ids and --seeds
         scripts: names of ours, or paths of others
         env_ids: Gymnasium ids
-        seeds: seeds 1 to this
+        seeds: seeds 1 to this; by default 1
         workers: runs at the same time on this machine
         threads: torch threads of each run
         output: folder of the runs and their logs; by default sweeps/ and a name that follows from the selection
@@ -239,8 +239,9 @@ def sweep(
         dry_run: print the commands and end
         words: everything after --
     """
-    if suite and (scripts or env_ids):
-        refuse("--scripts and --env-ids: a suite names its own")
+    if suite and (scripts or env_ids or seeds is not None):
+        refuse("--scripts, --env-ids and --seeds: a suite names its own")
+    seeds = 1 if seeds is None else seeds
     at_least(1, seeds=seeds, workers=workers, threads=threads)
     if not silence > 0:
         refuse(f"--silence {silence}: must be above 0")

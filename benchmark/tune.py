@@ -239,7 +239,8 @@ def open_study(name: str, search: Search, storage: str, prune: bool):
         refuse(f"--storage {storage}: {shorten(str(error), 200, placeholder=' …')}")
     earlier = vars(search) | study.user_attrs.get("search", {})
     if differing := [name for name, value in vars(search).items() if earlier[name] != value]:
-        refuse(f"{storage}: holds a study with other {', '.join(differing)}; choose another --output or --storage")
+        told = ", ".join(differing)
+        refuse(f"{storage}: holds a study with other {told}; choose another --output, and --storage if given")
     study.set_user_attr("search", vars(search))
     # Another seed each time: a search that is begun again, or joined, draws nothing twice.
     study.sampler = optuna.samplers.TPESampler(seed=len(study.get_trials(deepcopy=False)))
@@ -299,6 +300,9 @@ def tune(
     try:
         with FileLock(folder / "lock", timeout=0), until_told() as stop, live_view() as screen:
             study = open_study(f"{path.stem}__{env_id}", search, kept, not no_prune)
+            known = {Path(trial.user_attrs.get("folder", "")).name for trial in study.get_trials(deepcopy=False)}
+            if others := {each.name for each in folder.glob("trial-*")} - known:
+                refuse(f"--output {named}: holds {min(others)} of another search; choose another")
             tuner = Tuner(path, search, study, folder, stop, screen)
             tuner.recover()
             print(f"{tuner.left(trials)} of {trials} trials to go, of seeds 1 to {seeds}, in {named}", flush=True)

@@ -17,9 +17,9 @@ import yaml
 import benchmark.evaluate
 import ppo_continuous as ppo
 from benchmark.__main__ import main
-from benchmark.evaluate import Episode, explained_variance, realised_returns, share_at_bounds
-from benchmark.random_policy import arguments_of, baseline_of, random_baseline
-from benchmark.runs import Run
+from benchmark.evaluate import Episode, explained_variance, names_of, realised_returns, share_at_bounds
+from benchmark.random_policy import arguments_of, baseline_of, play_at_random, random_baseline
+from benchmark.runs import Run, find_runs, import_script
 from tests.envs import Clock
 
 ROOT = Path(__file__).parent.parent
@@ -198,6 +198,17 @@ def test_values_go_on_at_the_policys_discount_after_the_ends_it_bootstraps_from(
     assert last == pytest.approx(1 + (0.9 * after if "terminated" in ends else 0), abs=1e-4)
 
 
+def test_runs_of_one_name_have_films_and_rows_of_their_own(run, tmp_path, capsys):
+    for job in ("gamma=0.9", "gamma=0.99"):
+        shutil.copytree(run.directory, tmp_path / "sweep" / job / run.directory.name)
+        (tmp_path / "sweep" / job / "job.json").write_text("{}")
+    assert evaluate(tmp_path / "sweep", "--episodes", "1", "--analyze-value", "-o", tmp_path / "one") == 0
+    assert [row["run"] for row in rows(tmp_path / "one" / "episodes.csv")] == ["gamma=0.9", "gamma=0.99"]
+    assert {path.name for path in (tmp_path / "one").glob("*.png")} == {"gamma=0.9-value.png", "gamma=0.99-value.png"}
+    shutil.copytree(tmp_path / "sweep", tmp_path / "again")
+    assert len({*names_of(find_runs([tmp_path / "sweep", tmp_path / "again"]))}) == 4
+
+
 def test_a_fork_is_evaluated_by_its_own_copy(run, tmp_path):
     fork = tmp_path / run.directory.name
     fork.mkdir()
@@ -300,24 +311,37 @@ def test_an_environment_that_cannot_be_drawn_is_told_apart_from_one_that_cannot_
 
 def test_the_random_baseline_is_played_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made = []
+    played = []
 
-    def make() -> Clock:
-        made.append(Clock())
-        return made[-1]
+    def play(env: Clock, seed: int) -> tuple[float, int]:
+        played.append(seed)
+        return play_at_random(env, seed)
 
+    monkeypatch.setattr("benchmark.random_policy.play_at_random", play)
     for _ in range(2):
-        played = random_baseline(make, {"env_id": "Clock-v0"}, [1, 2, 3])
-        np.testing.assert_array_equal(played["return"], [20.0, 20.0, 20.0])
-    assert len(made) == 1
-    random_baseline(make, {"env_id": "Clock-v0"}, [1, 2, 4])
-    random_baseline(make, {"env_id": "Clock-v0", "kwargs": {"cut": False}}, [1, 2, 4])
+        found = random_baseline(Clock, {"env_id": "Clock-v0"}, [1, 2, 3])
+        np.testing.assert_array_equal(found["return"], [20.0, 20.0, 20.0])
+    assert len(played) == 3
+    random_baseline(Clock, {"env_id": "Clock-v0"}, [1, 2, 4])
+    random_baseline(Clock, {"env_id": "Clock-v0", "kwargs": {"cut": False}}, [1, 2, 4])
     torn = next(tmp_path.rglob("*.json"))
     torn.write_text("")
     for seeds in ([1, 2, 3], [1, 2, 4]):
-        random_baseline(make, {"env_id": "Clock-v0"}, seeds)
-        random_baseline(make, {"env_id": "Clock-v0", "kwargs": {"cut": False}}, [1, 2, 4])
-    assert len(made) == 4 and all(json.loads(path.read_text())["return"] for path in tmp_path.rglob("*.json"))
+        random_baseline(Clock, {"env_id": "Clock-v0"}, seeds)
+        random_baseline(Clock, {"env_id": "Clock-v0", "kwargs": {"cut": False}}, [1, 2, 4])
+    assert len(played) == 12 and all(json.loads(path.read_text())["return"] for path in tmp_path.rglob("*.json"))
+
+
+def test_an_edited_environment_has_another_random_baseline(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    room = tmp_path / "room.py"
+    for pays in (-1.0, 100.0):
+        room.write_text(
+            f"from tests.envs import Clock\n\n\nclass Room(Clock):\n    def step(self, action):\n"
+            f"        seen, _, *rest = super().step(action)\n        return seen, {pays}, *rest\n"
+        )
+        played = random_baseline(import_script(room).Room, {"env_id": "Room-v0"}, [1])
+        assert played["return"] == pays * played["length"]
 
 
 def test_the_random_baseline_is_the_same_each_time(tmp_path, monkeypatch):

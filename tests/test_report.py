@@ -1,6 +1,7 @@
 """Reports of made-up runs, whose right answers are known, and the statistics against rliable's."""
 
 import csv
+import itertools
 import json
 import re
 from pathlib import Path
@@ -107,6 +108,32 @@ def test_settings_that_differ_set_methods_apart_and_incidental_ones_do_not(tmp_p
     ]
 
 
+def test_what_a_script_decides_by_a_swept_setting_sets_nothing_apart(tmp_path):
+    steps = {("A-v0", 64): 40, ("A-v0", 128): 20, ("B-v0", 64): 64, ("B-v0", 128): 32}
+    for (env_id, num_envs), num_steps in steps.items():
+        for seed in (1, 2):
+            make_run(tmp_path / "grid", env_id, seed, settings={"num_envs": num_envs, "num_steps": num_steps})
+    assert labels(tmp_path / "grid") == ["num envs 64", "num envs 128"]
+    # Where each environment has its own pairs, one of a pair tells methods apart; of one environment both are told.
+    for env_id, pairs in {"A-v0": ((1, 0.1), (2, 0.2)), "B-v0": ((1, 0.2), (2, 0.1))}.items():
+        for epochs, rate in pairs:
+            make_run(tmp_path / "pairs", env_id, 1, settings={"update_epochs": epochs, "learning_rate": rate})
+    assert len(labels(tmp_path / "pairs")) == 2 and len(gather([tmp_path / "pairs"]).groups) == 4
+    make_run(tmp_path / "one", "A-v0", 1, settings={"num_envs": 64, "num_steps": 40})
+    make_run(tmp_path / "one", "A-v0", 1, settings={"num_envs": 128, "num_steps": 20})
+    assert labels(tmp_path / "one") == ["num envs 64, num steps 40", "num envs 128, num steps 20"]
+
+
+def test_what_a_grid_varies_sets_methods_apart_whatever_it_is(tmp_path):
+    folder = tmp_path / "sweep"
+    for seed, device in itertools.product((1, 2), ("cpu", "cuda")):
+        make_run(folder / f"A-v0__ppo_x__device={device}__{seed}", "A-v0", seed, settings={"device": device})
+    assert labels(folder) == ["ppo_x"]
+    keep_selection(Suite(["ppo_x.py"], ["A-v0"], [1, 2], grid={"device": ["cpu", "cuda"]}), [], folder)
+    assert labels(folder) == ["device cpu", "device cuda"]
+    assert [len(group.runs) for group in gather([folder]).groups] == [2, 2]
+
+
 def test_labels_say_what_differs_in_words(tmp_path):
     settings = [{"learning_rate": 3e-4, "norm_obs": True}, {"learning_rate": 1e-3, "norm_obs": False}]
     for own in settings:
@@ -205,6 +232,19 @@ def test_a_seed_that_was_run_twice_is_one_seed(tmp_path):
     (group,) = material.groups
     assert group.final.tolist() == [1.0, 2.0, 5.0] and [run.config["seed"] for run in group.runs] == [1, 2, 3]
     assert material.left_out == {runs[2]: f"its seed was run again: {again}"}
+
+
+def test_nothing_of_an_earlier_report_stays_in_its_folder(tmp_path):
+    for script in ("ppo_x", "sac_x"):
+        make_run(tmp_path / "two", "A-v0", 1, script=script)
+    make_run(tmp_path / "one", "B-v0", 1)
+    own = tmp_path / "out" / "notes.csv"
+    for runs in ("two", "one"):
+        assert report(tmp_path / runs, "-o", tmp_path / "out", "--no-random") == 0
+        assert (tmp_path / "out" / "improvements.csv").exists() == (runs == "two")
+        assert (tmp_path / "out" / "improvements.png").exists() == (runs == "two")
+        own.touch()
+    assert own.exists() and (tmp_path / "out" / "curves-steps.svg").exists()
 
 
 def test_what_is_left_out_is_named(tmp_path, capsys):

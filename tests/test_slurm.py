@@ -195,6 +195,16 @@ def test_without_submitit_it_is_said_how_to_have_it(tmp_path, monkeypatch, capsy
     assert "pip install -e '.[slurm]'" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_nothing_is_submitted_twice_while_squeue_does_not_answer(tmp_path, monkeypatch, capsys):
+    (job,) = jobs_in(tmp_path)
+    (tmp_path / "out" / "slurm").mkdir(parents=True)
+    (tmp_path / "out" / "slurm" / "jobs.json").write_text(json.dumps({job.name: {"number": "7", "job": {}}}))
+    monkeypatch.setattr(slurm, "ask_queue", lambda _: None)
+    with pytest.raises(SystemExit) as stop:
+        next(slurm.run_on_slurm([job], threading.Event(), Cluster(), 60.0))
+    assert stop.value.code == 2 and "squeue does not answer" in capsys.readouterr().err
+
+
 def test_what_a_job_asks_for_is_what_it_was_given():
     words = "account=lab", "exclusive", "--mem=8G"
     asked = slurm.asked_of_slurm(Cluster(cpus=4, gpus=1, partition="long", time_limit=90, sbatch=words))

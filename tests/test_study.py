@@ -40,6 +40,9 @@ def test_a_study_from_the_random_policy_to_the_last(tmp_path, monkeypatch, capsy
     main(command)  # nothing is trained or filmed again
     assert (tmp_path / "out" / "checkpoints" / "100" / "episode.gif").stat().st_mtime_ns == made
     assert len(find_runs([tmp_path / "out"])) == 1
+    (tmp_path / "out" / "checkpoints" / "100" / "policy.pt").write_bytes(b"of another study")
+    main(command)
+    assert (tmp_path / "out" / "checkpoints" / "100" / "episode.gif").stat().st_mtime_ns > made
 
 
 def test_a_failing_study_says_so(tmp_path, capsys):

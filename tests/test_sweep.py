@@ -434,6 +434,7 @@ def test_dry_run_prints_the_commands_and_writes_nothing(tmp_path, capsys):
         (["--scripts", STANDIN, "--env-ids", "A-v0", "--seeds", "0"], "--seeds 0: must be at least 1"),
         (["--scripts", STANDIN, "--env-ids", "A-v0", "A-v0"], "same name"),
         (["--scripts", STANDIN, "--env-ids", "A-v0", "-o", "/dev/null/x"], "--output /dev/null/x: Not a directory"),
+        (["suite.yaml", "--seeds", "9"], "--scripts, --env-ids and --seeds: a suite names its own"),
         (["--sedes", "3"], "--sedes"),
         (["nowhere.yaml"], "nowhere.yaml: [Errno 2]"),
         (["--scripts", STANDIN, "--env-ids", "A-v0", "--silence", "nan"], "--silence nan: must be above 0"),

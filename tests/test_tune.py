@@ -284,5 +284,12 @@ def test_advice_is_what_yaml_reads_as_numbers(tmp_path, capsys):
 
 def test_another_search_is_not_mixed_in(tmp_path, capsys):
     assert tune(command(tmp_path, RATE, "--trials", 1)) == 0
-    assert tune(command(tmp_path, {"learning_rate": {"float": [0.0, 0.5]}}, "--trials", 1)) == 2
+    other = command(tmp_path, {"learning_rate": {"float": [0.8, 0.9]}}, "--trials", 1)
+    assert tune(other) == 2
     assert "holds a study with other space" in capsys.readouterr().err
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    elsewhere = [word.replace("Nowhere-v0", "Elsewhere-v0") for word in other]
+    for arguments in ([*other, "--storage", str(tmp_path / "other.log")], elsewhere):
+        assert tune(arguments) == 2
+        assert "holds trial-0000 of another search; choose another" in capsys.readouterr().err
+    assert (tmp_path / "out" / "results.json").read_bytes() == before

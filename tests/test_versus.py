@@ -150,7 +150,7 @@ with open("made", "a") as made:
 run = pathlib.Path(words["--runs-dir"]) / "run"
 run.mkdir(parents=True)
 (run / "stand_in.py").write_text(pathlib.Path(__file__).read_text())
-(run / "config.yaml").write_text(f"{{env_id: A-v0, seed: {words['--seed']}, total_timesteps: 10}}")
+(run / "config.yaml").write_text(f"{{env_id: A-v0, seed: {words['--seed']}, threads: 1, total_timesteps: 10}}")
 (run / "meta.json").write_text('{"script": "stand_in"}')
 (run / "evaluations.csv").write_text("step,episode,seed,return,length\\n10,0,10000,7,5\\n")
 (run / "progress.csv").write_text("step,wall_time,sps\\n10,60,1\\n")
@@ -173,6 +173,10 @@ def test_it_goes_on_and_tells_what_is_finished(tmp_path, monkeypatch, capsys):
     main(command)
     assert "| SoloRL | 2 | 10 |" in (tmp_path / "out" / "versus.md").read_text()
     assert (tmp_path / "made").read_text() == "12"  # each once
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:  # minutes are measured
+        main([*command, "--threads", "2"])
+    assert stop.value.code == 2 and "--threads 2: " in (told := capsys.readouterr().err) and " has 1; choose" in told
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib")
 import ppo_continuous as ppo
 from benchmark.__main__ import main
 from benchmark.evaluate import find_policy, load
-from benchmark.reproduce import SOURCES, Row, all_rows, compared
+from benchmark.reproduce import SOURCES, Row, all_rows, compared, find_row
 from benchmark.runs import Run, find_runs
 from benchmark.suites import Suite
 
@@ -158,13 +158,17 @@ def test_every_source_of_the_results_has_its_rows():
     for source in sources:
         suite = yaml.safe_load((ROOT / "suites" / f"{source['suite']}.yaml").read_text())
         script, *_ = suite["scripts"]
-        assert any((script, env_id) in rows for env_id in suite["env_ids"]), source
-    for (script, env_id), row in rows.items():
+        assert any(source["suite"] in rows[script, env_id] for env_id in suite["env_ids"]), source
+    every = [(script, env_id, row) for (script, env_id), own in rows.items() for row in own.values()]
+    for script, env_id, row in every:
         assert row.suite.scripts == [script] and row.suite.env_ids == [env_id] and not row.suite.grid
         mean = np.mean([*row.finals.values()])
         assert math.isnan(row.low) or row.low <= mean <= row.high, (script, env_id)
-    assert rows["ppo_continuous", "Ant-v4"].suite.args == {"config": "configs/ppo_continuous/Ant-v4.yaml"}
-    assert len(rows["grpo", "CartPole-v1"].finals) == 5
+    assert len(rows["grpo", "CartPole-v1"]["grpo-cartpole"].finals) == 5
+    own = {"config": "configs/ppo_continuous/Ant-v4.yaml"}
+    assert find_row(rows, "ppo_continuous", "Ant-v4", "ant-1m")[1].suite.args == own
+    name, row = find_row(rows, "ppo_continuous", "Ant-v4", None)  # the defaults, and what they reached
+    assert name == "ant-swimmer-1m" and "config" not in row.suite.args and len(row.finals) == 5
 
 
 ROW = Row(Suite(["x"], ["y"], []), 10.0, 20.0, {1: 8.0, 2: 15.0, 3: 22.0})
@@ -208,6 +212,10 @@ def test_a_row_is_run_again_by_its_suite(tmp_path, monkeypatch, capsys):
         (["reproduce", "ppo_continuous", "HalfChetah-v4"], "has this environment; did you mean HalfCheetah-v4?"),
         (["reproduce", "ppo_discrete", "Q"], "no row of ppo_discrete has this environment; there are CartPole-v1, "),
         (["reproduce", "ppo_discrete", "CartPole-v1", "--seed", "-1"], "--seed -1: must be between 0 and 2147483647"),
+        (
+            ["reproduce", "ppo_continuous", "Ant-v4", "--suite", "ant"],
+            "--suite ant: has no row of ppo_continuous on Ant",
+        ),
         (["zoo", "nowhere"], "nowhere: no such folder"),
         (["zoo", "."], "no finished run in ."),
     ],

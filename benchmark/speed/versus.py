@@ -121,6 +121,9 @@ def versus(
     jobs = {each: jobs_of(each, env_id, seeds, words, threads, folder) for each in entered}
     in_turn = [job for round in zip(*jobs.values(), strict=True) for job in round]  # one seed of all before the next
     settled = previous_states(in_turn, retry_failed=True, advice="choose another --output")
+    for job in in_turn:
+        if (run := job.run()) and run.config["threads"] != threads:
+            refuse(f"--threads {threads}: {run.directory} has {run.config['threads']}; choose another --output")
     make_folder(folder)
     try:
         watch = run_sweep(in_turn, settled)
