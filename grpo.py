@@ -158,6 +158,7 @@ class TrainEnv(gym.Wrapper):
         if args.vec == "async" and parent_process():  # a worker, which ends when the trainer says so
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            torch.set_flush_denormal(True)  # as in the trainer
         self.make, self.worn = partial(make_env, args.env_id, json.loads(args.env_kwargs)), False
         super().__init__(self.make())
 
@@ -241,8 +242,9 @@ class RunningMoments(nn.Module):
 
     def update(self, batch: np.ndarray) -> None:
         seen, count = self.count.item(), len(batch)
-        total, delta = seen + count, torch.as_tensor(batch.mean(0)) - self.mean
-        squares = self.var * seen + torch.as_tensor(batch.var(0)) * count + delta**2 * seen * count / total
+        mean, var = (torch.as_tensor(moment(batch, 0, dtype=np.float64)) for moment in (np.mean, np.var))
+        total, delta = seen + count, mean - self.mean
+        squares = self.var * seen + var * count + delta**2 * seen * count / total
         self.var.copy_(squares / total)
         self.mean.add_(delta * count / total)
         self.count.fill_(total)
@@ -258,7 +260,7 @@ class RunningMoments(nn.Module):
     def normaliser(self) -> Callable[[np.ndarray], np.ndarray]:
         """Of batches, with the moments as they are now."""
         if not self.enabled:
-            return lambda batch: batch.astype(np.float32)
+            return lambda batch: np.asarray(batch, np.float32)
         mean, deviation = self.mean.numpy().copy(), self.deviation()
         return lambda batch: np.minimum(np.maximum((batch - mean) / deviation, -10), 10).astype(np.float32)
 
@@ -1057,11 +1059,7 @@ class Run(ExitStack):
         torch.set_rng_state(saved["random"])
         self.saved = saved["step"]
 
-        (self.directory / "result.json").unlink(missing_ok=True)
-        for path in self.directory.glob("*.csv"):  # the rows after the checkpoint will be written again
-            os.truncate(path, saved["sizes"].get(path.name, 0))
-        if not saved["sizes"]:  # an episode may never end
-            (self.directory / "episodes.csv").write_text("step,wall_time,return,length\n")
+        self.cut_back(saved["sizes"])
         args, name = self.args, self.directory.name
         if args.track:
             import wandb
@@ -1075,6 +1073,18 @@ class Run(ExitStack):
         table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
         self.tensorboard.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
         self.announce(exact)
+
+    def cut_back(self, sizes: dict[str, int]) -> None:
+        """To what there was when the checkpoint was written: the rest will be made again, or other."""
+        (self.directory / "result.json").unlink(missing_ok=True)
+        for path in self.directory.glob("*.csv"):
+            os.truncate(path, sizes.get(path.name, 0))
+        if not sizes:  # an episode may never end
+            (self.directory / "episodes.csv").write_text("step,wall_time,return,length\n")
+        best = self.directory / "policies" / f"step-{self.progress['best'].get('step', 0):09d}.pt"
+        if best.exists():  # best.pt may be of a later evaluation
+            shutil.copy(best, self.directory / "best.pt.unfinished")
+            (self.directory / "best.pt.unfinished").replace(self.directory / "best.pt")
 
     def load(self) -> dict:
         for path in (self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"):

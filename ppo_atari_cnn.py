@@ -872,11 +872,7 @@ class Run(ExitStack):
         torch.set_rng_state(saved["random"])
         self.saved = saved["step"]
 
-        (self.directory / "result.json").unlink(missing_ok=True)
-        for path in self.directory.glob("*.csv"):  # the rows after the checkpoint will be written again
-            os.truncate(path, saved["sizes"].get(path.name, 0))
-        if not saved["sizes"]:  # an episode may never end
-            (self.directory / "episodes.csv").write_text("step,wall_time,return,length\n")
+        self.cut_back(saved["sizes"])
         args, name = self.args, self.directory.name
         if args.track:
             import wandb
@@ -890,6 +886,18 @@ class Run(ExitStack):
         table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
         self.tensorboard.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
         self.announce(exact)
+
+    def cut_back(self, sizes: dict[str, int]) -> None:
+        """To what there was when the checkpoint was written: the rest will be made again, or other."""
+        (self.directory / "result.json").unlink(missing_ok=True)
+        for path in self.directory.glob("*.csv"):
+            os.truncate(path, sizes.get(path.name, 0))
+        if not sizes:  # an episode may never end
+            (self.directory / "episodes.csv").write_text("step,wall_time,return,length\n")
+        best = self.directory / "policies" / f"step-{self.progress['best'].get('step', 0):09d}.pt"
+        if best.exists():  # best.pt may be of a later evaluation
+            shutil.copy(best, self.directory / "best.pt.unfinished")
+            (self.directory / "best.pt.unfinished").replace(self.directory / "best.pt")
 
     def load(self) -> dict:
         for path in (self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"):

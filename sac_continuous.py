@@ -141,6 +141,7 @@ class TrainEnv(gym.Wrapper):
         if args.vec == "async" and parent_process():  # a worker, which ends when the trainer says so
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            torch.set_flush_denormal(True)  # as in the trainer
         self.make, self.worn = partial(make_env, args.env_id, json.loads(args.env_kwargs)), False
         super().__init__(self.make())
 
@@ -167,8 +168,9 @@ class TrainEnv(gym.Wrapper):
             observation, reward, terminated, truncated, _ = self.step(action)
             total += float(reward)
             if terminated or truncated:
-                return observation, math.nan  # which is no running episode
-        return observation, total
+                total = math.nan  # which is no running episode
+                break
+        return np.asarray(observation, self.observation_space.dtype), total  # as the environments together give it
 
 
 class Environments:
@@ -250,8 +252,9 @@ class RunningMoments(nn.Module):
 
     def update(self, batch: np.ndarray) -> None:
         seen, count = self.count.item(), len(batch)
-        total, delta = seen + count, torch.as_tensor(batch.mean(0)) - self.mean
-        squares = self.var * seen + torch.as_tensor(batch.var(0)) * count + delta**2 * seen * count / total
+        mean, var = (torch.as_tensor(moment(batch, 0, dtype=np.float64)) for moment in (np.mean, np.var))
+        total, delta = seen + count, mean - self.mean
+        squares = self.var * seen + var * count + delta**2 * seen * count / total
         self.var.copy_(squares / total)
         self.mean.add_(delta * count / total)
         self.count.fill_(total)
@@ -267,7 +270,7 @@ class RunningMoments(nn.Module):
     def normaliser(self) -> Callable[[np.ndarray], np.ndarray]:
         """Of batches, with the moments as they are now."""
         if not self.enabled:
-            return lambda batch: batch.astype(np.float32)
+            return lambda batch: np.asarray(batch, np.float32)
         mean, deviation = self.mean.numpy().copy(), self.deviation()
         return lambda batch: np.minimum(np.maximum((batch - mean) / deviation, -10), 10).astype(np.float32)
 
@@ -963,6 +966,7 @@ class Run(ExitStack):
         super().__init__()
         self.args, self.agent, self.learners, self.buffer = args, agent, learners, buffer
         self.envs, self.progress = envs, progress
+        self.wait = max(args.learning_starts, args.batch_size)  # steps that fill a new buffer
         self.directory = Path(args.resume) if args.resume else create_run(args, self.state(0) | {"sizes": {}})
         self.resume_command = shlex.join(["python", sys.argv[0], "--resume", str(self.directory)])
         self.live, self.said, self.tracker, self.saved = sys.stdout.isatty(), time.monotonic(), None, 0
@@ -971,7 +975,9 @@ class Run(ExitStack):
         """All that training depends on from here."""
         state = {"script": SCRIPT, "args": asdict(self.args), "step": step, "agent": self.agent.state_dict()}
         state |= {"learner": self.learners.tensors(), "environments": self.envs.state(), "progress": self.progress}
-        state |= {"buffer": self.buffer.state() if self.args.checkpoint_buffer else {}}
+        # Without it, a buffer that the steps left would not fill is kept all the same.
+        needed = self.args.checkpoint_buffer or self.args.num_envs <= self.args.total_timesteps - step <= self.wait
+        state |= {"buffer": self.buffer.state() if needed else {}}
         device = self.buffer.rings.rewards.device
         random = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return state | {"random": torch.get_rng_state(), "cuda_random": random}
@@ -983,9 +989,6 @@ class Run(ExitStack):
             fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             saved = self.load()
             self.agent.load_state_dict(saved["agent"])
-            left, wait = self.args.total_timesteps - saved["step"], max(self.args.learning_starts, self.args.batch_size)
-            if self.args.resume and not saved["buffer"] and self.args.num_envs <= left <= wait:
-                raise ValueError(f"it has no replay buffer, and the {left:,} steps left don't fill a new one")
         except BlockingIOError:
             refuse(f"--resume {self.directory}: another process trains this run")
         except (OSError, ValueError, RuntimeError) as error:  # the last where the networks are others
@@ -998,18 +1001,14 @@ class Run(ExitStack):
         if saved["buffer"]:
             self.buffer.restore(saved["buffer"])
         elif self.args.resume:
-            self.progress["learn_from"] = self.saved + wait
+            self.progress["learn_from"] = self.saved + self.wait
         if not exact or not self.buffer.seen:
             self.buffer.begin(self.envs.observations)
         torch.set_rng_state(saved["random"])
         if self.buffer.rings.rewards.device.type == "cuda" and saved["cuda_random"] is not None:
             torch.cuda.set_rng_state(saved["cuda_random"], self.buffer.rings.rewards.device)
 
-        (self.directory / "result.json").unlink(missing_ok=True)
-        for path in self.directory.glob("*.csv"):  # the rows after the checkpoint will be written again
-            os.truncate(path, saved["sizes"].get(path.name, 0))
-        if not saved["sizes"]:  # an episode may never end
-            (self.directory / "episodes.csv").write_text("step,wall_time,return,length\n")
+        self.cut_back(saved["sizes"])
         args, name = self.args, self.directory.name
         if args.track:
             import wandb
@@ -1023,6 +1022,18 @@ class Run(ExitStack):
         table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
         self.tensorboard.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
         self.announce(exact)
+
+    def cut_back(self, sizes: dict[str, int]) -> None:
+        """To what there was when the checkpoint was written: the rest will be made again, or other."""
+        (self.directory / "result.json").unlink(missing_ok=True)
+        for path in self.directory.glob("*.csv"):
+            os.truncate(path, sizes.get(path.name, 0))
+        if not sizes:  # an episode may never end
+            (self.directory / "episodes.csv").write_text("step,wall_time,return,length\n")
+        best = self.directory / "policies" / f"step-{self.progress['best'].get('step', 0):09d}.pt"
+        if best.exists():  # best.pt may be of a later evaluation
+            shutil.copy(best, self.directory / "best.pt.unfinished")
+            (self.directory / "best.pt.unfinished").replace(self.directory / "best.pt")
 
     def load(self) -> dict:
         for path in (self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"):
@@ -1059,7 +1070,7 @@ class Run(ExitStack):
         )
         if not exact:
             self.say("the running episodes could not be restored exactly; they begin anew, all else continues")
-        if args.resume and not args.checkpoint_buffer:
+        if args.resume and self.saved and not len(self.buffer):
             self.say(f"the checkpoint holds no replay buffer; a new one is filled until step {starts:,}")
 
     def write(self, table: str, rows: list[dict]) -> None:

@@ -57,6 +57,15 @@ def choose(policy: Callable, observations: np.ndarray, infos: list[dict], sample
     return policy(observations, **asked)
 
 
+def compute_as_in_training() -> None:
+    """To the last bit: with one thread for numpy's products, and numbers near 0 rounded to it."""
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1, "blas")
+    torch.set_flush_denormal(True)
+
+
 def play(policy: Callable, envs: list[gym.Env], seeds: list[int], sample: bool, values: bool) -> list[Episode]:
     """An episode in each environment. Values go on after the ends that the policy bootstraps from.
 
@@ -219,6 +228,7 @@ def find_policies(paths: list[Path], which: str) -> dict[Run, Path | None]:
 
 def load_player(run: Run, path: Path, kwargs: dict, mode: str | None) -> Player:
     """Refuses what cannot be loaded, or whose environment cannot be made in this mode."""
+    compute_as_in_training()
     module, args = load(run)
     if kwargs:
         args = replace(args, eval_env_kwargs=json.dumps(json.loads(args.eval_env_kwargs) | kwargs))

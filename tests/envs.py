@@ -330,6 +330,37 @@ class Luck(gym.Env):
         return self._observe(), float(action), self.t == self.length_of(self.seed), False, {}
 
 
+class Loose(gym.Env):
+    """Shows a list of numbers of 64 bits, where its space has 32; pays for what is done and seen."""
+
+    observation_space = gym.spaces.Box(-10, 10, (3,))
+
+    def __init__(self, discrete: bool = False, render_mode: str | None = None):
+        self.action_space = gym.spaces.Discrete(2) if discrete else gym.spaces.Box(-1, 1, (2,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.seen = self.np_random.normal(size=3).tolist()
+        return self.seen, {}
+
+    def step(self, action):
+        self.seen = self.np_random.normal(size=3).tolist()
+        return self.seen, float(np.sum(action)) * self.seen[0], False, False, {}
+
+
+class Halves(Clock):
+    """Pays 1 as long as what is half of what it was, each time, is not 0."""
+
+    def reset(self, *, seed=None, options=None):
+        self.left = np.ones(1, np.float32)
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        seen, _, terminated, _, _ = super().step(action)
+        self.left = self.left * np.float32(0.5)
+        return seen.clip(0, 1), float(self.left[0] > 0), terminated, False, {}
+
+
 class Several(Clock):
     action_space = gym.spaces.MultiDiscrete([2, 2])
 
@@ -361,4 +392,6 @@ gym.register("WithoutChannels-v0", WithoutChannels)
 gym.register("Stacked-v0", Stacked)
 gym.register("Deep-v0", Deep)
 gym.register("Luck-v0", Luck, max_episode_steps=40)
+gym.register("Loose-v0", Loose, max_episode_steps=10)
+gym.register("Halves-v0", Halves, max_episode_steps=200)
 gym.register("Several-v0", Several)

@@ -209,6 +209,16 @@ def test_runs_of_one_name_have_films_and_rows_of_their_own(run, tmp_path, capsys
     assert len({*names_of(find_runs([tmp_path / "sweep", tmp_path / "again"]))}) == 4
 
 
+def test_another_process_computes_as_training_did(tmp_path):
+    """Where the smallest numbers are 0, as they are where it trained."""
+    words = ["--env-id", "tests.envs:Halves-v0", "--eval-episodes", "1", "--num-evals", "1", "--no-compile"]
+    run = Run(ppo.train(ppo.parse([*words, *SETTINGS, "--runs-dir", str(tmp_path)])))
+    command = [sys.executable, "-m", "benchmark", "evaluate", run.directory, "--episodes", "1", "-o", tmp_path / "out"]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    (row,) = rows(tmp_path / "out" / "episodes.csv")
+    assert float(row["return"]) == run.evaluations["return"][-1] == 126
+
+
 def test_a_fork_is_evaluated_by_its_own_copy(run, tmp_path):
     fork = tmp_path / run.directory.name
     fork.mkdir()

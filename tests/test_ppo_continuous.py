@@ -93,6 +93,13 @@ def test_moments_equal_those_of_all_data():
     assert moments.scale(1000 * data).max() == 10
 
 
+def test_moments_of_half_precision_are_not_computed_in_it():
+    large = np.random.default_rng(0).normal(0, 300, (8, 4)).astype(np.float16)  # whose squares it does not have
+    moments = RunningMoments((4,), enabled=True)
+    moments.update(large)
+    np.testing.assert_allclose(moments.var, large.astype(float).var(0))
+
+
 def test_a_normaliser_stays_as_it_was_made():
     data = np.random.default_rng(0).normal(5, 3, (100, 2))
     moments = RunningMoments((2,), enabled=True)
@@ -534,6 +541,15 @@ def test_running_episodes_are_restored_with_all_that_belongs_to_them(vec):
         for then in expected:
             now = envs.step(np.ones((4, 2), np.float32))
             assert all(np.array_equal(a, b) for a, b in zip(then[:4], now[:4], strict=True)) and then[4] == now[4]
+
+
+def test_processes_compute_as_the_trainer_does():
+    for vec in ("sync", "async"):
+        with closing(ppo.Environments(replace(SMALL, env_id="tests.envs:Halves-v0", vec=vec))) as envs:
+            torch.set_flush_denormal(True)  # as training does, once it has its environments
+            paid = [envs.step(np.zeros((4, 1), np.float32))[1].copy() for _ in range(200)]
+            torch.set_flush_denormal(False)
+        assert np.sum(paid, 0).tolist() == [126.0] * 4
 
 
 def test_episodes_that_do_not_replay_begin_anew():

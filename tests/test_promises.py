@@ -894,6 +894,29 @@ def test_a_run_that_is_stopped_twice_ends_as_if_it_were_not(script, way, capsys)
     assert same(undisturbed, script.train("--resume", str(run)))
 
 
+@pytest.mark.parametrize("script", ["ppo_continuous", "td3_continuous", "dqn"], indirect=True)
+def test_an_environment_that_shows_other_numbers_than_its_space_has_resumes_exactly(script, capsys):
+    kwargs = json.dumps({"discrete": script.name == "dqn"})
+    settings = {"env_id": "tests.envs:Loose-v0", "env_kwargs": kwargs, "norm_obs": False}
+    undisturbed = script.train(**settings | {"runs_dir": str(script.runs / "undisturbed")})
+    script.runs /= "stopped"
+    run = script.stop_after_a_rollout(**settings)
+    assert same(undisturbed, script.train("--resume", str(run)))
+    assert "could not be restored" not in capsys.readouterr().out
+
+
+@about("Run.cut_back")
+def test_the_best_policy_is_one_that_the_run_has_had(script, finished):
+    """Where evaluations after the checkpoint are not made again."""
+    earlier, later = sorted((finished / "policies").glob("*.pt"))
+    (finished / "checkpoint.previous.pt").replace(finished / "checkpoint.pt")
+    assert load(finished / "checkpoint.pt")["step"] < load(later)["step"]
+    shutil.copy(later, finished / "best.pt")
+    script.train("--resume", str(finished), "--num-evals", "0")
+    assert json.loads((finished / "result.json").read_text())["best"]["step"] == load(earlier)["step"]
+    assert load(finished / "best.pt")["step"] == load(earlier)["step"]
+
+
 @about("Run.begin", "Run.load", "Run.state", "Run.save")
 def test_a_finished_run_that_is_resumed_is_finished_again(script, finished):
     before = contents(finished)

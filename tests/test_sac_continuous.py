@@ -3,11 +3,14 @@
 import copy
 import csv
 import math
+import signal
 from collections import deque
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import gymnasium as gym
 import numpy as np
@@ -630,10 +633,27 @@ def assert_a_run_without_its_buffer_fills_a_new_one_first(module, small, monkeyp
         since = {int(row["step"]): int(row["updates"]) - updates for row in rows(run, "progress")}
         assert since[first] == 0 and since[1024] == (1024 - first) // 4
         assert len(buffers[-1]) == 512 and buffers[-1].rings.between[:8].tolist() == [[n, n + 4] for n in range(8)]
-        longer(run, 1052)
-        with pytest.raises(SystemExit, match="2"):
-            module.train(module.parse(["--resume", str(run)]))
-        assert "the 28 steps left don't fill a new one" in capsys.readouterr().err
+        undisturbed = module.train(replace(small, **settings, runs_dir=f"{small.runs_dir}/{starts}/undisturbed"))
+        run = stop_at(module, replace(small, **settings, runs_dir=f"{small.runs_dir}/{starts}/stopped"), 496)
+        assert load(run / "checkpoint.pt")["buffer"]  # the 16 steps left would not fill a new one
+        module.train(module.parse(["--resume", str(run)]))
+        ends = load(undisturbed / "checkpoint.pt"), load(run / "checkpoint.pt")
+        assert all(torch.equal(value, ends[1]["agent"][name]) for name, value in ends[0]["agent"].items())
+        assert not ends[1]["buffer"]
+
+
+def stop_at(module, args, step: int):
+    """The run's directory."""
+    interrupts, write = [], module.Run.write
+
+    def write_and_interrupt(run, table: str, rows: list[dict]) -> None:
+        write(run, table, rows)
+        if table == "progress" and rows[0]["step"] >= step:
+            interrupts.append(signal.SIGINT)
+
+    with mock.patch.object(module.Run, "write", write_and_interrupt), pytest.raises(SystemExit, match="130"):
+        module.train(replace(args, checkpoint_every=16), interrupts=interrupts)
+    return next(Path(args.runs_dir).iterdir())
 
 
 def test_a_run_without_its_buffer_fills_a_new_one_first(small, monkeypatch, capsys):
