@@ -31,6 +31,7 @@ import copy
 import csv
 import fcntl
 import gc
+import hashlib
 import importlib
 import json
 import math
@@ -1050,7 +1051,13 @@ class Run(ExitStack):
         if args.track:
             import wandb
 
-            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": name}
+            own = hashlib.sha256((self.directory / "meta.json").read_bytes()).hexdigest()[:8]  # names may repeat
+            names = {
+                "project": args.wandb_project_name,
+                "entity": args.wandb_entity,
+                "name": name,
+                "id": f"{name}-{own}",
+            }
             self.tracker = wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True)
             self.tracker.log_code(str(self.directory))
             self.callback(self.tracker.finish)

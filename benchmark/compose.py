@@ -178,12 +178,14 @@ def make_report(
     notes = [*tables.mixed_versions(groups), *missing]
 
     output.mkdir(parents=True, exist_ok=True)
+    replaces = (output / "index.html").exists()
     for name, table in made.items():
         if table.rows:
             table.write(output / name)
     for name, figure in shown.items():
         figures.save(figure, output / name)
-    remove_others(output, {name for name, table in made.items() if table.rows} | shown.keys())
+    if replaces:
+        remove_others(output, {name for name, table in made.items() if table.rows} | shown.keys())
 
     told = [IN_GREY, *notes] if baselines else notes
     if len(methods) > len(chosen):

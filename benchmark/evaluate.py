@@ -4,7 +4,6 @@ import inspect
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from ctypes.util import find_library
@@ -20,7 +19,7 @@ import tyro
 
 from benchmark.errors import refuse
 from benchmark.options import at_least, make_folder, need, read_kwargs
-from benchmark.runs import Run, file_name, find_runs, replacing, write_table
+from benchmark.runs import Run, find_runs, names_of, replacing, write_table
 
 AT_ONCE = 20  # environments played side by side
 HEADER = f"{'episodes':>8} {'evaluation return':>22} {'lowest':>10} {'highest':>10} {'length':>8} {'at bounds':>9}"
@@ -238,7 +237,10 @@ def load_player(run: Run, path: Path, kwargs: dict, mode: str | None) -> Player:
     except Exception as error:
         refuse(f"{run.directory}: {error}")
     try:
-        player.make_env(mode).close()
+        with closing(player.make_env(mode)) as env:
+            if mode == "rgb_array":
+                env.reset(seed=0)
+                env.render()
     except Exception as error:
         need = f"its environment must take render_mode={mode!r} to be seen"
         refuse(f"{run.directory}: {need}; {error}")
@@ -285,17 +287,6 @@ def film_best(player: Player, episodes: list[Episode], sample: bool, gif: bool, 
     print(f"  film of the best, seed {best.seed}, evaluation return {earned:,.1f}")
     print(f"  {path}" + (f"  {to_gif(path)}" if gif else ""))
     return {best.seed: earned}
-
-
-def names_of(runs: list[Run]) -> list[str]:
-    """The job's name, which tells its setting, or the directory's; the whole path where two would have the same."""
-    names = [
-        run.directory.parent.name if (run.directory.parent / "job.json").exists() else run.directory.name
-        for run in runs
-    ]
-    repeated = {name for name, count in Counter(names).items() if count > 1}
-    whole = [file_name(str(run.directory)).strip("-") for run in runs]
-    return [path if name in repeated else name for name, path in zip(names, whole, strict=True)]
 
 
 def rows_of(name: str, policy: str, episodes: list[Episode], filmed: dict[int, float]) -> list[list]:

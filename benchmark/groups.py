@@ -204,14 +204,14 @@ def differences(runs: list[Run]) -> dict[Run, dict[str, object]]:
     found = {run: {k: v for k, v in own.items() if (run.script, k) in apart} for run, own in settings.items()}
     for script, name in sorted(apart):
         own = {run: found[run] for run in runs if run.script == script}
-        if name not in set.union(*swept.values()) and is_decided(name, own):
+        if name not in set.union(*swept.values()) and is_decided(name, own) and all(run.decides(name) for run in own):
             for chosen in own.values():
                 del chosen[name]
     return found
 
 
 def is_decided(name: str, found: dict[Run, dict[str, object]]) -> bool:
-    """Whether the script decided a setting by its others and the environment, as `num_steps` by `num_envs`."""
+    """Whether a setting follows from a script's others and the environment, as `num_steps` from `num_envs`."""
     values: dict[str, dict[str, set]] = defaultdict(lambda: defaultdict(set))
     for run, own in found.items():
         others = repr([(k, v) for k, v in own.items() if k != name])

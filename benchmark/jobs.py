@@ -136,6 +136,11 @@ def alone(held: IO) -> dict[str, object]:
     return {"start_new_session": True, "pass_fds": [held.fileno()], "preexec_fn": die_with_parent}
 
 
+def beside(job: Job) -> str:
+    """Where Python looks for modules: first beside the script, from where its copy in the run's directory goes on."""
+    return os.pathsep.join([str(Path(job.script).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def run_job(job: Job, stopped: Callable[[], bool] = lambda: False, silence: float = SILENCE, grace: float = 0.0) -> str:
     """Runs a job to its end: "done", "failed" or, once `stopped` says so, "interrupted".
 
@@ -175,7 +180,7 @@ def carry_out(job: Job, stopped: Callable[[], bool], silence: float, grace: floa
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": str(job.threads), "PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": str(job.threads), "PYTHONUNBUFFERED": "1", "PYTHONPATH": beside(job)},
             **alone(held),
         )
         reason = None

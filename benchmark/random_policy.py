@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -56,8 +56,9 @@ def random_baseline(make_env: Callable[[], gym.Env], key: dict, seeds: list[int]
         if not remembered:
             returns, lengths = zip(*(play_at_random(env, seed) for seed in seeds), strict=True)
             remembered = {"key": key, "return": returns, "length": lengths}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(remembered, indent=2) + "\n")
+            with suppress(OSError):  # else it is played again next time
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, json.dumps(remembered, indent=2) + "\n")
     return {name: np.array(remembered[name], float) for name in ("return", "length")}
 
 

@@ -1,5 +1,6 @@
 """Reads run directories. Nothing else in the harness knows their layout."""
 
+import ast
 import csv
 import hashlib
 import importlib.util
@@ -8,9 +9,10 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -38,7 +40,16 @@ class Run:
     @cached_property
     def defaults(self) -> dict:
         """Of the script's arguments, as the run's own are read."""
-        return json.loads(json.dumps({field.name: field.default for field in fields(self.module().Args)}))
+        args = {field.name: field for field in fields(self.module().Args)}
+        made = {name: field.default_factory() for name, field in args.items() if field.default_factory is not MISSING}
+        given = {name: field.default for name, field in args.items() if field.default is not MISSING}
+        return json.loads(json.dumps(given | made))
+
+    def decides(self, name: str) -> bool:
+        """Whether its script decides an argument where nobody does: the default, read without running it, is None."""
+        nodes = ast.walk(ast.parse(self.source.read_text())) if self.source.is_file() else ()
+        found = [node.value for node in nodes if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name]
+        return any(isinstance(value, ast.Constant) and value.value is None for value in found)
 
     @property
     def result(self) -> dict | None:
@@ -195,6 +206,15 @@ def read_json(path: Path) -> dict | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def names_of(runs: list[Run]) -> list[str]:
+    """The job's name, which tells its setting, or the directory's; the whole path where two would have the same."""
+    folders = [run.directory.resolve() for run in runs]
+    names = [own.parent.name if (own.parent / "job.json").exists() else own.name for own in folders]
+    repeated = {name for name, count in Counter(names).items() if count > 1}
+    whole = [file_name(str(folder)).strip("-") for folder in folders]
+    return [path if name in repeated else name for name, path in zip(names, whole, strict=True)]
 
 
 def is_run(path: Path) -> bool:

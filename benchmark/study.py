@@ -23,8 +23,12 @@ def keep_checkpoint(run: Run, step: int, folder: Path, filmed: bool) -> np.ndarr
     at = run.evaluations["step"] == step
     here = {name: column[at] for name, column in run.evaluations.items()}
     folder.mkdir(parents=True, exist_ok=True)
+    if step not in run.policies():
+        refuse(f"{run.directory}: lacks the policy of its evaluation at step {step:,}")
     policy, kept = run.policies()[step], folder / "policy.pt"
     seen = kept.exists() and kept.read_bytes() == policy.read_bytes() and (folder / "episode.gif").exists()
+    if not seen:
+        (folder / "episode.gif").unlink(missing_ok=True)
     with replacing(kept) as unfinished:
         shutil.copy(policy, unfinished)
     write_table(folder / "evaluations.csv", [here, *zip(*(column.tolist() for column in here.values()), strict=True)])

@@ -9,9 +9,9 @@ import warnings
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import gymnasium as gym
 import yaml
@@ -71,8 +71,14 @@ def check(script: Path, env_ids: Iterable[str], words: Iterable[str], filmed: bo
         names = [each.name for each in fields(module.Args)]
     except Exception as error:
         refuse(f"{script}: {type(error).__name__}: {error}")
+    else:
+        check_words(script, names, words)
+        check_environments(module, env_ids, filmed)
     finally:
         sys.path.remove(str(script.parent))
+
+
+def check_words(script: Path, names: list[str], words: Iterable[str]) -> None:
     for word in words:
         if (told := hint(Path(word))) and not Path(word).exists():
             refuse(f"{word}: there is no such file{told}")
@@ -82,17 +88,22 @@ def check(script: Path, env_ids: Iterable[str], words: Iterable[str], filmed: bo
         if word.startswith("--") and name not in names and name.removeprefix("no_") not in names:
             flags = [each.replace("_", "-") for each in names]
             refuse(f"{word}: {script.stem} has no such argument{nearest(name.replace('_', '-'), flags, '--')}")
+
+
+def check_environments(module: ModuleType, env_ids: Iterable[str], filmed: bool) -> None:
+    def make(env_id: str, *mode: str) -> gym.Env:
+        return module.make_eval_env(module.Args(env_id=env_id), *mode)
+
     for env_id in env_ids if hasattr(module, "make_eval_env") else ():
-        make = partial(module.make_eval_env, module.Args(env_id=env_id))
         try:
-            make().close()
+            make(env_id).close()
         except (gym.error.Error, ImportError) as error:
             refuse(f"{env_id}: {error}")
         except Exception:  # without the other arguments it need not work
             continue
         if filmed:
             try:
-                with warnings.catch_warnings(action="ignore"), closing(make("rgb_array")) as env:
+                with warnings.catch_warnings(action="ignore"), closing(make(env_id, "rgb_array")) as env:
                     env.reset(seed=0)
                     env.render()
             except Exception as error:
@@ -141,7 +152,7 @@ def read_suite(path: Path) -> Suite:
 def jobs_of(suite: Suite, directory: Path, threads: int) -> list[Job]:
     """Every combination, the first seed of all of them before the second."""
     for name in ("scripts", "env_ids", "seeds"):
-        if not getattr(suite, name):
+        if not getattr(suite, name) or "" in getattr(suite, name):
             refuse(f"nothing to run: no {name.replace('_', ' ')} selected")
     scripts = [find_script(name) for name in suite.scripts]
     common = [word for name, value in suite.args.items() for word in as_words(name, value)]
@@ -171,20 +182,22 @@ def default_directory(suite: Suite) -> Path:
 
 
 def keep_selection(suite: Suite, jobs: list[Job], directory: Path) -> None:
-    """For reports, which compare in the order in which scripts and values were named."""
+    """For reports, which compare in the order in which scripts and values were named, those of earlier sweeps first."""
     order = list(dict.fromkeys((job.script, job.setting) for job in jobs))
     names = [job.name for job in sorted(jobs, key=lambda job: order.index((job.script, job.setting)))]
+    kept = {"jobs": [name for name in jobs_in_order(directory) if name not in names] + names}
+    kept["swept"] = sorted(settings_swept(directory) | {name.replace("-", "_") for name in suite.grid})
     try:
-        write_atomically(directory / "sweep.json", json.dumps(asdict(suite) | {"jobs": names}, indent=2) + "\n")
+        write_atomically(directory / "sweep.json", json.dumps(asdict(suite) | kept, indent=2) + "\n")
     except OSError as error:
         refuse(f"--output {directory}: {error.strerror}")
 
 
 def jobs_in_order(directory: Path) -> list[str]:
-    """The names of those that the sweep in this folder was to run; none if none was here."""
+    """The names of those that sweeps in this folder were to run; none if none was here."""
     return (read_json(directory / "sweep.json") or {}).get("jobs", [])
 
 
 def settings_swept(directory: Path) -> set[str]:
-    """The arguments that the grid of this folder's sweep varies."""
-    return {name.replace("-", "_") for name in (read_json(directory / "sweep.json") or {}).get("grid", {})}
+    """The arguments that the grids of this folder's sweeps vary."""
+    return {*(read_json(directory / "sweep.json") or {}).get("swept", ())}

@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -47,13 +47,14 @@ class Watch:
             if job in self.ended or described_at(job) == self.before[job]:
                 continue
             found[job] = {"share": 0.0, "sps": 0.0, "return": None}
-            if (run := job.run()) and (rows := run.last_rows("progress", 1)):
-                episodes = run.last_rows("episodes", 100)
-                found[job] = {
-                    "share": rows[0]["step"] / run.config["total_timesteps"],
-                    "sps": rows[0]["sps"],
-                    "return": statistics.fmean(row["return"] for row in episodes) if episodes else None,
-                }
+            with suppress(LookupError, ValueError):  # where a fork writes what is no number
+                if (run := job.run()) and (rows := run.last_rows("progress", 1)):
+                    episodes = run.last_rows("episodes", 100)
+                    found[job] = {
+                        "share": rows[0]["step"] / run.config["total_timesteps"],
+                        "sps": rows[0]["sps"],
+                        "return": statistics.fmean(row["return"] for row in episodes) if episodes else None,
+                    }
             self.first.setdefault(job, found[job]["share"])
         return found
 
@@ -279,5 +280,5 @@ def sweep(
         mean = f"{statistics.fmean(finals):,.1f}" if (finals := watch.final(group)) else "-"
         told = f"{len(finals)} of {len(group)} seeds  final evaluation return {mean}"
         print(f"{script:<16} {env_id:<26} {setting}  {told}")
-    print(f"report: python -m benchmark report {directory}")
+    print(f"report: {shlex.join(['python', '-m', 'benchmark', 'report', str(directory)])}")
     end_if_failed(watch, "--retry-failed tries them again")

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmark import page
 from benchmark.groups import Group, by_environment, methods_of
-from benchmark.runs import write_atomically, write_table
+from benchmark.runs import names_of, write_atomically, write_table
 from benchmark.stats import interquartile_mean, mean, probability_of_improvement, with_interval
 
 
@@ -110,11 +110,12 @@ def in_short(table: Table) -> str:
 
 def per_seed(groups: list[Group]) -> Table:
     header = ["environment", "method", "seed", "final evaluation", "best evaluation", "training return"]
-    rows = []
+    every = [run for group in groups for run in group.runs]
+    rows, names = [], dict(zip(every, names_of(every), strict=True))
     for group in groups:
         for run, *numbers in zip(group.runs, group.final, group.best, group.training, strict=True):
             numbers = [*map(float, numbers), run.result["wall_time"] / 60]
-            rows.append([group.env_id, group.method, run.config["seed"], *numbers, run.directory.name])
+            rows.append([group.env_id, group.method, run.config["seed"], *numbers, names[run]])
     return Table([*header, "minutes", "run"], rows)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import statistics
 import threading
 from dataclasses import dataclass, fields, replace
@@ -90,7 +91,7 @@ def evaluation_means(job: Job) -> list[tuple[float, float]]:
 def settings_of(run: Run, space: dict) -> dict[str, object]:
     """What sets a run apart from its script's defaults, apart from what the search is run with."""
     budget = {*INCIDENTAL, "total_timesteps"}
-    own = {name: value for name, value in run.config.items() if name not in budget and value != run.defaults[name]}
+    own = {name: value for name, value in run.config.items() if name not in budget and value != run.defaults.get(name)}
     return {"env_id": run.config["env_id"]} | own | {name: run.config[name] for name in space}
 
 
@@ -325,6 +326,6 @@ def tune(
 
         plot_search(study, folder)
         print(f"\nbest: trial {best.number} with {best.value:,.5g}; all of it is in {named}")
-        print(f"  python {path.name} --config {named / tuner.config.name}")
+        print("  " + shlex.join(["python", os.path.relpath(path), "--config", str(named / tuner.config.name)]))
     if any(trial.state.name == "FAIL" for trial in tuner.trials()):
         raise SystemExit(1)

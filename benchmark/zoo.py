@@ -12,6 +12,7 @@ import tyro
 import yaml
 
 from benchmark.errors import refuse
+from benchmark.evaluate import load
 from benchmark.groups import Group, gather
 from benchmark.options import make_folder
 from benchmark.runs import WHERE, Run, file_name, is_run
@@ -25,7 +26,7 @@ def anywhere(settings: dict, defaults: dict) -> dict:
 
 def command_of(script: str, settings: dict, defaults: dict) -> str:
     """By which anybody trains the same: the environment, and what differs from the defaults."""
-    told = {name: value for name, value in settings.items() if name == "env_id" or value != defaults[name]}
+    told = {name: value for name, value in settings.items() if name == "env_id" or value != defaults.get(name)}
     words = [as_words(name, value) for name, value in told.items()]
     return shlex.join(["python", f"{script}.py", *(word for each in words for word in each)])
 
@@ -88,6 +89,7 @@ def check_groups(groups: list[Group]) -> None:
         run = median_run(group)
         if run.result["evaluation"]["step"] not in run.policies():
             refuse(f"{run.directory}: lacks the policy of its last evaluation")
+        load(run)
     for (script, env_id), names in methods.items():
         if len(names) > 1:
             refuse(f"{script} on {env_id}: there are runs of {' and of '.join(names)}; name those of one")

@@ -361,6 +361,16 @@ class Halves(Clock):
         return seen.clip(0, 1), float(self.left[0] > 0), terminated, False, {}
 
 
+class Unseen(Clock):
+    """Says that it can be drawn."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, render_mode: str | None = None):
+        super().__init__()
+        self.render_mode = render_mode
+
+
 class Several(Clock):
     action_space = gym.spaces.MultiDiscrete([2, 2])
 
@@ -394,4 +404,5 @@ gym.register("Deep-v0", Deep)
 gym.register("Luck-v0", Luck, max_episode_steps=40)
 gym.register("Loose-v0", Loose, max_episode_steps=10)
 gym.register("Halves-v0", Halves, max_episode_steps=200)
+gym.register("Unseen-v0", Unseen)
 gym.register("Several-v0", Several)

@@ -17,9 +17,9 @@ import yaml
 import benchmark.evaluate
 import ppo_continuous as ppo
 from benchmark.__main__ import main
-from benchmark.evaluate import Episode, explained_variance, names_of, realised_returns, share_at_bounds
+from benchmark.evaluate import Episode, explained_variance, realised_returns, share_at_bounds
 from benchmark.random_policy import arguments_of, baseline_of, play_at_random, random_baseline
-from benchmark.runs import Run, find_runs, import_script
+from benchmark.runs import Run, find_runs, import_script, names_of
 from tests.envs import Clock
 
 ROOT = Path(__file__).parent.parent
@@ -198,7 +198,7 @@ def test_values_go_on_at_the_policys_discount_after_the_ends_it_bootstraps_from(
     assert last == pytest.approx(1 + (0.9 * after if "terminated" in ends else 0), abs=1e-4)
 
 
-def test_runs_of_one_name_have_films_and_rows_of_their_own(run, tmp_path, capsys):
+def test_runs_of_one_name_have_films_and_rows_of_their_own(run, tmp_path, monkeypatch):
     for job in ("gamma=0.9", "gamma=0.99"):
         shutil.copytree(run.directory, tmp_path / "sweep" / job / run.directory.name)
         (tmp_path / "sweep" / job / "job.json").write_text("{}")
@@ -207,6 +207,8 @@ def test_runs_of_one_name_have_films_and_rows_of_their_own(run, tmp_path, capsys
     assert {path.name for path in (tmp_path / "one").glob("*.png")} == {"gamma=0.9-value.png", "gamma=0.99-value.png"}
     shutil.copytree(tmp_path / "sweep", tmp_path / "again")
     assert len({*names_of(find_runs([tmp_path / "sweep", tmp_path / "again"]))}) == 4
+    monkeypatch.chdir(run.directory)
+    assert names_of([Run(Path("."))]) == [run.directory.name]
 
 
 def test_another_process_computes_as_training_did(tmp_path):
@@ -317,6 +319,10 @@ def test_an_environment_that_cannot_be_drawn_is_told_apart_from_one_that_cannot_
     told = capsys.readouterr().err
     assert "must take render_mode='rgb_array' to be seen; division by zero" in told and told.count("\n") == 1
     assert not (tmp_path / "filmed").exists()
+    unseen = copy_with(run, tmp_path / "unseen", env_id="tests.envs:Unseen-v0").directory
+    assert evaluate(unseen, "--gif", "-o", tmp_path / "filmed") == 2
+    told = capsys.readouterr().err
+    assert "must take render_mode='rgb_array' to be seen" in told and told.count("\n") == 1
 
 
 def test_the_random_baseline_is_played_once(tmp_path, monkeypatch):
@@ -340,6 +346,11 @@ def test_the_random_baseline_is_played_once(tmp_path, monkeypatch):
         random_baseline(Clock, {"env_id": "Clock-v0"}, seeds)
         random_baseline(Clock, {"env_id": "Clock-v0", "kwargs": {"cut": False}}, [1, 2, 4])
     assert len(played) == 12 and all(json.loads(path.read_text())["return"] for path in tmp_path.rglob("*.json"))
+
+
+def test_the_random_policy_is_played_where_nothing_can_be_kept(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert random_baseline(Clock, {"env_id": "Clock-v0"}, [1])["return"] == [20.0]
 
 
 def test_an_edited_environment_has_another_random_baseline(tmp_path, monkeypatch):

@@ -108,20 +108,25 @@ def test_settings_that_differ_set_methods_apart_and_incidental_ones_do_not(tmp_p
     ]
 
 
-def test_what_a_script_decides_by_a_swept_setting_sets_nothing_apart(tmp_path):
+@pytest.mark.parametrize(
+    ("default", "told"),
+    [
+        ("None", ["num envs 64", "num envs 128"]),  # the script decides it
+        ("32", ["num envs 64, num steps 40", "num envs 64, num steps 64", "num envs 128, num steps 20"]),
+    ],
+)
+def test_what_a_script_decides_by_a_swept_setting_sets_nothing_apart(tmp_path, default, told):
     steps = {("A-v0", 64): 40, ("A-v0", 128): 20, ("B-v0", 64): 64, ("B-v0", 128): 32}
+    source = f"class Args:\n    num_envs: int = 64\n    num_steps: int | None = {default}\n"
     for (env_id, num_envs), num_steps in steps.items():
         for seed in (1, 2):
-            make_run(tmp_path / "grid", env_id, seed, settings={"num_envs": num_envs, "num_steps": num_steps})
-    assert labels(tmp_path / "grid") == ["num envs 64", "num envs 128"]
-    # Where each environment has its own pairs, one of a pair tells methods apart; of one environment both are told.
-    for env_id, pairs in {"A-v0": ((1, 0.1), (2, 0.2)), "B-v0": ((1, 0.2), (2, 0.1))}.items():
-        for epochs, rate in pairs:
-            make_run(tmp_path / "pairs", env_id, 1, settings={"update_epochs": epochs, "learning_rate": rate})
-    assert len(labels(tmp_path / "pairs")) == 2 and len(gather([tmp_path / "pairs"]).groups) == 4
-    make_run(tmp_path / "one", "A-v0", 1, settings={"num_envs": 64, "num_steps": 40})
-    make_run(tmp_path / "one", "A-v0", 1, settings={"num_envs": 128, "num_steps": 20})
-    assert labels(tmp_path / "one") == ["num envs 64, num steps 40", "num envs 128, num steps 20"]
+            run = make_run(tmp_path / "grid", env_id, seed, settings={"num_envs": num_envs, "num_steps": num_steps})
+            (run / "ppo_x.py").write_text(source)
+    assert labels(tmp_path / "grid")[:3] == told
+    (tmp_path / "grid" / "mended").mkdir()
+    run = make_run(tmp_path / "grid" / "mended", "A-v0", 1, settings={"num_envs": 64, "num_steps": 40})
+    (run / "ppo_x.py").write_text(f"{source}    seed: int = 1\n")
+    assert all("source" in label for label in labels(tmp_path / "grid"))
 
 
 def test_what_a_grid_varies_sets_methods_apart_whatever_it_is(tmp_path):
@@ -132,6 +137,8 @@ def test_what_a_grid_varies_sets_methods_apart_whatever_it_is(tmp_path):
     keep_selection(Suite(["ppo_x.py"], ["A-v0"], [1, 2], grid={"device": ["cpu", "cuda"]}), [], folder)
     assert labels(folder) == ["device cpu", "device cuda"]
     assert [len(group.runs) for group in gather([folder]).groups] == [2, 2]
+    keep_selection(Suite(["a_x.py"], ["A-v0"], [1]), [], folder)  # another selection, later
+    assert labels(folder) == ["device cpu", "device cuda"]
 
 
 def test_labels_say_what_differs_in_words(tmp_path):
@@ -239,6 +246,11 @@ def test_nothing_of_an_earlier_report_stays_in_its_folder(tmp_path):
         make_run(tmp_path / "two", "A-v0", 1, script=script)
     make_run(tmp_path / "one", "B-v0", 1)
     own = tmp_path / "out" / "notes.csv"
+    mine = tmp_path / "mine" / "profiles.svg"
+    mine.parent.mkdir()
+    mine.touch()
+    assert report(tmp_path / "one", "-o", tmp_path / "mine", "--no-random") == 0
+    assert mine.exists()  # no report was there before
     for runs in ("two", "one"):
         assert report(tmp_path / runs, "-o", tmp_path / "out", "--no-random") == 0
         assert (tmp_path / "out" / "improvements.csv").exists() == (runs == "two")

@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from benchmark.__main__ import main
-from benchmark.runs import find_runs
+from benchmark.runs import Run, find_runs
+from benchmark.study import keep_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = ["--total-timesteps", "1024", "--num-envs", "4", "--num-steps", "16", "--num-minibatches", "4"]
@@ -53,6 +54,13 @@ def test_a_failing_study_says_so(tmp_path, capsys):
     told = capsys.readouterr().out
     assert stop.value.code == 1 and not (tmp_path / "out" / "report").exists()
     assert "1 of 1 failed; the same command tries again:" in told and "retry-failed" not in told
+
+
+def test_a_script_that_keeps_no_policies_cannot_be_studied(tmp_path, capsys):
+    (tmp_path / "evaluations.csv").write_text("step,episode,seed,return,length\n10,0,1,2,3\n")
+    with pytest.raises(SystemExit) as stop:
+        keep_checkpoint(Run(tmp_path), 10, tmp_path / "out", filmed=False)
+    assert stop.value.code == 2 and "lacks the policy of its evaluation at step 10" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,46 @@ def test_an_edited_file_of_settings_is_another_sweep(tmp_path, monkeypatch, caps
     assert "--config is not what it was" in (tmp_path / "new" / "failed.json").read_text()
 
 
+def test_a_fork_goes_on_with_what_it_imports_from_beside_it(tmp_path):
+    script = fork(tmp_path)
+    script.write_text(f"import one_of_mine\n{script.read_text()}")
+    (script.parent / "one_of_mine.py").touch()
+    words = ["--scripts", script, "--env-ids", "A-v0", "-o", tmp_path / "out"]
+    assert sweep(*words, "--", "--mood", "killed") == 1  # the run can be resumed
+    assert sweep(*words, "--retry-failed", "--", "--mood", "killed") == 0
+
+
+def test_a_fork_may_need_other_arguments_than_an_environment(tmp_path, capsys):
+    script = fork(tmp_path)
+    made = "\n\ndef make_eval_env(args):\n    import beside\n    raise ValueError(args.learning_rate * beside.side)\n"
+    needs = "\n    def __post_init__(self):\n        assert self.learning_rate > 1\n"
+    script.write_text(script.read_text().replace("\n\ndef main", f"{needs}\n\ndef main") + made)
+    (script.parent / "beside.py").write_text("side = 2\n")
+    assert sweep("--scripts", script, "--env-ids", "A-v0", "--dry-run", "--", "--learning-rate", "2") == 0
+    assert sweep("--scripts", script, "--env-ids", "", "--dry-run") == 2
+    assert "nothing to run: no env ids selected" in capsys.readouterr().err
+
+
+def test_what_is_no_number_ends_no_sweep(tmp_path):
+    script = fork(tmp_path)
+    script.write_text(script.read_text().replace("0.1,1000", "0.1,fast"))
+    words = ["--", "--mood", "slow-if-bad", "--learning-rate", "0.9"]  # so that it is looked at while it runs
+    assert sweep("--scripts", script, "--env-ids", "A-v0", "-o", tmp_path / "out", *words) == 0
+
+
+def test_a_fork_may_have_arguments_that_are_lists(tmp_path):
+    script = fork(tmp_path)
+    more = "    sizes: list = field(default_factory=lambda: [64, 64])\n    resume:"
+    script.write_text(
+        script.read_text().replace("import dataclass", "import dataclass, field").replace("    resume:", more)
+    )
+    assert sweep("--scripts", script, "--env-ids", "A-v0", "-o", tmp_path / "out", "--dry-run") == 0
+    run = Run(tmp_path)
+    (tmp_path / "meta.json").write_text(json.dumps({"script": script.stem}))
+    (tmp_path / script.name).write_text(script.read_text())
+    assert run.defaults["sizes"] == [64, 64] and run.defaults["learning_rate"] == 0.1
+
+
 def test_a_mended_script_is_not_told_of_its_old_failure(tmp_path, capsys):
     script = fork(tmp_path)
     right = script.read_text()
