@@ -54,7 +54,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from multiprocessing import parent_process
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
@@ -156,7 +156,7 @@ def make_eval_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 class TrainEnv(gym.Wrapper):
     def __init__(self, args: Args):
-        if args.vec == "async" and parent_process():  # a worker, which ends when the trainer says so
+        if args.vec == "async" and current_process().daemon:  # a worker, which ends when the trainer says so
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             torch.set_flush_denormal(True)  # as in the trainer
@@ -169,7 +169,8 @@ class TrainEnv(gym.Wrapper):
             self.env = self.make()
         world = getattr(self.unwrapped, "world", None)
         observation, _ = self.env.reset(seed=seed)
-        self.worn = world is not None and self.unwrapped.world is world  # a Box2D world keeps traces of its past
+        is_box2d = type(world).__module__.startswith("Box2D")  # whose worlds keep traces of their past
+        self.worn = is_box2d and self.unwrapped.world is world
         return observation, {}
 
     def step(self, action: np.ndarray) -> tuple:
@@ -195,7 +196,7 @@ class Environments:
         mask, every = np.zeros(self.args.num_envs, bool), np.zeros(self.args.num_envs, int)
         mask[which], every[which] = True, seeds
         self.observations[which] = self.envs.reset(seed=every.tolist(), options={"reset_mask": mask})[0][which]
-        self.witness = {"seed": int(seeds[0]), "observation": torch.from_numpy(self.observations[which[0]].copy())}
+        self.witness = {"seed": int(seeds[0]), "observation": torch.tensor(self.observations[which[0]])}
 
     def step(self, which: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rewards, terminated, truncated."""
@@ -431,7 +432,7 @@ class Agent(nn.Module):
         self.register_buffer("low", torch.as_tensor(low))
         self.register_buffer("high", torch.as_tensor(high))
         bounded = np.isfinite(low) & np.isfinite(high)  # to the policy, such bounds are -1 and 1
-        self.centre = np.where(bounded, low / 2 + high / 2, 0).astype(low.dtype)
+        self.centre = np.where(bounded, low / 2 + high / 2, np.clip(0, low, high)).astype(low.dtype)
         self.half_range = np.where(bounded, high / 2 - low / 2, 1).astype(low.dtype)
         self.bounds = low, high
 
@@ -1081,10 +1082,15 @@ class Run(ExitStack):
         self.tensorboard.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
         self.announce(exact)
 
+    def tables(self) -> list[Path]:
+        """Those that there are by now; others in the directory are not ours."""
+        paths = [self.directory / f"{name}.csv" for name in ("episodes", "progress", "evaluations")]
+        return [path for path in paths if path.exists()]
+
     def cut_back(self, sizes: dict[str, int]) -> None:
         """To what there was when the checkpoint was written: the rest will be made again, or other."""
         (self.directory / "result.json").unlink(missing_ok=True)
-        for path in self.directory.glob("*.csv"):
+        for path in self.tables():
             os.truncate(path, sizes.get(path.name, 0))
         if not sizes:  # an episode may never end
             (self.directory / "episodes.csv").write_text("step,wall_time,return,length\n")
@@ -1151,13 +1157,16 @@ class Run(ExitStack):
         if not all(parameter.isfinite().all() for parameter in self.agent.parameters()):
             raise FloatingPointError(f"not finite at step {step:,}: the parameters")
         sizes = {}
-        for path in self.directory.glob("*.csv"):
+        for path in self.tables():
             with path.open("a") as file:
                 os.fsync(file.fileno())
                 sizes[path.name] = file.tell()
         last, previous = self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"
         previous.unlink(missing_ok=True)
-        os.link(last, previous)
+        try:
+            os.link(last, previous)
+        except OSError:  # not every file system has links
+            shutil.copy(last, previous)
         write_atomically(last, self.state(step) | {"sizes": sizes})
         self.saved = step
 
@@ -1255,6 +1264,11 @@ def check(args: Args) -> None:
             raise ValueError(f"{flag(name)} {getattr(args, name)}: must be JSON such as '{{\"g\": 9.81}}'") from None
 
 
+def seeds_of(args: Args) -> list[int]:
+    """Of each environment; from a single one EnvPool counts on, so that seed 2 would have most of seed 1's episodes."""
+    return np.random.default_rng(args.seed).integers(2**31, size=args.num_envs).tolist()
+
+
 class EnvPool(Environments):
     """EnvPool seeds its episodes itself, so that they cannot be played again."""
 
@@ -1262,16 +1276,16 @@ class EnvPool(Environments):
         import envpool
 
         kwargs = json.loads(args.env_kwargs)
-        return envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=args.seed, **kwargs)
+        return envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=seeds_of(args), **kwargs)
 
     def begin(self, which: np.ndarray, seeds: np.ndarray) -> None:
         self.observations[which] = self.envs.reset(which)[0]
 
     def state(self) -> dict:
-        return {"seed": self.args.seed}
+        return {"seed": seeds_of(self.args)[0]}  # from which other episodes follow
 
     def restore(self, state: dict) -> bool:
-        self.__init__(replace(self.args, seed=(state["seed"] + 1) % 2**31))  # with other episodes than the first time
+        self.__init__(replace(self.args, seed=state["seed"]))
         return False
 
 
@@ -1316,8 +1330,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
                     raise TypeError("has no limit of its own; set --max-episode-steps, as whole episodes are played")
                 env.reset(seed=0)
                 env.step(env.action_space.sample())  # some values are no problem before
-                if env.render_mode:
-                    env.render()
+                if args.capture_video and make is not TrainEnv and (not env.render_mode or env.render() is None):
+                    raise TypeError("draws no images, which --capture-video needs")
         limit = min(steps for steps in limits[:2] if steps)
         args = replace(args, num_envs=args.num_envs or min(M, 64), max_episode_steps=limit)
         envs = (EnvPool if args.vec == "envpool" else Environments)(args)

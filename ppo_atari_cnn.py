@@ -894,10 +894,15 @@ class Run(ExitStack):
         self.tensorboard.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
         self.announce(exact)
 
+    def tables(self) -> list[Path]:
+        """Those that there are by now; others in the directory are not ours."""
+        paths = [self.directory / f"{name}.csv" for name in ("episodes", "progress", "evaluations")]
+        return [path for path in paths if path.exists()]
+
     def cut_back(self, sizes: dict[str, int]) -> None:
         """To what there was when the checkpoint was written: the rest will be made again, or other."""
         (self.directory / "result.json").unlink(missing_ok=True)
-        for path in self.directory.glob("*.csv"):
+        for path in self.tables():
             os.truncate(path, sizes.get(path.name, 0))
         if not sizes:  # an episode may never end
             (self.directory / "episodes.csv").write_text("step,wall_time,return,length\n")
@@ -961,13 +966,16 @@ class Run(ExitStack):
         if not all(parameter.isfinite().all() for parameter in self.agent.parameters()):
             raise FloatingPointError(f"not finite at step {step:,}: the parameters")
         sizes = {}
-        for path in self.directory.glob("*.csv"):
+        for path in self.tables():
             with path.open("a") as file:
                 os.fsync(file.fileno())
                 sizes[path.name] = file.tell()
         last, previous = self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"
         previous.unlink(missing_ok=True)
-        os.link(last, previous)
+        try:
+            os.link(last, previous)
+        except OSError:  # not every file system has links
+            shutil.copy(last, previous)
         write_atomically(last, self.state(step) | {"sizes": sizes})
         self.saved = step
 
@@ -1062,6 +1070,11 @@ def check(args: Args) -> None:
             raise ValueError(f"{flag(name)} {getattr(args, name)}: must be JSON such as '{{\"g\": 9.81}}'") from None
 
 
+def seeds_of(args: Args) -> list[int]:
+    """Of each environment; from a single one EnvPool counts on, so that seed 2 would have most of seed 1's episodes."""
+    return np.random.default_rng(args.seed).integers(2**31, size=args.num_envs).tolist()
+
+
 class EnvPool(Environments):
     """EnvPool seeds its games itself, so that they cannot be played again."""
 
@@ -1069,7 +1082,7 @@ class EnvPool(Environments):
         import envpool
 
         name = "".join(map(str.capitalize, find_game(args.env_id).split("_"))) + "-v5"
-        return envpool.make(name, "gymnasium", num_envs=args.num_envs, seed=args.seed, **self._kwargs(args))
+        return envpool.make(name, "gymnasium", num_envs=args.num_envs, seed=seeds_of(args), **self._kwargs(args))
 
     def _begin(self, which: np.ndarray, seeded: np.ndarray) -> np.ndarray:
         first, info = self.envs.reset(np.flatnonzero(which))
@@ -1081,10 +1094,10 @@ class EnvPool(Environments):
 
     def state(self) -> dict:
         self.actions.clear()
-        return {"seed": self.args.seed}
+        return {"seed": seeds_of(self.args)[0]}  # from which other games follow
 
     def restore(self, state: dict) -> bool:
-        self.__init__(replace(self.args, seed=(state["seed"] + 1) % 2**31))  # with other games than the first time
+        self.__init__(replace(self.args, seed=state["seed"]))
         return False
 
 

@@ -49,7 +49,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from multiprocessing import parent_process
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
@@ -142,7 +142,7 @@ class TrainEnv(gym.Wrapper):
     """Remembers its episode: the seed and the actions since, which are all it takes to play it again."""
 
     def __init__(self, args: Args):
-        if args.vec == "async" and parent_process():  # a worker, which ends when the trainer says so
+        if args.vec == "async" and current_process().daemon:  # a worker, which ends when the trainer says so
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             torch.set_flush_denormal(True)  # as in the trainer
@@ -156,7 +156,8 @@ class TrainEnv(gym.Wrapper):
         world = getattr(self.unwrapped, "world", None)
         observation, info = self.env.reset(seed=seed)
         self.mask = info.get("action_mask")
-        self.worn = world is not None and self.unwrapped.world is world  # a Box2D world keeps traces of its past
+        is_box2d = type(world).__module__.startswith("Box2D")  # whose worlds keep traces of their past
+        self.worn = is_box2d and self.unwrapped.world is world
         self.episode = [seed]
         return observation, {}
 
@@ -962,10 +963,15 @@ class Run(ExitStack):
         self.tensorboard.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
         self.announce(exact)
 
+    def tables(self) -> list[Path]:
+        """Those that there are by now; others in the directory are not ours."""
+        paths = [self.directory / f"{name}.csv" for name in ("episodes", "progress", "evaluations")]
+        return [path for path in paths if path.exists()]
+
     def cut_back(self, sizes: dict[str, int]) -> None:
         """To what there was when the checkpoint was written: the rest will be made again, or other."""
         (self.directory / "result.json").unlink(missing_ok=True)
-        for path in self.directory.glob("*.csv"):
+        for path in self.tables():
             os.truncate(path, sizes.get(path.name, 0))
         if not sizes:  # an episode may never end
             (self.directory / "episodes.csv").write_text("step,wall_time,return,length\n")
@@ -1033,13 +1039,16 @@ class Run(ExitStack):
         if not all(parameter.isfinite().all() for parameter in self.agent.parameters()):
             raise FloatingPointError(f"not finite at step {step:,}: the parameters")
         sizes = {}
-        for path in self.directory.glob("*.csv"):
+        for path in self.tables():
             with path.open("a") as file:
                 os.fsync(file.fileno())
                 sizes[path.name] = file.tell()
         last, previous = self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"
         previous.unlink(missing_ok=True)
-        os.link(last, previous)
+        try:
+            os.link(last, previous)
+        except OSError:  # not every file system has links
+            shutil.copy(last, previous)
         write_atomically(last, self.state(step) | {"sizes": sizes})
         self.saved = step
 
@@ -1134,6 +1143,11 @@ def check(args: Args) -> None:
             raise ValueError(f"{flag(name)} {getattr(args, name)}: must be JSON such as '{{\"g\": 9.81}}'") from None
 
 
+def seeds_of(args: Args) -> list[int]:
+    """Of each environment; from a single one EnvPool counts on, so that seed 2 would have most of seed 1's episodes."""
+    return np.random.default_rng(args.seed).integers(2**31, size=args.num_envs).tolist()
+
+
 class EnvPool(Environments):
     """EnvPool seeds its episodes itself, so that they cannot be played again."""
 
@@ -1141,7 +1155,7 @@ class EnvPool(Environments):
         import envpool
 
         kwargs = json.loads(args.env_kwargs)
-        return envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=args.seed, **kwargs)
+        return envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=seeds_of(args), **kwargs)
 
     def _reset(self, which: np.ndarray) -> np.ndarray:
         first = self.envs.reset(np.flatnonzero(which))[0]
@@ -1150,10 +1164,10 @@ class EnvPool(Environments):
         return observations
 
     def state(self) -> dict:
-        return {"seed": self.args.seed}
+        return {"seed": seeds_of(self.args)[0]}  # from which other episodes follow
 
     def restore(self, state: dict) -> bool:
-        self.__init__(replace(self.args, seed=(state["seed"] + 1) % 2**31))  # with other episodes than the first time
+        self.__init__(replace(self.args, seed=state["seed"]))
         return False
 
 
@@ -1196,8 +1210,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.Space]:
                 _, _, *over, info = env.step(action)  # some values are no problem before
                 if mask is not None and not any(over):
                     allowed(args, choices_of(low, high), [info.get("action_mask", getattr(env, "mask", None))])
-                if env.render_mode:
-                    env.render()
+                if args.capture_video and make is not TrainEnv and (not env.render_mode or env.render() is None):
+                    raise TypeError("draws no images, which --capture-video needs")
         args = replace(args, action_masks=mask is not None)
         if args.action_masks and args.vec == "envpool":
             raise ValueError("EnvPool gives no action masks; use --vec sync, or --no-action-masks")

@@ -371,6 +371,43 @@ class Unseen(Clock):
         self.render_mode = render_mode
 
 
+class Forgetful(Unseen):
+    """Does not keep how it is to be drawn."""
+
+    def __init__(self, render_mode: str | None = None):
+        super().__init__(None)
+
+
+class Scalar(Clock):
+    """Shows a number, and no vector."""
+
+    observation_space = gym.spaces.Box(0, 1, ())
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)[0][0], {}
+
+    def step(self, action):
+        seen, *rest = super().step(action)
+        return seen[0], *rest
+
+
+class Worldly(Clock):
+    """Has a world of its own that outlives episodes."""
+
+    made = 0
+
+    def __init__(self, render_mode: str | None = None):
+        super().__init__()
+        self.world = object()
+        Worldly.made += 1
+
+
+class Blocks(Clock):
+    """Nine images of 84 x 84, channels first."""
+
+    observation_space = gym.spaces.Box(0, 255, (9, 84, 84), np.uint8)
+
+
 class Several(Clock):
     action_space = gym.spaces.MultiDiscrete([2, 2])
 
@@ -405,4 +442,8 @@ gym.register("Luck-v0", Luck, max_episode_steps=40)
 gym.register("Loose-v0", Loose, max_episode_steps=10)
 gym.register("Halves-v0", Halves, max_episode_steps=200)
 gym.register("Unseen-v0", Unseen)
+gym.register("Forgetful-v0", Forgetful)
+gym.register("Scalar-v0", Scalar)
+gym.register("Worldly-v0", Worldly)
+gym.register("Blocks-v0", Blocks)
 gym.register("Several-v0", Several)

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import ppo_continuous as ppo
 from ppo_continuous import Args, RunningMoments, load_policy, train
-from tests.envs import Fates
+from tests.envs import Fates, Worldly
 from tests.marks import needs_compiler
 from tests.test_promises import rows
 
@@ -163,6 +163,20 @@ def test_the_more_actions_the_smaller_their_first_deviation(size):
     assert agent_of(replace(SMALL, log_std_init=-0.25), action=size).log_std.unique() == -0.25
 
 
+def test_the_first_deviation_is_not_below_the_floor(small):
+    wide = np.ones(64, np.float32)
+    assert ppo.Agent(small, (3,), -wide, wide).log_std.tolist() == [small.log_std_min] * 64
+
+
+def test_an_environment_of_ones_own_with_a_world_is_made_once(small):
+    Worldly.made = 0
+    with closing(ppo.Environments(replace(small, env_id="tests.envs:Worldly-v0"))) as envs:
+        made = Worldly.made
+        for _ in range(50):
+            envs.step(np.zeros((4, 1), np.float32))
+        assert Worldly.made == made == 4
+
+
 def test_the_first_policy_acts_near_the_centre_and_the_first_weights_are_orthogonal():
     agent = agent_of(observation=64)
     gram = agent.actor[2].weight @ agent.actor[2].weight.T
@@ -174,6 +188,8 @@ def test_actions_cover_finite_bounds_and_stay_within_them():
     agent = agent_of(action=3, low=[-1, 70, -np.inf], high=[3, 130, 1])
     actions = agent.for_environment(np.float32([[0, 0, 0], [1, -1, 0.5], [2, -9, 9], [-0.5, 0.5, -70]]))
     assert actions.tolist() == [[1, 100, 0], [3, 70, 0.5], [3, 70, 1], [0, 115, -70]] and actions.dtype == np.float32
+    agent = agent_of(action=2, low=[100, -np.inf], high=[np.inf, -5])  # it begins where an action can do something
+    assert agent.for_environment(np.float32([[0, 0], [3, -2], [-3, 2]])).tolist() == [[100, -5], [103, -7], [100, -5]]
 
 
 # ---------------------------------------------------------------------------------------------------- loss and update
@@ -772,7 +788,9 @@ def test_envpool_learns_from_true_last_observations_and_says_what_it_cannot_rest
     (run / "checkpoint.previous.pt").replace(run / "checkpoint.pt")
     train(ppo.parse(["--resume", str(run)]))
     assert "could not be restored exactly" in capsys.readouterr().out
-    assert len(set(seeds)) == 2  # those that begin anew are not the run's first episodes again
+    assert len({seed for each in seeds for seed in each}) == 8  # those that begin anew are not the run's first again
+    near = [ppo.seeds_of(replace(args, seed=seed)) for seed in (1, 2)]
+    assert len({*near[0], *near[1]}) == 8  # nor is seed 2 most of seed 1
 
 
 # --------------------------------------------------------------------------------------------------------- settings

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import errno
 import functools
 import importlib
 import json
@@ -112,6 +113,9 @@ SCRIPTS = {
             "--ent-coef -0.1": "--ent-coef",
             "--target-kl 0": "--target-kl",
             "--log-std-init nan": "--log-std-init",
+            "--log-std-init -3": "--log-std-init -3.0: must be at least --log-std-min -1.5",
+            "--env-id tests.envs:Forgetful-v0 --capture-video": "draws no images, which --capture-video needs",
+            "--env-id tests.envs:Unseen-v0 --capture-video": "--capture-video True: NotImplemented",
             "--actor-sizes 64 0": "--actor-sizes",
         },
     ),
@@ -272,6 +276,7 @@ SCRIPTS = {
             "--env-id tests.envs:ChannelsFirst-v0 --resize 84": "(height, width, channels)",
             "--env-id tests.envs:WithoutChannels-v0": "(height, width, channels)",
             "--env-id tests.envs:Stacked-v0": "(height, width, channels)",
+            "--env-id tests.envs:Blocks-v0": "(height, width, channels)",
             "--env-id tests.envs:Transparent-v0 --grayscale": "three channels",
             "--env-id tests.envs:Filmed-v0 --resize 7": "--resize 7: must be at least 8",
             "--env-id tests.envs:Filmed-v0 --action-repeat 0": "--action-repeat 0",
@@ -903,6 +908,49 @@ def test_an_environment_that_shows_other_numbers_than_its_space_has_resumes_exac
     run = script.stop_after_a_rollout(**settings)
     assert same(undisturbed, script.train("--resume", str(run)))
     assert "could not be restored" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["ppo_continuous", "grpo", "sac_continuous"], indirect=True)
+def test_an_observation_may_be_a_number(script):
+    run = script.train(env_id="tests.envs:Scalar-v0", runs_dir=str(script.runs / "undisturbed"))
+    script.runs /= "stopped"
+    stopped = script.stop_after_a_rollout(env_id="tests.envs:Scalar-v0")
+    assert same(run, script.train("--resume", str(stopped)))
+
+
+@about("Run.cut_back", "Run.tables", "Run.save")
+def test_what_is_not_the_runs_own_stays_in_its_directory(script, finished):
+    (finished / "notes.csv").write_text("mine")
+    (finished / "checkpoint.previous.pt").replace(finished / "checkpoint.pt")
+    script.train("--resume", str(finished))
+    assert (finished / "notes.csv").read_text() == "mine"
+    (finished / "notes.csv").unlink()
+    script.train("--resume", str(finished))
+
+
+@about("Run.save")
+def test_a_file_system_need_not_have_links(script, original, monkeypatch):
+    def link(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(script.module.os, "link", link)
+    run = script.train()
+    assert same(run, original)
+    previous, last = (load(run / f"{name}.pt")["step"] for name in ("checkpoint.previous", "checkpoint"))
+    assert 0 < previous < last
+
+
+@pytest.mark.parametrize("script", ["ppo_continuous"], indirect=True)
+def test_a_run_in_a_process_of_ones_own_hears_that_it_is_to_end(script, processes):
+    words = script.words(vec="async", total_timesteps=10**6, checkpoint_every=10**6, num_evals=0)
+    process = processes(target=run_in_process, args=(script.name, words))
+    process.start()
+    wait_for(lambda: list(script.runs.glob("[!.]*/progress.csv")))
+    process.terminate()
+    process.join(20)
+    alive = process.is_alive()
+    process.kill()
+    assert not alive
 
 
 @about("Run.cut_back")
