@@ -83,7 +83,7 @@ class Args:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
     learning_rate: float = 1e-3  # Adam's step size at the start (the paper's)
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how it falls; the last two end at 0
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # how it falls; the last two end at 0
     lr_warmup: float = 0.0  # share of the run over which the learning rate first rises from 0
     buffer_size: int = 1_000_000  # observations in the replay buffer; the last one of an episode counts too
     learning_starts: int = 10_000  # steps with random actions before the first update
