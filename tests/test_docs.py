@@ -104,8 +104,8 @@ def parse(command: str) -> None:
         script = next((w for w in words[:at] if w in NAMES), "ppo_continuous")
         parse(shlex.join(["python", f"{script}.py", *words[at + 1 :]]))
     else:
-        script = words[0].removesuffix(".py")
-        module = importlib.import_module(script if script in NAMES else "ppo_continuous")  # a fork has its flags
+        script = words[0].removesuffix(".py").removeprefix("my_")  # a fork has the flags of what it is of
+        module = importlib.import_module(script if script in NAMES else "ppo_continuous")
         if "--resume" in words:  # of a run that is not there
             del words[words.index("--resume") : words.index("--resume") + 2]
         module.parse([word for word in words[1:] if word != "--help"])
