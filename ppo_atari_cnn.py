@@ -578,6 +578,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # Adam's moments of silent units fade to denormals, which stall Intel's processors
     torch.backends.cudnn.deterministic = True  # else a resumed run learns something else
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32: a policy earns on a CPU what it does on a GPU
     torch.manual_seed(args.seed)
 
     agent = Agent(int(actions.n)).requires_grad_(False)

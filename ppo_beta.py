@@ -751,6 +751,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     threadpool_limits(1, "blas")  # numpy's products are too small to share, and its threads wait without sleeping
     torch.set_flush_denormal(True)  # Adam's moments of silent units fade to denormals, which stall Intel's processors
     torch.backends.cudnn.deterministic = True  # else a resumed run learns something else
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32: a policy earns on a CPU what it does on a GPU
     torch.manual_seed(args.seed)
 
     agent = Agent(args, envs.observations.shape[1:], actions.low, actions.high).requires_grad_(False)

@@ -12,7 +12,7 @@ trap 'rm -rf "$folder"' EXIT
 train() { # script, arguments; prints the run's folder
     local runs
     runs=$(mktemp -d -p "$folder")
-    "$python" "$1" --num-evals 0 --checkpoint-every 1e9 --runs-dir "$runs" "${@:2}" >"$runs/log" 2>&1 ||
+    timeout 120 "$python" "$1" --num-evals 0 --checkpoint-every 1e9 --runs-dir "$runs" "${@:2}" >"$runs/log" 2>&1 ||
         { echo "failed: $*" && tail -n 5 "$runs/log"; } >&2
     echo "$runs"
 }
@@ -21,7 +21,7 @@ speed() { # what, script, arguments
     local runs
     runs=$(train "${@:2}")
     awk -F, -v what="$1" 'NR == 2 { step = $1; time = $2 } NR > 2 { last = $1; end = $2 }
-        END { if (end > time) printf "%-40s %8.0f steps/s\n", what, (last - step) / (end - time) }' "$runs"/*/progress.csv
+        END { if (end > time) printf "%-40s %8.0f steps/s\n", what, (last - step) / (end - time) }' "$runs"/*/progress.csv || true
     grep -h "compiled in\|not compiled\|steps/s:" "$runs/log" | sed 's/^/    /' || true
 }
 
@@ -56,6 +56,8 @@ speed "PPO, 1 x 2048, GPU" ppo_continuous.py $one --device cuda --total-timestep
 speed "PPO, 1 x 2048, CPU" ppo_continuous.py $one --total-timesteps 40960
 speed "SAC, batch 256, GPU" sac_continuous.py $sac --device cuda --total-timesteps 15000
 speed "SAC, batch 256, CPU" sac_continuous.py $sac --device cpu --threads 2 --total-timesteps 3000
+speed "TD3, batch 256, GPU" td3_continuous.py $sac --device cuda --total-timesteps 15000
+speed "DQN, CartPole, GPU" dqn.py --device cuda --total-timesteps 20000
 speed "Atari, 8 x 128, GPU" ppo_atari_cnn.py $atari --num-envs 8 --threads 8 --device cuda --total-timesteps 81920
 lean "SAC, LeanRL" sac_continuous_action $cheetah --total-timesteps 20000
 lean "Atari, LeanRL" ppo_atari_envpool --env-id Breakout-v5 --total-timesteps 122880
