@@ -133,9 +133,10 @@ class Args:
 
 
 def is_image(space: gym.Space) -> bool:
-    height, width, channels = space.shape if len(space.shape) == 3 else (0, 0, 0)
-    # Where channels stand first they are fewer, as a rule, than the width and height after them.
-    return space.dtype == np.uint8 and min(height, width) >= 8 and height >= min(width, channels)
+    if space.dtype != np.uint8 or len(space.shape) != 3:
+        return False
+    height, width, channels = space.shape  # those that stand first are fewer, as a rule, than the two sides after them
+    return min(height, width) >= 8 and height >= min(width, channels)
 
 
 def make_env(args: Args, env_kwargs: dict, render_mode: str | None = None) -> gym.Env:
