@@ -1067,12 +1067,8 @@ class Run(ExitStack):
             import wandb
 
             own = hashlib.sha256((self.directory / "meta.json").read_bytes()).hexdigest()[:8]  # names may repeat
-            names = {
-                "project": args.wandb_project_name,
-                "entity": args.wandb_entity,
-                "name": name,
-                "id": f"{name}-{own}",
-            }
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name}
+            names["id"] = f"{name}-{own}"
             self.tracker = wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True)
             self.tracker.log_code(str(self.directory))
             self.callback(self.tracker.finish)
