@@ -146,18 +146,15 @@ class TrainEnv(gym.Wrapper):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             torch.set_flush_denormal(True)  # as in the trainer
-        self.make, self.worn = partial(make_env, args.env_id, json.loads(args.env_kwargs)), False
+        self.make = partial(make_env, args.env_id, json.loads(args.env_kwargs))
         super().__init__(self.make())
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        if self.worn:
+        if type(getattr(self.unwrapped, "world", None)).__module__.startswith("Box2D"):  # it keeps traces of its past
             self.env.close()
             self.env = self.make()
-        world = getattr(self.unwrapped, "world", None)
         observation, info = self.env.reset(seed=seed)
         self.mask = info.get("action_mask")
-        is_box2d = type(world).__module__.startswith("Box2D")  # whose worlds keep traces of their past
-        self.worn = is_box2d and self.unwrapped.world is world
         self.episode = [seed]
         return observation, {}
 
@@ -175,8 +172,7 @@ class TrainEnv(gym.Wrapper):
             observation, reward, terminated, truncated, _ = self.step(action)
             total += float(reward)
             if terminated or truncated:
-                total = math.nan  # which is no running episode
-                break
+                return observation, math.nan  # of no running episode
         return np.asarray(observation, self.observation_space.dtype), total  # as the environments together give it
 
 
@@ -186,8 +182,8 @@ class Environments:
     running = ("observations", "returns", "lengths", "discounted")  # of the running episodes
 
     def __init__(self, args: Args):
-        self.args, self.envs, self.random = args, self._make(args), np.random.default_rng(args.seed)
-        N = args.num_envs
+        self.args, self.random, N = args, np.random.default_rng(args.seed), args.num_envs
+        self.envs = self._make(args)
         self.returns, self.lengths, self.discounted = np.zeros(N), np.zeros(N, int), np.zeros(N)
         self.observations = self._reset(np.ones(N, bool))
 
@@ -898,6 +894,7 @@ def create_run(args: Args, state: dict) -> Path:
             shutil.copy(source, new)
             (new / "config.yaml").write_text(yaml.safe_dump(asdict(args), sort_keys=False))
             (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+            (new / "episodes.csv").write_text("step,wall_time,return,length\n")  # an episode may never end
             torch.save(state, new / "checkpoint.pt")
             new.chmod(0o755)
             name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}"
@@ -914,7 +911,7 @@ class Run(ExitStack):
     def __init__(self, args: Args, agent: Agent, learner: Learner, envs: Environments, progress: dict):
         super().__init__()
         self.args, self.agent, self.learner, self.envs, self.progress = args, agent, learner, envs, progress
-        self.directory = Path(args.resume) if args.resume else create_run(args, self.state(0) | {"sizes": {}})
+        self.directory = Path(args.resume) if args.resume else create_run(args, self.state(0))
         self.resume_command = shlex.join(["python", sys.argv[0], "--resume", str(self.directory)])
         self.live, self.said, self.tracker, self.saved = sys.stdout.isatty(), time.monotonic(), None, 0
 
@@ -942,7 +939,7 @@ class Run(ExitStack):
         torch.set_rng_state(saved["random"])
         self.saved = saved["step"]
 
-        self.cut_back(saved["sizes"])
+        self.cut_back()
         args, name = self.args, self.directory.name
         if args.track:
             import wandb
@@ -959,22 +956,14 @@ class Run(ExitStack):
         self.tensorboard.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
         self.announce(exact)
 
-    def tables(self) -> list[Path]:
-        """Those that there are by now; others in the directory are not ours."""
-        paths = [self.directory / f"{name}.csv" for name in ("episodes", "progress", "evaluations")]
-        return [path for path in paths if path.exists()]
-
-    def cut_back(self, sizes: dict[str, int]) -> None:
+    def cut_back(self) -> None:
         """To what there was when the checkpoint was written: the rest will be made again, or other."""
         (self.directory / "result.json").unlink(missing_ok=True)
-        for path in self.tables():
-            os.truncate(path, sizes.get(path.name, 0))
-        if not sizes:  # an episode may never end
-            (self.directory / "episodes.csv").write_text("step,wall_time,return,length\n")
-        best = self.directory / "policies" / f"step-{self.progress['best'].get('step', 0):09d}.pt"
-        if best.exists():  # best.pt may be of a later evaluation
-            shutil.copy(best, self.directory / "best.pt.unfinished")
-            (self.directory / "best.pt.unfinished").replace(self.directory / "best.pt")
+        for path in (self.directory / f"{table}.csv" for table in ("episodes", "progress", "evaluations")):
+            if path.exists():
+                *rows, _ = path.read_text().split("\n")  # the last is empty, or torn
+                kept = [row for row in rows if row.startswith("step,") or int(row.split(",")[0]) <= self.saved]
+                write_atomically(path, "\n".join([*kept, ""]))
 
     def load(self) -> dict:
         for path in (self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"):
@@ -983,15 +972,12 @@ class Run(ExitStack):
                 break
         else:
             raise ValueError("its checkpoints are torn or missing; start a new run")
-        if "sizes" not in saved:
+        if "environments" not in saved:
             raise ValueError(f"{path.name} is a policy, from which no training goes on")
         was = saved["args"] | {"script": saved["script"]}
         for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
             if name not in FREE and value != was.get(name):
                 raise ValueError(f"{flag(name)} is {was.get(name)} in {path.name} and cannot become {value}")
-        for name, size in saved["sizes"].items():
-            if not (self.directory / name).is_file() or (self.directory / name).stat().st_size < size:
-                raise ValueError(f"{name} is shorter than when {path.name} was written; start a new run")
         if (self.directory / f"{SCRIPT}.py").read_bytes() != Path(__file__).read_bytes():
             print(f"{self.directory}: goes on with another {SCRIPT}.py than it began with", file=sys.stderr)
         if path.name != "checkpoint.pt":
@@ -1019,8 +1005,8 @@ class Run(ExitStack):
     def write(self, table: str, rows: list[dict]) -> None:
         """In CSV, and in TensorBoard by CleanRL's names."""
         if rows:
-            with (self.directory / f"{table}.csv").open("a", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
+            with (self.directory / f"{table}.csv").open("a") as file:
+                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
                 if not file.tell():
                     writer.writeheader()
                 writer.writerows(rows)
@@ -1034,18 +1020,13 @@ class Run(ExitStack):
         """The checkpoint before this one stays as `checkpoint.previous.pt`. Of networks that diverged there is none."""
         if not all(parameter.isfinite().all() for parameter in self.agent.parameters()):
             raise FloatingPointError(f"not finite at step {step:,}: the parameters")
-        sizes = {}
-        for path in self.tables():
-            with path.open("a") as file:
-                os.fsync(file.fileno())
-                sizes[path.name] = file.tell()
         last, previous = self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"
         previous.unlink(missing_ok=True)
         try:
             os.link(last, previous)
         except OSError:  # not every file system has links
             shutil.copy(last, previous)
-        write_atomically(last, self.state(step) | {"sizes": sizes})
+        write_atomically(last, self.state(step))
         self.saved = step
 
     def say(self, text: str) -> None:
@@ -1139,19 +1120,15 @@ def check(args: Args) -> None:
             raise ValueError(f"{flag(name)} {getattr(args, name)}: must be JSON such as '{{\"g\": 9.81}}'") from None
 
 
-def seeds_of(args: Args) -> list[int]:
-    """Of each environment; from a single one EnvPool counts on, so that seed 2 would have most of seed 1's episodes."""
-    return np.random.default_rng(args.seed).integers(2**31, size=args.num_envs).tolist()
-
-
 class EnvPool(Environments):
     """EnvPool seeds its episodes itself, so that they cannot be played again."""
 
     def _make(self, args: Args) -> gym.Env:
         import envpool
 
+        seeds = self.random.integers(2**31, size=args.num_envs).tolist()  # from a single one it would count on
         kwargs = json.loads(args.env_kwargs)
-        return envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=seeds_of(args), **kwargs)
+        return envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=seeds, **kwargs)
 
     def _reset(self, which: np.ndarray) -> np.ndarray:
         first = self.envs.reset(np.flatnonzero(which))[0]
@@ -1160,7 +1137,7 @@ class EnvPool(Environments):
         return observations
 
     def state(self) -> dict:
-        return {"seed": seeds_of(self.args)[0]}  # from which other episodes follow
+        return {"seed": self.random.integers(2**31).item()}  # from which other episodes follow
 
     def restore(self, state: dict) -> bool:
         self.__init__(replace(self.args, seed=state["seed"]))

@@ -592,8 +592,7 @@ def same(a: Path, b: Path) -> bool:
     states = []
     for run in (a, b):
         state = load(run / "checkpoint.pt")
-        for name in ("args", "sizes"):
-            del state[name]
+        del state["args"]
         for name in ("seconds", "evaluation", "best"):
             del state["progress"][name]
         states.append(dict(flat(state)))
@@ -918,7 +917,7 @@ def test_an_observation_may_be_a_number(script):
     assert same(run, script.train("--resume", str(stopped)))
 
 
-@about("Run.cut_back", "Run.tables", "Run.save")
+@about("Run.cut_back", "Run.save")
 def test_what_is_not_the_runs_own_stays_in_its_directory(script, finished):
     (finished / "notes.csv").write_text("mine")
     (finished / "checkpoint.previous.pt").replace(finished / "checkpoint.pt")
@@ -953,16 +952,16 @@ def test_a_run_in_a_process_of_ones_own_hears_that_it_is_to_end(script, processe
     assert not alive
 
 
-@about("Run.cut_back")
-def test_the_best_policy_is_one_that_the_run_has_had(script, finished):
-    """Where evaluations after the checkpoint are not made again."""
-    earlier, later = sorted((finished / "policies").glob("*.pt"))
-    (finished / "checkpoint.previous.pt").replace(finished / "checkpoint.pt")
-    assert load(finished / "checkpoint.pt")["step"] < load(later)["step"]
-    shutil.copy(later, finished / "best.pt")
-    script.train("--resume", str(finished), "--num-evals", "0")
-    assert json.loads((finished / "result.json").read_text())["best"]["step"] == load(earlier)["step"]
-    assert load(finished / "best.pt")["step"] == load(earlier)["step"]
+@about("Run.cut_back", "create_run")
+def test_rows_after_the_checkpoint_and_a_torn_one_are_cut_off(script, finished):
+    before = contents(finished)
+    last = max(int(row["step"]) for row in rows(finished, "episodes"))
+    for name in ("episodes", "progress", "evaluations"):
+        with (finished / f"{name}.csv").open("a") as file:
+            file.write(f"{last + 10**6},1,2,3\n{last // 10}")
+    script.train("--resume", str(finished))
+    for name in ("episodes.csv", "progress.csv", "evaluations.csv"):
+        assert (finished / name).read_bytes() == before[finished / name]
 
 
 @about("Run.begin", "Run.load", "Run.state", "Run.save")
@@ -1086,8 +1085,6 @@ SPOILT = {
     "both checkpoints gone": (each("checkpoint*.pt", Path.unlink), "has no checkpoint"),
     "neither checkpoint nor log": (each("*[tg]", Path.unlink), "has no checkpoint"),
     "a policy in its place": (lambda run: shutil.copy(run / "best.pt", run / "checkpoint.pt"), "is a policy"),
-    "a table too short": (each("episodes.csv", lambda path: path.write_text("step\n")), "episodes.csv is shorter"),
-    "a table gone": (each("evaluations.csv", Path.unlink), "evaluations.csv is shorter"),
     "another seed": (edit_config(seed=7), "--seed is 1 in checkpoint.pt and cannot become 7"),
     "another rate": (edit_config(learning_rate=0.5), "cannot become 0.5"),
     "no arguments": (each("config.yaml", lambda path: path.write_text("")), "is no file of arguments"),
