@@ -14,7 +14,7 @@ pytest.importorskip("stable_baselines3")
 from benchmark.__main__ import main
 from benchmark.runs import Run, find_runs
 from benchmark.speed import learner, race, versus
-from benchmark.speed.libraries import build, load, make_envs
+from benchmark.speed.learner import build, load, make_envs
 from benchmark.speed.rl_zoo import SETTINGS
 
 QUICK = {"n_envs": 2, "n_steps": 64, "batch_size": 32, "n_epochs": 2}

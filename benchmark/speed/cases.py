@@ -1,10 +1,12 @@
 """What each script is compared by. A new script is one entry of `CASES`."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from benchmark.suites import as_words
 
 PACKAGES = {"sb3": "stable_baselines3", "sbx": "sbx"}  # of other libraries
+LEARNER = Path(__file__).with_name("learner.py")  # trains what is theirs
 
 
 @dataclass(frozen=True)
@@ -106,4 +108,4 @@ def in_their_words(case: Case, settings: dict) -> dict:
     else:
         own = {"n_steps": T, "batch_size": N * T // settings["num_minibatches"], "n_epochs": settings["update_epochs"]}
     network = {"policy_kwargs": {"net_arch": settings["sizes"]}} if "sizes" in settings else {}
-    return own | network | case.theirs
+    return {"n_envs": N} | own | network | case.theirs

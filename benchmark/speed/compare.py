@@ -18,8 +18,8 @@ from benchmark.errors import refuse
 from benchmark.jobs import ROOT
 from benchmark.options import at_least
 from benchmark.runs import find_runs, write_atomically
-from benchmark.speed.cases import CASES, PACKAGES, Case, in_our_words, in_their_words
-from benchmark.suites import check
+from benchmark.speed.cases import CASES, LEARNER, PACKAGES, Case, in_our_words, in_their_words
+from benchmark.suites import as_words, check
 
 WARMUP = 2  # rows of progress left out at the start of every measurement
 
@@ -53,17 +53,18 @@ def contenders(case: Case) -> list[Contender]:
 
 def measure(script: str, contender: Contender, settings: dict) -> tuple[float, dict]:
     """Steps per second after the warm-up; of ours also the shares of the time and the seconds of compiling."""
-    case = CASES[script]
-    if contender.name not in case.ours:
-        words = [sys.executable, "-m", "benchmark.speed.libraries", contender.name, case.algorithm]
-        theirs = {"vec": contender.vec, "threads": contender.threads, "warmup": WARMUP}
-        theirs |= {name: settings[name] for name in ("env_id", "num_envs", "num_steps", "rollouts")}
-        theirs |= {"settings": in_their_words(case, settings)}
-        return float(output_of([*words, json.dumps(theirs)]).split()[-1]), {}
+    case, rollout = CASES[script], settings["num_envs"] * settings["num_steps"]
+    own = {"vec": contender.vec, "threads": contender.threads, "num_evals": 0}
     with tempfile.TemporaryDirectory() as runs:
-        own = {"vec": contender.vec, "threads": contender.threads, "runs_dir": runs, "num_evals": 0}
-        own |= case.ours[contender.name]
-        output_of([sys.executable, f"{script}.py", *in_our_words(case, settings | own)])
+        own |= {"runs_dir": runs}
+        if contender.name in case.ours:
+            words = [f"{script}.py", *in_our_words(case, settings | own | case.ours[contender.name])]
+        else:
+            own |= {"library": contender.name, "algorithm": case.algorithm, "env_id": settings["env_id"]}
+            own |= {"total_timesteps": rollout * settings["rollouts"], "row_every": rollout}
+            own |= {"settings": in_their_words(case, settings)}
+            words = [str(LEARNER), *(word for name, value in own.items() for word in as_words(name, value))]
+        run_alone([sys.executable, *words])
         (run,) = find_runs([Path(runs)])
         progress, compiling = run.progress, run.compiling
     steps, seconds = (progress[name][-1] - progress[name][WARMUP - 1] for name in ("step", "wall_time"))
@@ -75,13 +76,12 @@ def measure(script: str, contender: Contender, settings: dict) -> tuple[float, d
     return float(steps / seconds), shares | {"compiling": compiling}
 
 
-def output_of(words: list[str]) -> str:
+def run_alone(words: list[str]) -> None:
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # each contender sets its own
     environment = {name: value for name, value in os.environ.items() if name not in threads}
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
     if result.returncode:
         sys.exit(f"{' '.join(words)} failed:\n{result.stderr[-2000:]}")
-    return result.stdout
 
 
 def find_fastest(script: str, case: Case, settings: dict) -> dict[str, Contender]:

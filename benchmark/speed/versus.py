@@ -13,12 +13,11 @@ from benchmark.errors import refuse
 from benchmark.jobs import ROOT, Job, fingerprint_of_config
 from benchmark.options import at_least, make_folder, need
 from benchmark.runs import file_name, fingerprint, import_script
-from benchmark.speed.cases import CASES, PACKAGES
+from benchmark.speed.cases import CASES, LEARNER, PACKAGES
 from benchmark.speed.rl_zoo import SETTINGS
 from benchmark.suites import check
 from benchmark.sweep import end_if_failed, previous_states, run_sweep
 
-LEARNER = Path(__file__).with_name("learner.py")
 LIBRARIES = {"sb3": "Stable-Baselines3", "sbx": "SBX"}
 EPISODES = 10  # of an evaluation
 THRESHOLDS = {"HalfCheetah-v4": (3000, 5000, 7000), "CartPole-v1": (475,), "LunarLander-v3": (200,)}
