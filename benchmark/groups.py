@@ -174,9 +174,9 @@ def number(value: float) -> str:
         size, unit = next(((s, u) for s, u in ((10**6, "M"), (10**3, "k")) if value and value % s == 0), (1, ""))
         return f"{int(value) // size:,}{unit}"
     if abs(value) >= 0.01 or not math.isfinite(value):
-        return f"{value:g}"
-    mantissa, _, exponent = f"{value:e}".partition("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
+        return f"{value:.15g}"  # other values are other methods
+    mantissa, _, exponent = f"{value:.14e}".partition("e")
+    return f"{float(mantissa):.15g}e{int(exponent)}"
 
 
 def in_words(name: str, value: object) -> str:

@@ -12,20 +12,23 @@ import tyro
 from benchmark.errors import choices, refuse
 from benchmark.groups import Group, by_environment, gather, in_order, methods_of
 from benchmark.options import make_folder, need
-from benchmark.random_policy import arguments_of, baseline_of
+from benchmark.random_policy import baseline_of
 from benchmark.runs import Run
+
+# What evaluation's environment is made from.
+ENVIRONMENT = "env_kwargs", "eval_env_kwargs", "max_episode_steps", "action_repeat", "repeat_action_probability"
 
 
 def find_baselines(groups: list[Group]) -> dict[str, np.ndarray]:
+    """Returns of a random policy on each environment, unless it was not the same one for all methods."""
     baselines = {}
     for env_id, here in by_environment(groups).items():
         runs = [group.runs[0] for group in here]
+        if any(len({run.config[name] for run in runs if name in run.config}) > 1 for name in ENVIRONMENT):
+            print(f"no random baseline on {env_id}: its arguments differ between methods")
+            continue
         try:
-            made_from = [arguments_of(run) for run in runs]
-            if any(one[name] != other[name] for one in made_from for other in made_from for name in one.keys() & other):
-                print(f"no random baseline on {env_id}: its arguments differ between methods")
-                continue
-            baselines[env_id] = baseline_of(runs[0])["return"]
+            baselines[env_id] = baseline_of(runs[0])
         except Exception as error:  # whatever the environment or a fork's code raises
             print(f"no random baseline on {env_id}: {shorten(str(error), 150, placeholder=' …')}")
     return baselines
@@ -98,8 +101,8 @@ def report(
         output: a folder
         baseline: the method, as the report names it, that comes first and that all others are compared with
         threshold: ENVIRONMENT=RETURN, to tell the steps and seconds until a seed reached it; as many as wanted
-        no_random: do not compare with a policy that acts at random. It is played once and remembered; the script in the
-            run directory makes its environment, so only report on runs whose script you trust
+        no_random: do not compare with a policy that acts at random, in the environment that the script in the run
+            directory makes; only report on runs whose script you trust
     """
     need("matplotlib", "scipy")
     from benchmark.compose import make_report

@@ -35,9 +35,7 @@ class Watch:
 
     def __init__(self, jobs: list[Job], ended: dict[Job, str]):
         self.jobs, self.ended = jobs, ended
-        self.began = time.monotonic()
         self.before = {job: described_at(job) for job in jobs}
-        self.first: dict[Job, float] = {}  # share of each job that was done before it ran here
         self.finals: dict[Job, float | None] = {}  # evaluation returns
 
     def running(self) -> dict[Job, dict]:
@@ -46,16 +44,16 @@ class Watch:
         for job in self.jobs:
             if job in self.ended or described_at(job) == self.before[job]:
                 continue
-            found[job] = {"share": 0.0, "sps": 0.0, "return": None}
+            found[job] = {"share": 0.0, "sps": 0.0, "pace": 0.0, "return": None}
             with suppress(LookupError, ValueError):  # where a fork writes what is no number
                 if (run := job.run()) and (rows := run.last_rows("progress", 1)):
-                    episodes = run.last_rows("episodes", 100)
+                    episodes, total = run.last_rows("episodes", 100), run.config["total_timesteps"]
                     found[job] = {
-                        "share": rows[0]["step"] / run.config["total_timesteps"],
+                        "share": rows[0]["step"] / total,
                         "sps": rows[0]["sps"],
+                        "pace": rows[0]["sps"] / total,  # runs a second
                         "return": statistics.fmean(row["return"] for row in episodes) if episodes else None,
                     }
-            self.first.setdefault(job, found[job]["share"])
         return found
 
     def final(self, jobs: list[Job]) -> list[float]:
@@ -66,13 +64,10 @@ class Watch:
         return [value for job in jobs if (value := self.finals.get(job)) is not None]
 
     def left(self, running: dict[Job, dict]) -> str:
-        """Time to the end, from what was done since the start."""
-        done = sum(1 - self.first[job] for job in self.first if self.ended.get(job) == "done")
-        done += sum(progress["share"] - self.first[job] for job, progress in running.items())
+        """Time to the end at the present pace."""
         waiting = len(self.jobs) - len(self.ended) - sum(progress["share"] for progress in running.values())
-        if done < 1e-3:
-            return "-"
-        return str(timedelta(seconds=round((time.monotonic() - self.began) / done * waiting)))
+        pace = sum(progress["pace"] for progress in running.values())
+        return str(timedelta(seconds=round(waiting / pace))) if pace else "-"
 
     def headline(self, running: dict[Job, dict]) -> str:
         counts = Counter(self.ended.values())

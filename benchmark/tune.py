@@ -155,8 +155,9 @@ class Tuner:
             if ended:
                 job, ends[job] = ended
             for means in list(zip(*map(evaluation_means, jobs), strict=False))[reported:]:
-                trial.report(statistics.fmean(mean for _, mean in means), int(means[0][0]))
-                reported, behind = reported + 1, behind or trial.should_prune()
+                reported += 1  # by their number: steps differ where what is searched changes the rollout
+                trial.report(statistics.fmean(mean for _, mean in means), reported)
+                behind = behind or trial.should_prune()
             if behind or self.stop.is_set():
                 halt.set()
             if self.screen:

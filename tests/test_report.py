@@ -152,6 +152,9 @@ def test_labels_say_what_differs_in_words(tmp_path):
     for total in (60_000, 100_000):
         make_run(tmp_path / "lengths", "A-v0", 1, settings={"total_timesteps": total})
     assert labels(tmp_path / "lengths") == ["60k steps", "100k steps"]
+    for rate, gamma in ((1.2345678e-4, 0.9999996), (1.2345679e-4, 0.9999999)):
+        make_run(tmp_path / "near", "A-v0", 1, settings={"learning_rate": rate, "gamma": gamma})
+    assert labels(tmp_path / "near") == ["gamma 0.9999996, lr 1.2345678e-4", "gamma 0.9999999, lr 1.2345679e-4"]
 
 
 def labels(*paths: Path, baseline: str | None = None) -> list[str]:
@@ -303,8 +306,7 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
 
 
 def test_a_random_policy_and_films_are_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmark.report.arguments_of", lambda run: {})
-    monkeypatch.setattr("benchmark.report.baseline_of", lambda run: {"return": np.array([-5.0, -4.0, -3.0])})
+    monkeypatch.setattr("benchmark.report.baseline_of", lambda run: np.array([-5.0, -4.0, -3.0]))
     for env_id in ("A-v0", "B-v0"):
         run = make_run(tmp_path / "runs", env_id, 1)
         make_run(tmp_path / "runs", env_id, 1, script="sac_x", final=8.0)
@@ -322,8 +324,7 @@ def test_a_random_policy_and_films_are_shown(tmp_path, monkeypatch):
 
 
 def test_scores_have_no_scale_where_nothing_is_better_than_random(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("benchmark.report.arguments_of", lambda run: {})
-    monkeypatch.setattr("benchmark.report.baseline_of", lambda run: {"return": np.array([run.config["floor"]])})
+    monkeypatch.setattr("benchmark.report.baseline_of", lambda run: np.array([run.config["floor"]]))
     for seed in (1, 2, 3):
         for env_id, floor in (("A-v0", 100.0), ("B-v0", 0.0), ("C-v0", 0.0)):
             make_run(tmp_path / "runs", env_id, seed, settings={"floor": floor})

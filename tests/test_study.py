@@ -17,7 +17,6 @@ SETTINGS += ["--num-evals", "4", "--eval-episodes", "3", "--no-compile"]
 
 
 def test_a_study_from_the_random_policy_to_the_last(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     command = ["run", "ppo_continuous", "Pendulum-v1", "-o", str(tmp_path / "out"), "--", *SETTINGS]
     main(command)
     (run,) = find_runs([tmp_path / "out"])

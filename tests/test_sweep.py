@@ -413,11 +413,11 @@ def jobs_in(tmp_path: Path, **content: object) -> list[jobs.Job]:
     return jobs_of(read_suite(Path(suite(tmp_path, **content))), tmp_path / "out", 1)
 
 
-def test_what_is_left_is_told_by_what_was_done_since_the_start(tmp_path):
-    first, second = jobs_in(tmp_path, seeds=2)
-    watch = Watch([first, second], {})
-    watch.began, watch.first[first] = time.monotonic() - 100, 0.5  # half of it by an earlier sweep
-    assert watch.left({first: {"share": 0.75}}) == "0:08:20"
+def test_what_is_left_is_told_by_the_present_pace(tmp_path):
+    first, second, third = jobs_in(tmp_path, seeds=3)
+    watch = Watch([first, second, third], {first: "done"})
+    assert watch.left({second: {"share": 0.75, "pace": 1 / 400}}) == "0:08:20"  # one and a quarter are left
+    assert watch.left({}) == "-"
 
 
 def test_what_was_interrupted_goes_on_before_anything_begins(tmp_path):
