@@ -21,7 +21,7 @@ def run_in_process(name: str, words: list[str], dies_at: int | None = None) -> N
         return wrapped
 
     if dies_at:
-        for operation in ("fsync", "replace", "rename", "link", "unlink", "truncate"):
+        for operation in ("fsync", "replace", "rename", "link", "unlink"):
             setattr(os, operation, deadly(getattr(os, operation)))
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         module = importlib.import_module(name)
