@@ -1085,6 +1085,10 @@ class Run(ExitStack):
                 *rows, _ = path.read_text().split("\n")  # the last is empty, or torn
                 kept = [row for row in rows if row.startswith("step,") or int(row.split(",")[0]) <= self.saved]
                 write_atomically(path, "\n".join([*kept, ""]))
+        best = self.directory / "policies" / f"step-{self.progress['best'].get('step', 0):09d}.pt"
+        if best.exists():  # best.pt may be of an evaluation that is not made again
+            shutil.copy(best, self.directory / "best.pt.unfinished")
+            (self.directory / "best.pt.unfinished").replace(self.directory / "best.pt")
 
     def load(self) -> dict:
         for path in (self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"):
@@ -1140,6 +1144,9 @@ class Run(ExitStack):
         """The checkpoint before this one stays as `checkpoint.previous.pt`. Of networks that diverged there is none."""
         if not all(parameter.isfinite().all() for parameter in self.agent.parameters()):
             raise FloatingPointError(f"not finite at step {step:,}: the parameters")
+        for path in self.directory.glob("*.csv"):  # a checkpoint that outlives a power cut has its rows
+            with path.open("a") as file:
+                os.fsync(file.fileno())
         last, previous = self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"
         previous.unlink(missing_ok=True)
         try:

@@ -952,6 +952,32 @@ def test_a_run_in_a_process_of_ones_own_hears_that_it_is_to_end(script, processe
     assert not alive
 
 
+@about("Run.cut_back")
+def test_the_best_policy_is_one_that_the_run_has_had(script, finished):
+    """Where evaluations after the checkpoint are not made again."""
+    earlier, later = sorted((finished / "policies").glob("*.pt"))
+    (finished / "checkpoint.previous.pt").replace(finished / "checkpoint.pt")
+    assert load(finished / "checkpoint.pt")["step"] < load(later)["step"]
+    shutil.copy(later, finished / "best.pt")
+    script.train("--resume", str(finished), "--num-evals", "0")
+    assert json.loads((finished / "result.json").read_text())["best"]["step"] == load(earlier)["step"]
+    assert load(finished / "best.pt")["step"] == load(earlier)["step"]
+
+
+@about("Run.save")
+def test_rows_are_on_the_disk_before_the_checkpoint_that_counts_on_them(script, monkeypatch):
+    fsync, synced = os.fsync, []
+
+    def watched(number: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    script.train(total_timesteps=256, num_evals=1)
+    before = synced[: synced.index("checkpoint.pt.unfinished")]
+    assert {"episodes.csv", "progress.csv", "evaluations.csv"} <= {*before}
+
+
 @about("Run.cut_back", "create_run")
 def test_rows_after_the_checkpoint_and_a_torn_one_are_cut_off(script, finished):
     before = contents(finished)
