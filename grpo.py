@@ -806,6 +806,9 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                 run.say(f"every {args.advantage} advantage is 0, though returns differ: try --advantage rtg or outcome")
             progress["updates"] += measures["updates"]
             progress["recent"] = [*progress["recent"], *(e["return"] for e in rollout.episodes)][-100:]
+            if min(step, total) * args.num_evals // total > (step - B) * args.num_evals // total:
+                evaluate(args, run, agent, step, progress)
+                watch.lap("evaluating")
             row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(step / watch.elapsed())}
             row |= measures | {"updates": progress["updates"]}
             row |= {f"seconds_{name}": round(watch.seconds[name] - booked[name], 4) for name in SECONDS}
@@ -816,9 +819,6 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
             if args.target_kl:
                 progress["kl_coef"] = next_kl_coef(progress["kl_coef"], row["reference_kl"], args.target_kl)
-            if min(step, total) * args.num_evals // total > (step - B) * args.num_evals // total:
-                evaluate(args, run, agent, step, progress)
-                watch.lap("evaluating")
             if step // args.checkpoint_every > (step - B) // args.checkpoint_every or step >= total:
                 run.save(step)
                 watch.lap("saving")

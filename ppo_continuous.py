@@ -628,6 +628,9 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
             progress["updates"] += measures["updates"]
             progress["recent"] = [*progress["recent"], *(e["return"] for e in rollout.episodes)][-100:]
+            if iteration * args.num_evals // iterations > (iteration - 1) * args.num_evals // iterations:
+                evaluate(args, run, agent, step, progress)
+                watch.lap("evaluating")
             row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(step / watch.elapsed())}
             row |= measures | {"updates": progress["updates"]}
             row |= {f"seconds_{name}": round(watch.seconds[name] - booked[name], 4) for name in SECONDS}
@@ -636,9 +639,6 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             run.write("progress", [row])
             watch.lap("saving")
 
-            if iteration * args.num_evals // iterations > (iteration - 1) * args.num_evals // iterations:
-                evaluate(args, run, agent, step, progress)
-                watch.lap("evaluating")
             if step // args.checkpoint_every > (step - B) // args.checkpoint_every or iteration == iterations:
                 run.save(step)
                 watch.lap("saving")

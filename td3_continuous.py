@@ -677,6 +677,9 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             if math.inf in map(abs, means) or not all(learner.theta.isfinite().all() for learner in learners[:2]):
                 raise FloatingPointError(f"not finite at step {step:,}: {measures}")
             watch.lap("updating")
+            if evaluates:
+                evaluate(args, run, agent, step, progress)
+                watch.lap("evaluating")
             seconds = {name: spent - booked[name] for name, spent in watch.seconds.items()}
             pace = (step - shown) / sum(seconds[name] for name in ("stepping", "acting", "updating"))
             row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(pace, 3)}
@@ -687,9 +690,6 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             run.write("progress", [row])
             watch.lap("saving")
 
-            if evaluates:
-                evaluate(args, run, agent, step, progress)
-                watch.lap("evaluating")
             if saves:
                 run.save(step)
                 watch.lap("saving")

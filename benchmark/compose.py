@@ -28,8 +28,8 @@ SECTIONS = {  # figures and their captions
         "training": "Mean return of the episodes of training, in which actions are sampled, likewise.",
     },
     "Along the run": {
-        "checkpoints": "Mean evaluation return at 25, 50 and 100% of the run and its interval; beside it a dot for each"
-        " seed.",
+        "checkpoints": "Mean return of the evaluations nearest to 25, 50 and 100% of the run and its interval; beside"
+        " it a dot for each seed.",
         "boxes": "All evaluation episodes at these points.",
     },
     "Over all environments": {

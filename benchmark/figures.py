@@ -194,7 +194,7 @@ def checkpoints(groups: list[Group], baselines: Baselines, colour: Colours) -> F
                 if len(returns) > 1:
                     beside = np.full(len(returns), x + min(0.12, width / 3))
                     axis.plot(beside, returns[:, 0], ".", color=shade, ms=4, alpha=0.55, mew=0)
-        axis.set_xticks(range(len(SHARES)), [f"{share:.0%}" for share in SHARES])
+        axis.set_xticks(range(len(SHARES)), [f"{here[0].share_near(share):.0%}" for share in SHARES])
         axis.set_xlim(-0.5, len(SHARES) - 0.5)
         axis.set_xlabel("share of the run")
         axis.set_ylabel("evaluation return")
@@ -212,7 +212,8 @@ def boxes(groups: list[Group], baselines: Baselines, colour: Colours) -> Figure:
             for patch in axis.boxplot(returns, positions=places, widths=min(0.4, width), **look)["boxes"]:
                 patch.set(facecolor=shade, alpha=0.7)
 
-        ticks, width = {1 + k: f"{share:.0%}" for k, share in enumerate(SHARES)}, 0.8 / len(here)
+        ticks = {1 + k: f"{here[0].share_near(share):.0%}" for k, share in enumerate(SHARES)}
+        width = 0.8 / len(here)
         if env_id in baselines:
             ticks[-0.3] = "random"
             box([baselines[env_id]], [-0.3], width, RANDOM)

@@ -57,12 +57,13 @@ class Group:
 
     @cached_property
     def seconds(self) -> np.ndarray:
-        """Training time of each seed, without evaluation, when it reached the steps of its curve (seeds, K)."""
-        seconds = []
-        for table in (run.progress for run in self.runs):
-            evaluating = np.cumsum(table.get("seconds_evaluating", 0))  # before each row
-            seconds.append(np.interp(self.curves[0], table["step"], table["wall_time"] - evaluating))
-        return np.array(seconds)
+        """Of each seed at the steps of its curve (seeds, K)."""
+        return np.array([self.seconds_of(run, self.curves[0]) for run in self.runs])
+
+    def seconds_of(self, run: Run, steps: np.ndarray) -> np.ndarray:
+        """Training time, without evaluation, when a run reached these steps."""
+        evaluating = np.cumsum(run.progress.get("seconds_evaluating", 0))  # before each row
+        return np.interp(steps, run.progress["step"], run.progress["wall_time"] - evaluating)
 
     @cached_property
     def final(self) -> np.ndarray:
@@ -110,13 +111,15 @@ class Group:
         steps = self.curves[0]
         return steps[np.abs(steps - share * steps[-1]).argmin()]
 
+    def share_near(self, share: float) -> float:
+        """Of the run at that evaluation."""
+        return self.step_at(share) / self.curves[0][-1]
+
     def reached(self, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and seconds until each seed's evaluation first reached the threshold; infinite if never."""
-        steps, curves = self.curves
-        above = curves >= threshold
-        first, ever = above.argmax(1), above.any(1)
-        seconds = self.seconds[np.arange(len(first)), first]
-        return np.where(ever, steps[first], np.inf), np.where(ever, seconds, np.inf)
+        """Steps and seconds until each seed's own evaluation first reached the threshold; infinite if never."""
+        steps = np.array([next((s for s, mean in run.means.items() if mean >= threshold), np.inf) for run in self.runs])
+        seconds = np.array([self.seconds_of(run, step) for run, step in zip(self.runs, steps, strict=True)])
+        return steps, np.where(np.isfinite(steps), seconds, np.inf)
 
 
 @dataclass(frozen=True)

@@ -952,6 +952,13 @@ def test_a_run_in_a_process_of_ones_own_hears_that_it_is_to_end(script, processe
     assert not alive
 
 
+def test_an_evaluation_is_booked_in_the_row_of_its_step(original):
+    """So that a checkpoint after it leaves no time that no row tells of."""
+    evaluated = {row["step"] for row in rows(original, "evaluations")}
+    with (original / "progress.csv").open(newline="") as file:
+        assert {row["step"] for row in csv.DictReader(file) if float(row["seconds_evaluating"])} == evaluated
+
+
 @about("Run.cut_back")
 def test_the_best_policy_is_one_that_the_run_has_had(script, finished):
     """Where evaluations after the checkpoint are not made again."""

@@ -141,6 +141,26 @@ def test_what_a_grid_varies_sets_methods_apart_whatever_it_is(tmp_path):
     assert labels(folder) == ["device cpu", "device cuda"]
 
 
+def test_a_threshold_is_reached_by_a_seeds_own_evaluations(tmp_path):
+    for seed, steps in ((1, range(10, 101, 10)), (2, range(10, 101, 10)), (3, (25, 50, 75, 100))):
+        run = make_run(tmp_path, "A-v0", seed)
+        earned = "".join(f"{step},0,0,{min(100, step * 10 / 3)},7\n" for step in steps)
+        (run / "evaluations.csv").write_text("step,episode,seed,return,length\n" + earned)
+    (group,) = gather([tmp_path]).groups
+    steps, seconds = group.reached(99)
+    assert steps.tolist() == [30, 30, 50] and seconds.tolist() == [180, 180, 300]
+    assert group.reached(101)[1].tolist() == [np.inf] * 3
+
+
+def test_shares_of_the_run_are_those_of_the_evaluations_shown(tmp_path):
+    for seed in (1, 2, 3):
+        make_run(tmp_path, "A-v0", seed)
+    groups = gather([tmp_path]).groups
+    for draw in (figures.checkpoints, figures.boxes):
+        (axis,) = draw(groups, {}, figures.colours(methods_of(groups))).axes
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["20%", "50%", "100%"]
+
+
 def test_labels_say_what_differs_in_words(tmp_path):
     settings = [{"learning_rate": 3e-4, "norm_obs": True}, {"learning_rate": 1e-3, "norm_obs": False}]
     for own in settings:

@@ -3,10 +3,12 @@
 import importlib
 import inspect
 import itertools
+import sys
 
 import pytest
 
 from benchmark.__main__ import main
+from benchmark.speed import compare
 from benchmark.speed.cases import CASES, in_our_words, in_their_words
 from benchmark.speed.compare import without_bf16
 from benchmark.speed.rl_zoo import SETTINGS as RL_ZOO
@@ -50,6 +52,16 @@ def test_a_script_understands_its_case(script, variant, title):
             assert getattr(args, name) == value
     for name in case.networks if "sizes" in settings else ():
         assert list(getattr(args, name)) == settings["sizes"]
+
+
+@pytest.mark.parametrize("script", CASES)
+def test_ours_computes_where_the_others_do(script, monkeypatch):
+    case, seen = CASES[script], []
+    monkeypatch.setattr(compare, "run_alone", lambda words: seen.append(words) or sys.exit())
+    settings = next(iter(case.settings.values())) | {"env_id": case.env_ids[0], "rollouts": 5}
+    with pytest.raises(SystemExit):
+        compare.measure(script, compare.Contender("ours", case.ways[0], 1), settings)
+    assert importlib.import_module(script).parse(seen[0][2:]).device == "cpu"
 
 
 @pytest.mark.parametrize("settings", [*RL_ZOO, *CASES], ids=str)

@@ -90,6 +90,13 @@ def test_who_takes_part(monkeypatch, capsys):
     assert "left out: rl-zoo's settings; of PPO on Acrobot-v1 none are known" in capsys.readouterr().out
 
 
+def test_ours_computes_where_the_others_do():
+    own = [
+        each for each in versus.contestants("ppo_continuous", "HalfCheetah-v4") if each.script.stem == "ppo_continuous"
+    ]
+    assert len(own) == 2 and all(each.words[:2] == ("--device", "cpu") for each in own)
+
+
 def test_what_is_not_installed_is_left_out_in_words(monkeypatch, capsys):
     monkeypatch.setattr(versus, "find_spec", lambda package: package != "sbx")
     assert not [label for label in entered("ppo_discrete", "CartPole-v1") if label.startswith("SBX")]

@@ -58,7 +58,7 @@ def measure(script: str, contender: Contender, settings: dict) -> tuple[float, d
     with tempfile.TemporaryDirectory() as runs:
         own |= {"runs_dir": runs}
         if contender.name in case.ours:
-            words = [f"{script}.py", *in_our_words(case, settings | own | case.ours[contender.name])]
+            words = [f"{script}.py", "--device", "cpu", *in_our_words(case, settings | own | case.ours[contender.name])]
         else:
             own |= {"library": contender.name, "algorithm": case.algorithm, "env_id": settings["env_id"]}
             own |= {"total_timesteps": rollout * settings["rollouts"], "row_every": rollout}

@@ -34,7 +34,7 @@ class Contestant:
 def contestants(script: str, env_id: str) -> list[Contestant]:
     """Ours, others with rl-zoo's settings where it has some, and the usual PPO by ours; says what is left out."""
     case, ours = CASES[script], ROOT / f"{script}.py"
-    found = [Contestant("ours", "SoloRL", ours)]
+    found = [Contestant("ours", "SoloRL", ours, ("--device", "cpu"))]  # as the others
     tuned = SETTINGS.get((case.algorithm, env_id))
     if tuned is None:
         print(f"left out: rl-zoo's settings; of {case.algorithm} on {env_id} none are known here")
@@ -50,7 +50,7 @@ def contestants(script: str, env_id: str) -> list[Contestant]:
             found.append(Contestant(f"{library}-{name}", f"{title}, {told}", LEARNER, words))
     textbook = ROOT / "configs" / script / "textbook.yaml"
     if textbook.is_file():  # named as seen from here, as in a command that anybody may repeat
-        words = ("--config", os.path.relpath(textbook))
+        words = ("--device", "cpu", "--config", os.path.relpath(textbook))
         found.append(Contestant("cleanrl", "CleanRL's settings in SoloRL", ours, words))
     return found
 
