@@ -1066,7 +1066,7 @@ class EnvPool(Environments):
     def _make(self, args: Args) -> gym.Env:
         import envpool
 
-        seeds = self.random.integers(2**31, size=args.num_envs).tolist()  # from a single one it would count on
+        seeds = self.random.integers(2**31, size=args.num_envs).tolist()  # given one, it counts on into other runs'
         name = "".join(map(str.capitalize, find_game(args.env_id).split("_"))) + "-v5"
         return envpool.make(name, "gymnasium", num_envs=args.num_envs, seed=seeds, **self._kwargs(args))
 

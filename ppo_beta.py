@@ -1266,7 +1266,7 @@ class EnvPool(Environments):
     def _make(self, args: Args) -> gym.Env:
         import envpool
 
-        seeds = self.random.integers(2**31, size=args.num_envs).tolist()  # from a single one it would count on
+        seeds = self.random.integers(2**31, size=args.num_envs).tolist()  # given one, it counts on into other runs'
         kwargs = json.loads(args.env_kwargs)
         envs = envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=seeds, **kwargs)
         return FramesOfMany(envs, args) if is_image(envs.observation_space) else envs

@@ -57,7 +57,7 @@ class Group:
 
     @cached_property
     def seconds(self) -> np.ndarray:
-        """Of each seed at the steps of its curve (seeds, K)."""
+        """Training time of each seed at the steps of its curve (seeds, K)."""
         return np.array([self.seconds_of(run, self.curves[0]) for run in self.runs])
 
     def seconds_of(self, run: Run, steps: np.ndarray) -> np.ndarray:
@@ -112,7 +112,7 @@ class Group:
         return steps[np.abs(steps - share * steps[-1]).argmin()]
 
     def share_near(self, share: float) -> float:
-        """Of the run at that evaluation."""
+        """Where in the run the evaluation is that is nearest to a share of it."""
         return self.step_at(share) / self.curves[0][-1]
 
     def reached(self, threshold: float) -> tuple[np.ndarray, np.ndarray]:
