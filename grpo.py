@@ -430,8 +430,8 @@ class Agent(nn.Module):
         self.register_buffer("low", torch.as_tensor(low))
         self.register_buffer("high", torch.as_tensor(high))
         bounded = np.isfinite(low) & np.isfinite(high)  # to the policy, such bounds are -1 and 1
-        self.centre = np.where(bounded, low / 2 + high / 2, np.clip(0, low, high)).astype(low.dtype)
         self.half_range = np.where(bounded, high / 2 - low / 2, 1).astype(low.dtype)
+        self.centre = np.where(bounded, high - self.half_range, np.clip(0, low, high)).astype(low.dtype)
         self.bounds = low, high
 
     def forward(self, observations: Tensor) -> Tensor:

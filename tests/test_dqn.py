@@ -184,6 +184,7 @@ def test_torch_writes_what_numpy_does():
 def test_a_buffer_that_is_not_full_is_kept_without_its_empty_rows():
     buffer, _ = filled_buffer(60, 3, 4)
     assert [len(ring) for ring in buffer.state()["rings"]] == [*[buffer.seen] * 2, *[12] * 4] and buffer.seen < 30
+    assert all(ring.untyped_storage().nbytes() == ring.nbytes for ring in buffer.state()["rings"])
 
 
 def test_the_buffer_normalises_as_the_policy_does():

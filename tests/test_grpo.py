@@ -106,6 +106,20 @@ def test_samples_follow_the_distribution(kind):
         torch.testing.assert_close(samples.std(0), torchs.stddev[0], atol=0.03, rtol=0)
 
 
+def test_a_sharp_beta_draws_nothing_whose_density_is_no_number():
+    torch.manual_seed(0)
+    outputs = np.tile(np.float32([[1e6, -20], [-20, 1e6]]), (2000, 1))
+    samples = grpo.Beta.sample(outputs)
+    assert samples.min() > 0 and samples.max() < 1
+    assert grpo.Beta(torch.tensor(outputs)).log_prob(torch.tensor(samples)).isfinite().all()
+
+
+def test_the_first_policy_is_nearly_the_same_everywhere():
+    torch.manual_seed(0)
+    agent = agent_of(SMALL, *box(-1, 1), observation=64)
+    assert agent.actor(torch.randn(100, 64)).abs().max() < 0.1
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_the_mean_of_k3_is_the_closed_divergence(kind):
     torch.manual_seed(0)
@@ -352,6 +366,10 @@ def test_what_fills_a_minibatch_cannot_change_a_gradient():
     full = grpo.fill(batch, torch.arange(40), 64)
     assert len(full.weights) == 64 and not full.weights[40:].any()
     torch.testing.assert_close(gradient(agent, full), gradient(agent, bare))
+    agent.actor[-1].weight *= 100  # a policy whose entropy varies
+    parameters, none = dict(agent.named_parameters()), torch.tensor(0.0)
+    measures = [grpo.grpo_loss(parameters, agent, SMALL, each, none)[1] for each in (full, bare)]
+    torch.testing.assert_close(*measures)
     before = gradient(agent, full)
     for column in full:
         if column is not full.weights:
@@ -511,6 +529,22 @@ def test_rewards_that_cannot_be_squared_stop_the_run(small, capsys):
     assert "not finite in the iteration" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of such numbers
+def test_observations_that_are_not_finite_are_in_no_checkpoint(small, monkeypatch, capsys):
+    """Infinite ones are clipped to ±10 before the network."""
+    collect = grpo.collect
+
+    def spoil(*parts):
+        rollout = collect(*parts)
+        rollout.observations[0] = np.inf
+        return rollout
+
+    monkeypatch.setattr(grpo, "collect", spoil)
+    with pytest.raises(SystemExit, match="1"):
+        train(replace(small, checkpoint_every=1))
+    assert "the last checkpoint is of step 0" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def played() -> Played:
     return Played(identical_start=False)
@@ -634,6 +668,8 @@ def test_epochs_of_minibatches():
     for epoch in (calls[:4], calls[4:8], calls[8:]):
         held = torch.cat([minibatch.advantages[minibatch.weights > 0] for minibatch, _ in epoch])
         assert torch.equal(held.sort().values, batch.advantages.sort().values)
+    orders = [torch.cat([minibatch.advantages for minibatch, _ in calls[n : n + 4]]) for n in (0, 4, 8)]
+    assert not torch.equal(orders[0], orders[1]) and not torch.equal(orders[1], orders[2])
     assert len(calls) == 12 and all(kl_coef == 0.5 for _, kl_coef in calls)
     assert measures["policy_loss"] == 6.5 and measures["grad_norm"] == 10.5 and measures["updates"] == 12
     assert (measures["kl_coef"], measures["learning_rate"]) == (0.5, 0.25)

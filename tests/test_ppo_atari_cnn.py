@@ -114,6 +114,18 @@ def test_fire_is_pressed_after_a_lost_life_in_training_and_in_evaluation():
     assert [int(pressed[0]) for pressed in envs.actions].count(1) == 4
 
 
+def test_evaluation_waits_at_the_start_as_long_as_training_may():
+    with closing(make_eval_env(Args())) as env:
+        assert {env.reset(seed=seed)[1]["episode_frame_number"] for seed in range(200)} == {*range(1, 30)}
+
+
+def test_a_new_game_waits_for_no_fire():
+    with closing(Environments(SMALL)) as envs:
+        envs.waits[:] = True
+        envs._reset(np.array([True, False]))
+        assert envs.waits.tolist() == [False, True]
+
+
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_sticky_actions_are_a_setting(probability):
     """At probability 1 every frame repeats the doing nothing of the start, so that actions make no difference."""
@@ -253,6 +265,13 @@ def test_the_network_is_the_nature_network(agent):
     assert low[0].dtype == low[1].dtype == torch.float32 and not torch.equal(low[0], expected)
 
 
+def test_the_first_policy_is_nearly_uniform_and_the_first_values_are_of_the_size_of_returns():
+    agent = ppo.Agent(6)
+    torch.testing.assert_close(agent.hidden.weight @ agent.hidden.weight.T, 2 * torch.eye(512), atol=1e-4, rtol=0)
+    assert agent.critic.weight.norm().item() == pytest.approx(1, rel=1e-4)
+    assert agent.actor.weight.norm().item() == pytest.approx(0.01 * 6**0.5, rel=1e-3)
+
+
 @pytest.mark.parametrize(("clip_vloss", "norm_adv"), [(True, True), (False, False)])
 def test_loss_equals_the_papers(agent, clip_vloss, norm_adv):
     args, batch = Args(clip_vloss=clip_vloss, norm_adv=norm_adv, precision="fp32"), random_batch(agent)
@@ -346,7 +365,25 @@ def test_learns_where_the_bar_is(small, monkeypatch, precision):
     monkeypatch.setattr(ppo, "make_eval_env", lambda args, render_mode=None: Bars())
     args = replace(small, num_envs=8, total_timesteps=2048, learning_rate=1e-3, gamma=0.0, precision=precision)
     run = train(replace(args, update_epochs=3, num_evals=1, eval_episodes=5))
-    assert json.loads((run / "result.json").read_text())["evaluation"]["mean"] == 30.0  # the score, not clipped
+    result = json.loads((run / "result.json").read_text())
+    assert result["evaluation"]["mean"] == 30.0  # the score, not clipped
+    returns = [float(row["return"]) for row in rows(run, "episodes")]
+    assert len(returns) > 110 and result["training_return"] == pytest.approx(np.mean(returns[-100:]))
+
+
+def test_the_network_that_plays_is_the_one_that_learns(small, monkeypatch):
+    """In bfloat16 it is a copy."""
+    same, collect = [], ppo.collect
+
+    def compare(args, agent, envs, look, step, watch):
+        frames = torch.randint(256, (2, 4, 84, 84), dtype=torch.uint8)
+        lowered = ppo.lower_precision(dict(agent.named_parameters()), args.precision)
+        same.append(torch.equal(look(frames), ppo.see(agent, lowered, frames)))
+        return collect(args, agent, envs, look, step, watch)
+
+    monkeypatch.setattr(ppo, "collect", compare)
+    train(replace(small, num_steps=8, total_timesteps=48, precision="bf16", learning_rate=0.01))
+    assert same == [True] * 3
 
 
 N, T = 8, 32
@@ -422,6 +459,13 @@ def test_lost_lives_end_returns_and_cut_games_bootstrap(played):
         cuts += (cut & ~over & ~lost).sum()
     torch.testing.assert_close(advantages, expected, atol=1e-5, rtol=1e-4)
     assert cuts > 5
+
+
+def test_rewards_are_clipped_on_both_sides():
+    no = torch.zeros(2, 1, dtype=torch.bool)
+    rewards = torch.tensor([[-3.0], [3.0]])
+    rollout = ppo.Rollout(None, [], None, None, torch.zeros(3, 1), torch.empty(0), rewards, ~no, no, ~no)
+    assert ppo.estimate(BARS, rollout).flatten().tolist() == [-1, 1]
 
 
 def test_a_batch_has_each_steps_own(played):

@@ -186,6 +186,10 @@ def test_an_encoder_fits_images_of_any_size(shape):
     encoder = ppo.Encoder(shape, bf16=False)
     features = encoder(torch.zeros(2, int(np.prod(shape)), dtype=torch.uint8))
     assert features.shape == (2, encoder.size)
+    for layer in (layer for layer in encoder if isinstance(layer, torch.nn.Conv2d)):
+        rows = layer.weight.flatten(1)
+        torch.testing.assert_close(rows @ rows.T, 2 * torch.eye(len(rows)), atol=1e-4, rtol=0)
+        assert not layer.bias.any()
 
 
 def test_an_encoder_sees_each_pixel_where_it_is():
@@ -230,6 +234,20 @@ def test_loss_equals_the_papers(clip_vloss, ent_coef):
     torch.testing.assert_close(kl, (ratio - 1 - ratio.log()).mean(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(clipped, ((ratio < 0.9) | (ratio > 1.1)).float().mean())
     torch.testing.assert_close(loss, policy_loss + 0.3 * value_loss - ent_coef * entropy)
+
+
+def test_the_entropy_bonus_has_the_entropys_gradient():
+    torch.manual_seed(0)
+    agent = agent_of().requires_grad_(True)
+    batch, weights, gradients = random_batch(agent, (3,)), list(agent.actor.parameters()), []
+    batch = ppo.Batch(*(column.detach() for column in batch))
+    for ent_coef in (0.0, 0.5):
+        loss, _ = ppo.ppo_loss(dict(agent.named_parameters()), agent, Args(ent_coef=ent_coef), batch)
+        gradients.append(torch.autograd.grad(loss, weights))
+    alpha, beta, _ = agent(batch.observations)
+    expected = torch.autograd.grad(Beta(alpha, beta).entropy().sum(-1).mean(), weights)
+    for without, bonus, entropys in zip(*gradients, expected, strict=True):
+        torch.testing.assert_close(without - bonus, 0.5 * entropys, rtol=1e-3, atol=1e-5)
 
 
 def test_the_estimated_divergence_is_the_divergence():

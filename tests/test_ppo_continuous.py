@@ -1,6 +1,9 @@
 """The flagship's mathematics against independent computations, and how its parts are wired."""
 
 import copy
+import gc
+import os
+import signal
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -90,7 +93,14 @@ def test_moments_equal_those_of_all_data():
     np.testing.assert_allclose(normalised, (data - data.mean(0)) / data.std(0), atol=1e-5)
     assert normalised.dtype == np.float32 and np.abs(moments.normaliser()(data * 1000)).max() == 10
     np.testing.assert_allclose(moments.scale(data), data / data.std(0))
-    assert moments.scale(1000 * data).max() == 10
+    scaled = moments.scale(1000 * data)
+    assert (scaled.min(), scaled.max()) == (-10, 10)
+
+
+def test_what_never_varies_is_not_divided_by_nothing():
+    moments = RunningMoments((2,), enabled=True)
+    moments.update(np.tile([7.0, 0.0], (10, 1)))
+    np.testing.assert_allclose(moments.deviation(), [7, 1e-4])
 
 
 def test_moments_of_half_precision_are_not_computed_in_it():
@@ -181,6 +191,9 @@ def test_the_first_policy_acts_near_the_centre_and_the_first_weights_are_orthogo
     agent = agent_of(observation=64)
     gram = agent.actor[2].weight @ agent.actor[2].weight.T
     torch.testing.assert_close(gram, 2 * torch.eye(64), atol=1e-4, rtol=0)
+    assert not any(layer.bias.any() for network in (agent.actor, agent.critic) for layer in network[::2])
+    torch.testing.assert_close(agent.actor[-1].weight.norm(dim=1), torch.full((2,), 0.01))
+    torch.testing.assert_close(agent.critic[-1].weight.norm(dim=1), torch.ones(1))
     assert agent.actor(torch.randn(100, 64)).abs().max() < 0.1 < agent.critic(torch.randn(100, 64)).abs().max()
 
 
@@ -190,6 +203,7 @@ def test_actions_cover_finite_bounds_and_stay_within_them():
     assert actions.tolist() == [[1, 100, 0], [3, 70, 0.5], [3, 70, 1], [0, 115, -70]] and actions.dtype == np.float32
     agent = agent_of(action=2, low=[100, -np.inf], high=[np.inf, -5])  # it begins where an action can do something
     assert agent.for_environment(np.float32([[0, 0], [3, -2], [-3, 2]])).tolist() == [[100, -5], [103, -7], [100, -5]]
+    assert agent_of(low=-np.inf, high=np.inf).for_environment(np.float32([[5, -70]])).tolist() == [[5, -70]]
 
 
 # ---------------------------------------------------------------------------------------------------- loss and update
@@ -229,6 +243,12 @@ def test_loss_equals_the_papers(clip_vloss, norm_adv):
     torch.testing.assert_close(kl, (ratio - 1 - ratio.log()).mean())
     torch.testing.assert_close(clipped, ((ratio < 0.9) | (ratio > 1.1)).float().mean())
     torch.testing.assert_close(loss, policy_loss + 0.3 * value_loss - 0.01 * entropy)
+
+
+def test_a_minibatch_of_equal_advantages_is_no_reason_to_stop():
+    agent = agent_of()
+    batch = random_batch(agent)._replace(advantages=torch.ones(64))
+    assert ppo.ppo_loss(dict(agent.named_parameters()), agent, SMALL, batch)[0].isfinite()
 
 
 def test_adam_is_torchs():
@@ -315,6 +335,20 @@ def test_learning_rate_schedules():
     assert factors(lr_schedule="linear") == [1, 0.75, 0.5, 0.25]
     np.testing.assert_allclose(factors(lr_schedule="cosine"), [1, 0.853553, 0.5, 0.146447], rtol=1e-5)
     assert factors(lr_schedule="constant", lr_warmup=0.5) == [0.5, 1, 1, 1]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_what_cannot_be_compiled_runs_as_it_is(works, monkeypatch):
+    def compile_it(function, **_):
+        if not works:
+            raise RuntimeError("no\ncompiler")
+        return lambda *_: None
+
+    monkeypatch.setattr(torch, "compile", compile_it)
+    agent, said = agent_of(), []
+    fast = ppo.compile_update(SMALL, agent, learner_of(agent), SimpleNamespace(say=said.append))
+    assert (fast is ppo.update) == ("is not compiled, so the run is slower: no compiler" in said[-1]) == (not works)
+    assert gc.isenabled()
 
 
 # ----------------------------------------------------------------------------------------------- from steps to batches
@@ -477,7 +511,8 @@ def test_epochs_of_minibatches(played, recompute):
             for name in ("observations", "actions", "logprobs", "values"):
                 assert getattr(batch, name) is getattr(rollouts_batch, name)
     torch.testing.assert_close(rollouts_batch.values, calls[0][2][1].flatten())
-    assert measures["updates"] == 12 and measures["policy_loss"] == 6.5 and measures["grad_norm"] == 11.5
+    names = ("policy_loss", "value_loss", "entropy", "clipfrac", "grad_norm")
+    assert [measures[name] for name in names] == [6.5, 7.5, 8.5, 10.5, 11.5] and measures["updates"] == 12
     errors = rollouts_batch.returns - rollouts_batch.values
     expected = 1 - errors.var() / rollouts_batch.returns.var()
     assert measures["explained_variance"] == pytest.approx(expected.item(), rel=1e-5)
@@ -557,6 +592,31 @@ def test_running_episodes_are_restored_with_all_that_belongs_to_them(vec):
         for then in expected:
             now = envs.step(np.ones((4, 2), np.float32))
             assert all(np.array_equal(a, b) for a, b in zip(then[:4], now[:4], strict=True)) and then[4] == now[4]
+
+
+def test_processes_end_when_the_trainer_does_whoever_is_interrupted():
+    """Ctrl-C reaches all of them."""
+    with closing(ppo.Environments(replace(FATES, vec="async"))) as envs:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            for worker in envs.envs.processes:
+                os.kill(worker.pid, number)
+        envs.step(np.zeros((4, 2), np.float32))
+
+
+def test_a_process_that_ended_by_itself_is_named(capsys):
+    envs = ppo.Environments(replace(FATES, vec="async"))
+    envs.envs.processes[1].kill()
+    envs.close()
+    assert capsys.readouterr().err == "ppo_continuous.py: the process of environment 1 ended by itself\n"
+
+
+def test_an_episode_is_of_the_actions_that_were_taken():
+    with closing(ppo.TrainEnv(FATES)) as env:
+        env.reset(seed=0)
+        action = np.ones(2, np.float32)
+        env.step(action)
+        action *= 0
+        assert env.episode[1].tolist() == [1, 1]
 
 
 def test_processes_compute_as_the_trainer_does():
@@ -644,6 +704,13 @@ def test_what_changes_when(small, monkeypatch):
     for number, (_, _, _, terminated, ended, *_) in enumerate(advantages):
         rollout = rollouts[number // 2][2]
         assert terminated is rollout.terminated and ended is rollout.ended
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of such numbers
+def test_rewards_that_cannot_be_squared_stop_the_run(small, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        train(replace(small, env_id="tests.envs:Kinds-v0", env_kwargs='{"pays": "much"}'))
+    assert "not finite" in capsys.readouterr().err
 
 
 def test_returns_that_never_vary_are_no_reason_to_stop(small):
@@ -738,6 +805,15 @@ def test_a_policy_acts_as_the_mean_does_and_samples_around_it():
     samples = policy(np.tile(observation, (4000, 1)), sample=True)
     np.testing.assert_allclose(samples.mean(0), policy(observation), atol=0.02)
     np.testing.assert_allclose(samples.std(0), np.exp([-2, -3]) * [2, 0.5], rtol=0.05)
+
+
+def test_a_policy_stays_what_it_was_when_the_network_learns_on():
+    agent, observation = agent_of(), np.ones(3)
+    policy = ppo.Policy(SMALL, agent)
+    before = policy(observation)
+    agent.actor[-1].weight += 1
+    assert np.array_equal(policy(observation), before)
+    assert not np.array_equal(ppo.Policy(SMALL, agent)(observation), before)
 
 
 def test_a_policy_does_not_depend_on_where_its_observations_lie():

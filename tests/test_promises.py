@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import typing
 import zlib
 from collections import Counter
@@ -114,6 +115,8 @@ SCRIPTS = {
             "--target-kl 0": "--target-kl",
             "--log-std-init nan": "--log-std-init",
             "--log-std-init -3": "--log-std-init -3.0: must be at least --log-std-min -1.5",
+            "--num-envs 4 --num-steps 16": "in parts > 1",
+            '--env-id Ant-v4 --eval-env-kwargs {"use_contact_forces":true}': "the spaces of training",
             "--env-id tests.envs:Forgetful-v0 --capture-video": "draws no images, which --capture-video needs",
             "--env-id tests.envs:Unseen-v0 --capture-video": "--capture-video True: NotImplemented",
             "--actor-sizes 64 0": "--actor-sizes",
@@ -282,6 +285,8 @@ SCRIPTS = {
             "--env-id tests.envs:Filmed-v0 --action-repeat 0": "--action-repeat 0",
             "--env-id Pendulum-v1 --frame-stack 4": "observes no images, which --frame-stack is for",
             "--env-id Pendulum-v1 --precision bf16": "--precision is for",
+            "--num-envs 4 --num-steps 16": "in parts > 1",
+            '--env-id Ant-v4 --eval-env-kwargs {"use_contact_forces":true}': "the spaces of training",
             "--num-minibatches 7 --num-steps 16": "--num-minibatches 7",
             "--total-timesteps 100": "--total-timesteps 100: must be at least one rollout, 4096 steps",
             "--log-std-init 0": "--log-std-init",
@@ -715,25 +720,26 @@ def test_what_is_not_finite_stops_the_run(script, capsys):
 
 
 REPLAYING = ["sac_continuous", "td3_continuous", "dqn"]
-SPOILT = [(name, "shown") for name in SCRIPTS if name not in ("grpo", "ppo_atari_cnn")]
+SPOILS = [(name, "shown") for name in SCRIPTS if name not in ("grpo", "ppo_atari_cnn")]
+SPOILS += [(name, what) for name in REPLAYING for what in ("last", "paid")]  # other scripts scale what is paid
 
 
-@pytest.mark.parametrize(
-    ("script", "spoilt"), SPOILT + [(name, "paid") for name in REPLAYING], indirect=["script"]
-)  # other scripts scale what is paid
+@pytest.mark.parametrize(("script", "spoilt"), SPOILS, indirect=["script"])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of such numbers
 def test_what_an_environment_spoils_is_in_no_checkpoint(script, spoilt, monkeypatch, capsys):
-    """A first observation of NaN, or a reward that float32 has no number for."""
+    """A first observation of NaN, a last one, or a reward that float32 has no number for."""
     step, calls = script.module.Environments.step, iter(range(10**6))
 
     def spoil(envs: object, actions: np.ndarray) -> tuple:
-        true_next, rewards, *rest = step(envs, np.nan_to_num(actions))  # which what is shown leads to
-        due = next(calls) == 100
-        if due and spoilt == "shown":
+        true_next, rewards, terminated, truncated, finished = step(envs, np.nan_to_num(actions))  # of what is shown
+        due, ended = next(calls), terminated | truncated
+        if due == 100 and spoilt == "shown":
             true_next, envs.observations = true_next.copy(), envs.observations * np.nan
-        elif due:
+        elif due >= 100 and spoilt == "last":
+            true_next = np.where(ended.reshape(-1, *[1] * (true_next.ndim - 1)), np.nan, true_next)
+        elif due == 100 and spoilt == "paid":
             rewards = rewards + 1e39
-        return true_next, rewards, *rest
+        return true_next, rewards, terminated, truncated, finished
 
     monkeypatch.setattr(script.module.Environments, "step", spoil)
     late = {"learning_starts": 512, "checkpoint_every": 64} if script.name in REPLAYING else {"checkpoint_every": 128}
@@ -1062,6 +1068,48 @@ def test_an_interrupted_run_says_how_to_go_on_and_is_nobody_elses_until_then(scr
     assert [int(row["step"]) for row in rows(run, "progress")] == [*steps, (steps[-1] // steps[0] + 1) * steps[0]]
 
 
+@about("Run.__exit__")
+@pytest.mark.parametrize(
+    ("error", "status"), [(OSError(errno.ENOSPC, "full"), 1), (EOFError(), 1), (KeyboardInterrupt(), 130)]
+)
+def test_a_run_that_fails_says_from_which_step_it_can_go_on(script, error, status, monkeypatch, capsys):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(script.module, "improve", fail)
+    with pytest.raises(SystemExit) as stop:
+        script.train()
+    told = capsys.readouterr().err
+    assert stop.value.code == status and "the last checkpoint is of step 0" in told and "--resume" in told
+
+
+@about("catch_interrupts")
+def test_a_second_interrupt_stops_a_run_at_once(script):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        caught = script.module.catch_interrupts()
+        signal.raise_signal(signal.SIGTERM)
+        assert caught == [signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@about("Run.say")
+def test_what_is_said_is_in_the_log_at_once(script, monkeypatch):
+    seen, write = [], script.module.Run.write
+
+    def look(run: object, table: str, rows: list[dict]) -> None:
+        write(run, table, rows)
+        seen.append((run.directory / "run.log").read_text())
+
+    monkeypatch.setattr(script.module.Run, "write", look)
+    script.train(num_evals=0)
+    assert script.name in seen[0]
+
+
 DAMAGES = {
     "cut": lambda good: good[: len(good) // 2],
     "zeros": lambda good: good[:3000] + bytes(200) + good[3200:],
@@ -1125,6 +1173,10 @@ SPOILT = {
     "an unknown argument": (edit_config(wings=2), "--wings"),
     "a wrong value": (edit_config(learning_rate="quick"), "--learning-rate"),
     "no script": (each("*.py", Path.unlink), "is no run of"),
+    "other networks": (
+        edit_checkpoint(lambda state: state["agent"].update({min(state["agent"]): torch.zeros(9, 9, 9)})),
+        "size mismatch",
+    ),
     "another script's checkpoint": (edit_checkpoint(lambda state: state.update(script="other")), "--script is other"),
     "another environment's": (edit_checkpoint(lambda state: state["args"].update(env_id="A-v0")), "--env-id is A-v0"),
 }
@@ -1146,6 +1198,26 @@ def test_what_may_not_differ_from_the_run_is_refused(script, finished, capsys):
     for flag, value in (("--learning-rate", "1.0"), ("--env-id", script.row.filmed), ("--seed", "2")):
         assert f"{flag} is" in script.refuse(capsys, "--resume", str(finished), flag, value)
     assert contents(finished) == before
+
+
+def test_only_what_leaves_the_training_as_it_is_may_differ_from_the_run(script, finished, monkeypatch):
+    module = script.module
+    saved = module.load_checkpoint(finished / "checkpoint.pt")
+    run, free = types.SimpleNamespace(directory=finished, args=module.Args(**saved["args"])), set()
+    for name in saved["args"]:
+        other = saved | {"args": saved["args"] | {name: "another"}}
+        monkeypatch.setattr(module, "load_checkpoint", lambda path, other=other: other)
+        with contextlib.suppress(ValueError):
+            module.Run.load(run)
+            free.add(name)
+    watched = {"num_evals", "eval_episodes", "capture_video", "track", "wandb_project_name", "wandb_entity"}
+    assert free == watched | {"resume", "config", "runs_dir", "device", "threads", "compile", "checkpoint_every"}
+
+
+@about("parse")
+def test_a_run_that_is_resumed_takes_no_file_of_arguments(script, finished, capsys):
+    told = script.refuse(capsys, "--resume", str(finished), "--config", str(finished / "config.yaml"))
+    assert "has its own arguments" in told
 
 
 # ---------------------------------------------------------------------------------------------------------- policies
@@ -1283,6 +1355,89 @@ def test_what_a_run_leaves(script, original):
     assert not list(run.rglob("*.unfinished")) and not list(run.rglob("*.next*"))
 
 
+def numbers(run: Path, table: str) -> list[dict[str, float]]:
+    with (run / f"{table}.csv").open(newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+@those_with(lambda row: row.small["env_id"].startswith("tests."))  # cut games of Atari earn nothing
+def test_what_a_run_says_of_times_and_of_its_last_hundred_episodes(script, monkeypatch):
+    step, threads = script.module.Environments.step, []
+    monkeypatch.setattr(script.module.Environments, "step", lambda *given: (time.sleep(0.001), step(*given))[1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    started = time.perf_counter()
+    run = script.train(num_evals=0, total_timesteps=3 * script.row.small["total_timesteps"] // 2, threads=3)
+    spent, result = time.perf_counter() - started, json.loads((run / "result.json").read_text())
+    progress, episodes = numbers(run, "progress"), numbers(run, "episodes")
+
+    parts = {name: seconds for name, seconds in result.items() if name.startswith("seconds_")}
+    assert sum(parts.values()) == pytest.approx(result["wall_time"]) and result["wall_time"] < spent
+    assert result["sps"] == pytest.approx(result["steps"] / result["wall_time"])
+    assert parts["seconds_stepping"] > 0.001 * result["steps"] / script.args().num_envs
+    for name in ("seconds_stepping", "seconds_acting", "seconds_updating"):
+        assert 0 < sum(row[name] for row in progress) == pytest.approx(parts[name], abs=0.01)
+    times = [row["wall_time"] for row in episodes]
+    assert 0 < times[0] < times[-1] < result["wall_time"] and times == sorted(times)
+    assert {*threads} == {3}
+
+    returns = [row["return"] for row in episodes]
+    assert result["training_return"] == pytest.approx(np.mean(returns[-100:])) != pytest.approx(np.mean(returns))
+
+
+@about("Run.begin", "Run.write", "evaluate")
+def test_tensorboard_has_what_the_files_have(script, finished):
+    """By CleanRL's names, and after a resume nothing twice."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (finished / "checkpoint.previous.pt").replace(finished / "checkpoint.pt")
+    script.train("--resume", str(finished))
+    board, progress = EventAccumulator(str(finished)).Reload(), numbers(finished, "progress")
+    for name in progress[0].keys() - {"step", "wall_time"}:
+        kind = "losses" if name in {*script.module.MEASURES, "explained_variance"} else "charts"
+        events = board.Scalars(f"{kind}/{name.replace('sps', 'SPS')}")
+        assert [event.step for event in events] == [row["step"] for row in progress]
+        np.testing.assert_allclose([event.value for event in events], [row[name] for row in progress], rtol=1e-5)
+    assert len(board.Scalars("charts/episodic_return")) == len(rows(finished, "episodes"))
+    steps = sorted({row["step"] for row in numbers(finished, "evaluations")})
+    assert [event.step for event in board.Scalars("charts/evaluation_return")] == steps
+
+
+@about("create_run")
+def test_a_run_knows_its_commit_wherever_it_is_begun_and_others_may_read_it(script, tmp_path, monkeypatch):
+    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout  # noqa: E731
+    monkeypatch.chdir(tmp_path)
+    run = script.module.create_run(script.args(), {"learner": [torch.zeros(1)], "learners": [torch.zeros(1)]})
+    meta = json.loads((run / "meta.json").read_text())
+    assert meta["git_commit"] == (git("rev-parse", "HEAD").strip() or None)
+    assert meta["git_dirty"] == bool(git("status", "--short"))
+    assert run.stat().st_mode & 0o777 == 0o755
+
+
+@about("Run.begin")
+def test_weights_and_biases_goes_on_with_the_run_that_is_resumed(script, monkeypatch):
+    begun, trackers = [], []
+
+    def init(**names: object) -> mock.Mock:
+        begun.append(names)
+        trackers.append(mock.Mock())
+        return trackers[-1]
+
+    wandb = types.SimpleNamespace(login=lambda prompt: not trackers[1:], init=init)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(script.module, "find_spec", lambda name: name == "wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    run = script.train(track=True, wandb_entity="us", num_evals=0)
+    script.train("--resume", str(run))
+    first, second = begun
+    assert first["id"] == second["id"] and first["id"].startswith(run.name) and first["resume"] == "allow"
+    assert first["sync_tensorboard"] and (first["project"], first["entity"]) == ("solorl", "us")
+    assert all(tracker.finish.called for tracker in trackers)
+    with pytest.raises(SystemExit, match="2"):  # where W&B knows no key
+        script.train(track=True)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    script.train(track=True, num_evals=0)
+
+
 def test_a_lone_copy_trains_evaluates_and_resumes_and_says_nothing_on_stderr(script, tmp_path):
     """And what it has learnt plays here, in another process, exactly as it did there."""
     alone = tmp_path / "alone"
@@ -1334,6 +1489,15 @@ def test_files_of_arguments(script, tmp_path):
         assert json.loads(args.env_kwargs) == {"a": 1} and all(getattr(args, name) == (32, 16) for name in lists)
 
 
+def test_every_number_among_the_arguments_has_a_range(script):
+    for field in dataclasses.fields(script.module.Args):
+        kinds = {*typing.get_args(field.type), field.type}
+        if not isinstance(field.default, bool) and kinds & {int, float, tuple[int, ...]}:
+            for value in (math.nan, (math.nan,))[isinstance(field.default, tuple) :]:
+                with pytest.raises(ValueError, match=field.name.replace("_", "-")):
+                    script.module.Args(**{field.name: value})
+
+
 MISTAKEN = [(name, mistake) for name, row in SCRIPTS.items() for mistake in MISTAKES | row.mistakes]
 
 
@@ -1357,6 +1521,7 @@ def test_mistakes_in_a_file_of_arguments(script, tmp_path, capsys):
         "learning_rate: quick": "--learning-rate",
         "[1]": "is no file of arguments",
         "env_id: --seed": "would be read as a flag",
+        "env_id: ''": "--env-id: is empty",
     }.items():
         path.write_text(text)
         assert told in script.refuse(capsys, "--config", str(path), "--runs-dir", str(script.runs))

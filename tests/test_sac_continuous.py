@@ -116,6 +116,14 @@ def test_networks_side_by_side_are_separate_networks():
         torch.testing.assert_close(outputs, x)
 
 
+def test_weights_begin_in_the_range_that_is_torchs_for_linear_layers():
+    networks = sac.Networks(2, (100, 400, 1))
+    for weight, bias in zip(networks.weights, networks.biases, strict=True):
+        bound = weight.shape[1] ** -0.5
+        assert max(weight.abs().max(), bias.abs().max()) <= bound
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
 @pytest.mark.parametrize("sizes", [(17, 32, 6), (17, 32, 24, 6)])
 def test_numpy_computes_what_torch_does(sizes):
     networks, observation = sac.Networks(1, sizes).requires_grad_(False), torch.randn(17)
@@ -335,6 +343,7 @@ def test_the_buffer_is_restored_exactly():
 def test_a_buffer_that_is_not_full_is_kept_without_its_empty_rows():
     buffer, _ = filled_buffer(60, 3, 4)
     assert [len(ring) for ring in buffer.state()["rings"]] == [buffer.seen, 12, 12, 12, 12] and buffer.seen < 30
+    assert all(ring.untyped_storage().nbytes() == ring.nbytes for ring in buffer.state()["rings"])
 
 
 def test_torch_writes_what_numpy_does():
@@ -675,6 +684,8 @@ def test_a_policy_acts_as_the_mean_does_and_samples_around_it():
     u = np.arctanh((samples - [0, 0.5]) / [2, 0.5])
     np.testing.assert_allclose(u.mean(0), mean, atol=0.06)
     np.testing.assert_allclose(u.std(0), deviation, rtol=0.05)
+    drawn = agent.sample(np.float32([0, 0, 9, -99]), np.float32([0.01, 1]))  # as where the loss has the same bounds
+    np.testing.assert_allclose(drawn, np.tanh([0.01 * math.e**2, 0]), rtol=1e-4, atol=1e-6)
 
 
 def test_a_value_is_the_lower_of_the_critics_of_the_policys_own_action():
@@ -688,6 +699,16 @@ def test_a_value_is_the_lower_of_the_critics_of_the_policys_own_action():
     assert set(both.argmin(0).tolist()) == {0, 1}
     np.testing.assert_allclose(policy.value(observations), both.amin(0), rtol=1e-4)
     assert policy.discount == SMALL.gamma and policy.bootstraps == ("truncated",)
+
+
+def test_a_policy_stays_what_it_was_when_the_network_learns_on():
+    agent, observations = agent_of(), np.random.default_rng(0).normal(size=(50, 3))
+    learners = learners_of(agent, 1.0, 1.0, 1.0)
+    policy = sac.Policy(SMALL, agent)
+    before = policy(observations)
+    learners.actor.adam_step(torch.randn_like(learners.actor.theta), 1e-8)
+    assert np.array_equal(policy(observations), before)
+    assert not np.array_equal(sac.Policy(SMALL, agent)(observations), before)
 
 
 def test_a_policy_does_not_depend_on_where_its_observations_lie():
