@@ -107,11 +107,11 @@ def draw_scores(scores: dict[str, np.ndarray], colour: figures.Colours) -> dict[
 
 def section_of_films(films: dict[str, Path]) -> str:
     """As many as the page may hold."""
-    fitting, size = {}, 0
+    fitting, left = {}, FILMS_LIMIT
     for title, path in films.items():
-        size += path.stat().st_size
-        if size <= FILMS_LIMIT:
+        if path.stat().st_size <= left:
             fitting[title] = path
+            left -= path.stat().st_size
     rest = len(films) - len(fitting)
     note = f"{rest} more would make this page larger than {FILMS_LIMIT / 1e6:.0f} MB." if rest else ""
     return page.films(fitting) + page.paragraph(note)

@@ -72,8 +72,9 @@ def main() -> None:
         if step == half and args.mood.startswith("slow"):
             time.sleep(60 if args.mood == "slow" else 3 * (args.learning_rate > 0.5))
     evaluation = {"step": args.total_timesteps, "mean": value, "std": 0.0}
-    result = {"evaluation": evaluation, "best": evaluation, "training_return": value, "steps": args.total_timesteps}
-    (run / "result.json").write_text(json.dumps(result | {"wall_time": 0.1, "sps": 1000.0}))
+    result = {"evaluation": evaluation, "best": evaluation | {"mean": value + 1}, "training_return": value}
+    result |= {"steps": args.total_timesteps, "wall_time": 0.1, "sps": 1000.0}
+    (run / "result.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import yaml
 import benchmark.evaluate
 import ppo_continuous as ppo
 from benchmark.__main__ import main
-from benchmark.evaluate import Episode, explained_variance, realised_returns, share_at_bounds
+from benchmark.evaluate import Episode, explained_variance, realised_returns, rows_of, share_at_bounds, summary
 from benchmark.random_policy import baseline_of, play_at_random
 from benchmark.runs import Run, find_runs, names_of
 
@@ -177,6 +177,20 @@ def test_realised_returns():
     np.testing.assert_allclose(realised_returns(cut, 0.5), [4.0, 6.0, 8.0])
 
 
+def test_what_is_explained_is_a_share_of_what_was_realised():
+    assert explained_variance(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0])) == 0.75
+
+
+def test_a_summary_is_of_episodes_and_shares_are_of_their_steps():
+    episodes = [
+        Episode(7, [1.0], [], [1.0], terminated=True),
+        Episode(8, [2.0] * 3, [], [0.0] * 3),
+        Episode(9, [1.0] * 2, [], [0.0] * 2),
+    ]
+    assert summary("x", episodes, 1).split() == ["x", "3", "3.0", "±", "2.2", "1.0", "6.0", "2.0", "17%"]
+    assert [row[2:6] for row in rows_of("x", "last", episodes, {})] == [[7, 1.0, 1, 1], [8, 6.0, 3, 0], [9, 2.0, 2, 0]]
+
+
 @pytest.mark.parametrize("ends", [("truncated",), ("terminated", "truncated")])
 def test_values_go_on_at_the_policys_discount_after_the_ends_it_bootstraps_from(tmp_path, monkeypatch, ends):
     pytest.importorskip("matplotlib")
@@ -321,6 +335,12 @@ def test_an_environment_that_cannot_be_drawn_is_told_apart_from_one_that_cannot_
     assert evaluate(unseen, "--gif", "-o", tmp_path / "filmed") == 2
     told = capsys.readouterr().err
     assert "must take render_mode='rgb_array' to be seen" in told and told.count("\n") == 1
+
+
+def test_what_the_random_policy_earns_is_told(capsys):
+    main(["random", "Pendulum-v1", "--episodes", "2"])
+    told = capsys.readouterr().out
+    assert "return -" in told and "length 200.0" in told and "2 episodes" in told
 
 
 def test_the_random_policy_plays_the_same_each_time():

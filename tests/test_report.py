@@ -13,12 +13,12 @@ from scipy.stats import trim_mean
 
 pytest.importorskip("matplotlib")
 
-from benchmark import figures, stats, tables
+from benchmark import compose, figures, stats, tables
 from benchmark.__main__ import main
 from benchmark.compose import FILMS_LIMIT, normalised_scores
-from benchmark.groups import gather, methods_of
+from benchmark.groups import along, gather, methods_of, number
 from benchmark.jobs import Job
-from benchmark.report import best_films, with_baseline
+from benchmark.report import best_films, find_baselines, with_baseline
 from benchmark.suites import Suite, keep_selection
 from benchmark.tables import mixed_versions
 
@@ -86,6 +86,7 @@ def test_tables_of_two_scripts_on_two_environments(tmp_path, capsys):
 
     html = (tmp_path / "out" / "index.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", html)  # works without anything else
+    assert "sac_x" in (told := (tmp_path / "out" / "improvements.svg").read_text()) and ">over ppo_x<" in told
     assert html.count("data:image/png") == 6 and "2.50" in html and "abcdef0" in html
     told = capsys.readouterr().out  # a table, not Markdown
     assert re.search(
@@ -152,6 +153,52 @@ def test_a_threshold_is_reached_by_a_seeds_own_evaluations(tmp_path):
     assert group.reached(101)[1].tolist() == [np.inf] * 3
 
 
+def test_quantities_are_averaged_over_spans_of_the_run(tmp_path):
+    table = {"step": np.array([1.0, 2.0, 7.0]), "return": np.array([2.0, 4.0, 9.0])}
+    assert along(table, "return", 120)[:4].tolist() == [3, 5, 7, 9]  # a span is 2 steps; lines over those without
+    make_run(tmp_path, "A-v0", 1)
+    (group,) = gather([tmp_path]).groups
+    np.testing.assert_allclose(group.spans[[0, -1]], [100 / 120, 100 - 100 / 120])
+
+
+def test_curves_are_drawn_over_minutes_and_over_the_middles_of_spans(tmp_path):
+    make_run(tmp_path, "A-v0", 1, final=5.0)
+    drawn = compose.draw_runs(gather([tmp_path]).groups, {}, figures.colours(["ppo_x"]))
+    (line,) = drawn["curves-time"].axes[0].lines
+    np.testing.assert_allclose(line.get_xydata(), [[k, k / 2] for k in range(1, 11)])
+    (line,) = drawn["training"].axes[0].lines
+    assert 98 < line.get_xdata()[-1] < 100 == line.get_ydata()[-1]
+
+
+def test_a_band_is_around_the_mean_and_the_random_policys_of_its_middle_half():
+    axis, curves = figures.Figure().subplots(), np.array([[0.0, 1.0], [0.0, 2.0], [9.0, 6.0]])
+    figures.draw_band(axis, np.array([10, 20]), curves, "red", "x")
+    assert axis.lines[0].get_xydata().tolist() == [[10, 3], [20, 3]]
+    middle, low, high = stats.mean_band(curves)
+    assert middle.tolist() == [3, 3] and low[0] == 0 and 6 <= high[0] <= 9
+    assert {*axis.collections[0].get_paths()[0].vertices[:, 1]} == {*low, *high}
+    axis = figures.Figure().subplots()
+    figures.draw_random(axis, {"A": np.array([0.0, 1.0, 2.0, 3.0, 14.0])}, "A")
+    assert axis.lines[0].get_ydata()[0] == 4 and axis.patches[0].get_bbox().intervaly.tolist() == [1, 3]
+
+
+def test_only_what_all_seeds_logged_of_their_learning_is_drawn(tmp_path):
+    for seed, more in ((1, ",loss,seconds_updating"), (2, ",seconds_updating")):
+        run = make_run(tmp_path, "A-v0", seed)
+        (run / "progress.csv").write_text(f"step,wall_time,sps{more}\n100,6,1{',1' * more.count(',')}\n")
+    (group,) = gather([tmp_path]).groups
+    assert group.quantities() == []
+
+
+def test_a_run_whose_training_ended_no_episode_is_there(tmp_path):
+    run = make_run(tmp_path, "A-v0", 1)
+    result = json.loads((run / "result.json").read_text()) | {"training_return": None}
+    (run / "result.json").write_text(json.dumps(result))
+    (run / "episodes.csv").write_text("step,wall_time,return,length\n")
+    material = gather([tmp_path])
+    assert not material.left_out and np.isnan(material.groups[0].training).all()
+
+
 def test_shares_of_the_run_are_those_of_the_evaluations_shown(tmp_path):
     for seed in (1, 2, 3):
         make_run(tmp_path, "A-v0", seed)
@@ -172,6 +219,7 @@ def test_labels_say_what_differs_in_words(tmp_path):
     for total in (60_000, 100_000):
         make_run(tmp_path / "lengths", "A-v0", 1, settings={"total_timesteps": total})
     assert labels(tmp_path / "lengths") == ["60k steps", "100k steps"]
+    assert [number(steps) for steps in (0, 1_000_000, 2_500, 10_000)] == ["0", "1M", "2,500", "10k"]
     for rate, gamma in ((1.2345678e-4, 0.9999996), (1.2345679e-4, 0.9999999)):
         make_run(tmp_path / "near", "A-v0", 1, settings={"learning_rate": rate, "gamma": gamma})
     assert labels(tmp_path / "near") == ["gamma 0.9999996, lr 1.2345678e-4", "gamma 0.9999999, lr 1.2345679e-4"]
@@ -374,11 +422,30 @@ def test_two_seeds_have_no_interval():
     np.testing.assert_array_equal(bands[0][0], [2.0, 3.5])
 
 
+def test_estimates_are_of_what_they_are_called():
+    mean, middle = tables.estimates(np.array([0.0, 1.0, 2.0, 9.0]))
+    assert (mean.middle, middle.middle) == (3.0, 1.5)
+    made = compose.draw_scores({"x": np.array([[0.0], [1.0], [2.0], [9.0]])}, {"x": "red"})
+    axes = {
+        axis.get_title(): [line for line in axis.lines if line.get_marker() == "o"] for axis in made["aggregates"].axes
+    }
+    assert {title: dots[0].get_xdata()[0] for title, dots in axes.items()} == {"interquartile mean": 1.5, "mean": 3.0}
+
+
+def test_seeds_are_drawn_anew_for_every_environment_and_every_method():
+    _, low, high = stats.with_interval(np.array([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), stats.mean)
+    assert low < 0.5 < high
+    same = np.arange(5.0)
+    assert np.ptp(stats.probability_of_improvement([(same, same)])[1:]) > 0.1
+    assert stats.performance_profile(np.array([[1.0], [2.0], [3.0]]), np.array([2.0]))[0] == [1 / 3]
+
+
 def test_a_certain_improvement_is_a_dot_within_the_figure():
     figure = figures.intervals({"": [("a", 1.0, 1.0, 1.0), ("b", 0.5, np.nan, np.nan)]}, {}, "", within=(0, 1))
     (axis,) = figure.axes
     dots = [line for line in axis.lines if line.get_marker() == "o"]
     assert [dot.get_xdata()[0] for dot in dots] == [0.5, 1.0] and axis.get_xlim()[1] > 1.0
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["b", "a"]
 
 
 def test_seeds_stand_beside_their_mean_and_nothing_hangs_from_zero(tmp_path):
@@ -387,6 +454,8 @@ def test_seeds_stand_beside_their_mean_and_nothing_hangs_from_zero(tmp_path):
     (axis,) = figures.checkpoints(gather([tmp_path]).groups, {}, {"ppo_x": "red"}).axes
     means = [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "o"]
     seeds = [line.get_xdata() for line in axis.lines if line.get_marker() == "."]
+    heights = [line.get_ydata()[0] for line in axis.lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(heights, [-1002 * share for share in (0.2, 0.5, 1)])
     assert len(means) == 3 and all((beside > x + 0.05).all() for x, beside in zip(means, seeds, strict=True))
     assert not axis.patches and axis.get_ylim()[1] < -100
 
@@ -444,6 +513,40 @@ def test_scores_go_from_the_random_policys_mean_to_the_best_methods(tmp_path):
     np.testing.assert_allclose(scores["ppo_x"], [[5 / 12, 12 / 82]])
 
 
+def test_scores_leave_out_what_was_not_run_everywhere_and_seeds_that_others_lack(tmp_path):
+    for env_id, seeds in (("A-v0", (1, 2, 3)), ("B-v0", (1, 2))):
+        for seed in seeds:
+            make_run(tmp_path, env_id, seed)
+    make_run(tmp_path, "A-v0", 1, script="sac_x")
+    scores, notes = normalised_scores(gather([tmp_path]).groups, dict.fromkeys(("A-v0", "B-v0"), np.zeros(1)))
+    assert scores.keys() == {"ppo_x"} and scores["ppo_x"].tolist() == [[0.5, 1 / 1.5], [1.0, 2 / 1.5]]
+    assert notes == [
+        "normalised scores of ppo_x: the first 2 seeds on each environment, of 3",
+        "normalised scores leave out sac_x: it was not run on B-v0",
+    ]
+
+
+def test_thresholds_that_are_asked_for_stand_alone(tmp_path):
+    make_run(tmp_path, "A-v0", 1, final=8.0)
+    found = tables.thresholds(gather([tmp_path]).groups, {"A-v0": np.array([-4.0])}, {"A-v0": [3.0]})
+    assert [row[1:3] for row in found.rows] == [["asked for", 3.0]]
+
+
+def test_there_is_no_random_policy_where_evaluations_differ(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmark.report.baseline_of", lambda run: np.zeros(1))
+    for script, kwargs in (("ppo_x", "{}"), ("sac_x", '{"g": 1}')):
+        make_run(tmp_path, "A-v0", 1, script=script, settings={"eval_env_kwargs": kwargs})
+    assert find_baselines(gather([tmp_path]).groups) == {}
+
+
+def test_a_film_that_is_too_large_takes_no_room_from_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(compose, "FILMS_LIMIT", 10)
+    for name, size in (("a", 11), ("b", 3), ("c", 8), ("d", 7)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    shown = compose.section_of_films({name: tmp_path / name for name in "abcd"})
+    assert [f">{name}<" in shown for name in "abcd"] == [False, True, False, True] and "2 more" in shown
+
+
 @pytest.mark.parametrize("best", [9, 10])
 def test_seeds_stand_in_order_and_the_film_is_of_the_best(tmp_path, best):
     for seed in (9, 10):
@@ -452,7 +555,10 @@ def test_seeds_stand_in_order_and_the_film_is_of_the_best(tmp_path, best):
         (run / "videos" / "step-000000100.mp4").touch()
         (run / "meta.json").write_text(json.dumps({"script": "ppo_x", "git_commit": "abc", "git_dirty": best == 9}))
     groups = gather([tmp_path / "runs"]).groups
-    assert [row[2] for row in tables.per_seed(groups).rows] == [9, 10]
+    finals = {seed: 1.0 + (seed == best) for seed in (9, 10)}
+    expected = [[seed, final, final + 1, final - 1, 1.0] for seed, final in finals.items()]
+    assert [row[2:7] for row in tables.per_seed(groups).rows] == expected
+    assert tables.results(groups, {}).rows[0][-1] == 1.0  # minutes
     assert [title.split(":")[0] for title in best_films(groups)] == [f"A-v0, ppo_x, seed {best}, step 100"]
     assert tables.provenance(groups).rows[0][2:4] == ["9 10", "abc (dirty)" if best == 9 else "abc"]
 
@@ -462,12 +568,22 @@ def test_seeds_evaluated_at_other_steps(tmp_path):
     for seed in (1, 2):
         make_run(tmp_path / "runs", "A-v0", seed)
     run = make_run(tmp_path / "runs", "A-v0", 4)
-    (run / "evaluations.csv").write_text("step,episode,seed,return,length\n50,0,0,1,7\n100,0,0,2,7\n")
+    (run / "evaluations.csv").write_text("step,episode,seed,return,length\n40,0,0,1,7\n70,0,0,1,7\n100,0,0,2,7\n")
     make_run(tmp_path / "runs", "A-v0", 3, evaluations=5, settings={"total_timesteps": 50})
     short, long = gather([tmp_path / "runs"]).groups
     assert (short.method, len(short.runs)) == ("50 steps", 1)
     assert (long.method, len(long.runs)) == ("100 steps", 3)
-    assert long.curves[0].tolist() == [50, 100] and long.curves[1].tolist() == [[0.5, 1], [1, 2], [1, 2]]
+    assert long.curves[0].tolist() == [40, 70, 100]
+    np.testing.assert_allclose(long.curves[1], [[0.4, 0.7, 1], [0.8, 1.4, 2], [1, 1, 2]])
+
+
+def test_seeds_that_share_no_evaluation_are_compared_at_their_last(tmp_path):
+    for seed, steps in ((1, (40, 100)), (2, (33, 66, 99))):
+        run = make_run(tmp_path, "A-v0", seed)
+        earned = "".join(f"{step},0,0,{step + seed},7\n" for step in steps)
+        (run / "evaluations.csv").write_text("step,episode,seed,return,length\n" + earned)
+    (group,) = gather([tmp_path]).groups
+    assert group.curves[0].tolist() == [99.5] and group.curves[1].tolist() == [[101], [101]]
 
 
 def test_seeds_that_end_with_their_last_episodes_are_compared(tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,21 @@ def test_nothing_is_submitted_twice_while_squeue_does_not_answer(tmp_path, monke
     with pytest.raises(SystemExit) as stop:
         next(slurm.run_on_slurm([job], threading.Event(), Cluster(), 60.0))
     assert stop.value.code == 2 and "squeue does not answer" in capsys.readouterr().err
+
+
+def test_what_the_queue_says_decides_what_is_submitted_and_how_a_job_ended(tmp_path, monkeypatch, capsys):
+    (job,) = jobs_in(tmp_path)
+    answer = subprocess.CompletedProcess([], 0, "7_0 RUNNING\n7_1 PENDING\n", "")
+    monkeypatch.setattr(slurm.subprocess, "run", lambda *_, **__: answer)
+    assert slurm.ask_queue(tmp_path / "slurm") == {"7_0": "RUNNING", "7_1": "PENDING"}
+    known = {job.name: {"number": "7_0", "job": job.description()}}
+    for queue, left in (({"7_0": "PENDING"}, [job]), ({"7_0": "CANCELLED"}, []), ({}, [])):
+        assert slurm.still_queued([job], known, queue) == left
+    with pytest.raises(SystemExit, match="2"):
+        slurm.still_queued([replace(job, words=("--x",))], known, {"7_0": "PENDING"})
+    assert slurm.end_of(job, "TIMEOUT", True) == "interrupted"
+    Path(job.directory).mkdir(parents=True)
+    assert slurm.end_of(job, "TIMEOUT", False) == "failed" and "TIMEOUT" in job.reason()["reason"]
 
 
 def test_what_a_job_asks_for_is_what_it_was_given():

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import itertools
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -82,3 +83,47 @@ def test_bf16_is_left_out_where_it_is_imitated(monkeypatch, has):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": has})
     assert ("ours, bf16" in without_bf16(CASES["sac_continuous"]).ours) is has
     assert "ours" in without_bf16(CASES["sac_continuous"]).ours
+
+
+def test_others_get_the_settings_that_ours_have():
+    case = CASES["dqn"]
+    given = in_their_words(case, case.settings["8 environments"])
+    names = ("n_envs", "gradient_steps", "train_freq", "batch_size")
+    assert [given[name] for name in names] == [8, 8, 1, 64]  # an update for every step of every environment
+    case = CASES["ppo_discrete"]
+    common = {"n_envs": 8, "n_steps": 256, "n_epochs": 10, "policy_kwargs": {"net_arch": [64, 64]}, "normalize": True}
+    assert in_their_words(case, case.settings["8 x 256, minibatch 64"]) == common | {"batch_size": 64}
+
+
+def test_the_rate_is_of_the_steps_after_the_first_rows(monkeypatch):
+    def run_alone(words):
+        run = Path(words[words.index("--runs-dir") + 1]) / "run"
+        run.mkdir()
+        (run / "config.yaml").write_text("env_id: A")
+        (run / "meta.json").write_text('{"script": "x"}')
+        (run / "run.log").write_text("x  compiled in 2.5 s\n")
+        rows = ["step,wall_time,sps,seconds_updating", "10,50,1,9", "20,60,1,9", "30,62,1,1", "40,64,1,2"]
+        (run / "progress.csv").write_text("\n".join([*rows, ""]))
+
+    monkeypatch.setattr(compare, "run_alone", run_alone)
+    settings = next(iter(CASES["ppo_discrete"].settings.values())) | {"env_id": "A", "rollouts": 4}
+    found = compare.measure("ppo_discrete", compare.Contender("ours", "sync", 1), settings)
+    assert found == (5.0, {"updating": 0.75, "compiling": 2.5})
+
+
+def test_rates_are_medians_and_ratios_are_ours_over_theirs(capsys):
+    ours, theirs = compare.Contender("ours", "sync", 1), compare.Contender("sb3", "sync", 2)
+    rates = {"ours": [300.0, 100.0, 900.0], "sb3": [100.0, 50.0, 100.0]}
+    compare.tell_rates(CASES["ppo_beta"], {"ours": ours, "sb3": theirs}, rates)
+    assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
+        "ours (sync, 1 thread) 300 steps/s (100 to 900)",
+        "sb3 (sync, 2 threads) 100 steps/s (50 to 100) ours is 3.00 x",
+    ]
+
+
+def test_everyone_takes_the_way_that_is_fastest_for_them(monkeypatch):
+    paces = {"sync": 5.0, "envpool": 7.0}
+    monkeypatch.setattr(compare, "measure", lambda script, c, settings: (paces[c.vec] / c.threads, {}))
+    monkeypatch.setattr(compare, "find_spec", lambda name: True)
+    found = compare.find_fastest("ppo_discrete", CASES["ppo_beta"], {})
+    assert found["ours"] == compare.Contender("ours", "envpool", 1) and found["sb3"].vec == "sync"

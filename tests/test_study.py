@@ -3,11 +3,13 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
 
 from benchmark.__main__ import main
+from benchmark.evaluate import film
 from benchmark.runs import Run, find_runs
 from benchmark.study import keep_checkpoint
 
@@ -18,6 +20,13 @@ SETTINGS += ["--num-evals", "4", "--eval-episodes", "3", "--no-compile"]
 
 def test_a_study_from_the_random_policy_to_the_last(tmp_path, monkeypatch, capsys):
     command = ["run", "ppo_continuous", "Pendulum-v1", "-o", str(tmp_path / "out"), "--", *SETTINGS]
+    filmed = []
+
+    def look(player: object, seed: int, *rest: object) -> float:
+        filmed.append(seed)
+        return film(player, seed, *rest)
+
+    monkeypatch.setattr("benchmark.study.film", look)
     main(command)
     (run,) = find_runs([tmp_path / "out"])
     films = []
@@ -25,7 +34,9 @@ def test_a_study_from_the_random_policy_to_the_last(tmp_path, monkeypatch, capsy
         folder = tmp_path / "out" / "checkpoints" / share
         assert (folder / "policy.pt").read_bytes() == run.policies()[step].read_bytes()
         with (folder / "evaluations.csv").open() as file:
-            returns = [float(row["return"]) for row in csv.DictReader(file)]
+            played = list(csv.DictReader(file))
+        returns = [float(row["return"]) for row in played]
+        assert filmed[len(films)] == float(played[np.argmax(returns)]["seed"])
         table = run.table("evaluations")
         assert returns == table["return"][table["step"] == step].tolist() and len(returns) == 3
         films.append(f"{int(share)}% of the run: an episode of return {max(returns):,.1f}, the best of 3<")

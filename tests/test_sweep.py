@@ -4,7 +4,6 @@ import errno
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,7 @@ import pytest
 from benchmark import jobs, suites
 from benchmark.__main__ import COMMANDS, main
 from benchmark.jobs import tail
-from benchmark.runs import Run, find_runs, write_table
+from benchmark.runs import Run, find_runs, fingerprint, write_table
 from benchmark.sweep import Watch, run_sweep
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +48,7 @@ def test_real_runs_and_their_repetition(tmp_path, capsys):
     assert sweep(*command) == 0
     runs = find_runs([tmp_path / "out"])
     assert {run.config["env_id"] for run in runs} == {"tests.envs:Mirror-v0", "Pendulum-v1"}
+    assert {run.config["seed"] for run in runs} == {1}
     assert all(run.result and run.config["num_envs"] == 4 for run in runs)
     made = {run.directory: run.last_checkpoint.stat().st_mtime_ns for run in runs}
     assert sweep(*command) == 0
@@ -62,9 +62,8 @@ def test_it_keeps_what_it_was_to_run_and_says_whose_return_it_shows(tmp_path, ca
     kept = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert (kept["scripts"], kept["seeds"], kept["grid"]) == ([STANDIN], [1], grid)
     assert kept["jobs"] == [f"Nowhere-v0__scripts__learning-rate={rate}__1" for rate in (0.2, 0.1)]
-    assert re.search(
-        r"done: Nowhere-v0__scripts__learning-rate=0.2__1  evaluation return -?\d", capsys.readouterr().out
-    )
+    told = f"evaluation return {-(0.1**2) + 0.001:,.1f}"
+    assert f"done: Nowhere-v0__scripts__learning-rate=0.2__1  {told}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -319,6 +318,22 @@ def test_a_job_lives_as_long_as_it_writes_to_its_log_or_a_table_and_runs_where_t
             os.utime(path, (0, 0))
 
 
+@pytest.mark.parametrize(("last_sign", "silence"), [(time.time, 0.01), (lambda: 0.0, 60.0)])
+def test_a_job_is_ended_only_where_it_has_run_for_long_and_long_written_nothing(
+    tmp_path, monkeypatch, last_sign, silence
+):
+    monkeypatch.setattr(jobs, "last_sign", lambda *_: last_sign())
+    assert jobs.run_job(*jobs_in(tmp_path), silence=silence) == "done"
+
+
+def test_a_job_that_failed_before_and_is_stopped_now_is_interrupted(tmp_path):
+    (job,) = jobs_in(tmp_path, args={"mood": "slow"})
+    Path(job.directory).mkdir(parents=True)
+    job.failure.write_text('{"reason": "of before"}')
+    assert jobs.run_job(job, lambda: bool(job.run() and job.run().last_rows("progress", 1))) == "interrupted"
+    assert job.state() == "interrupted"
+
+
 def test_a_stopped_sweep_stops_its_jobs_and_goes_on_later(tmp_path):
     words = [sys.executable, "-m", "benchmark", "sweep", "--scripts", "ppo_continuous", "--env-ids", "Pendulum-v1"]
     words += ["--seeds", "2", "--workers", "2", "-o", str(tmp_path / "out"), "--", *REAL, "--num-evals", "0"]
@@ -418,6 +433,46 @@ def test_what_is_left_is_told_by_the_present_pace(tmp_path):
     watch = Watch([first, second, third], {first: "done"})
     assert watch.left({second: {"share": 0.75, "pace": 1 / 400}}) == "0:08:20"  # one and a quarter are left
     assert watch.left({}) == "-"
+
+
+def test_the_headline_and_what_is_told_of_a_job_that_runs(tmp_path):
+    a, b, c, d = jobs_in(tmp_path, seeds=4, args={"mood": "leave"})
+    watch = Watch([a, b, c, d], {a: "done", b: "failed"})
+    told = watch.headline({c: {"share": 0.5, "sps": 1200.0, "pace": 0.01}})
+    assert told == "1 of 4 done, 1 running, 1 waiting, 1 failed   1,200 steps/s   ETA 0:02:30"
+    subprocess.run(c.command(), check=True, stdout=subprocess.DEVNULL)
+    (Path(c.directory) / "job.json").write_text("{}")
+    run = c.run().directory
+    (run / "progress.csv").write_text("step,wall_time,sps\n10,1,500\n25,2,200\n")
+    (run / "episodes.csv").write_text("step,wall_time,return,length\n5,1,3,9\n9,1,5,9\n")
+    assert watch.running() == {c: {"share": 0.25, "sps": 200.0, "pace": 2.0, "return": 4.0}}
+
+
+def test_seeds_are_run_in_turn(tmp_path):
+    order = [(job.seed, job.env_id) for job in jobs_in(tmp_path, env_ids=["A", "B"], seeds=2)]
+    assert order == [(1, "A"), (1, "B"), (2, "A"), (2, "B")]
+
+
+def test_a_job_is_the_same_wherever_and_with_how_many_threads_it_is_run(tmp_path):
+    (job,) = jobs_in(tmp_path)
+    assert replace(job, directory=str(tmp_path), threads=2, started_in="/").description() == job.description()
+    assert replace(job, seed=7).description() != job.description()
+
+
+def test_the_last_file_of_settings_is_the_one_that_counts(tmp_path):
+    (tmp_path / "b.yaml").write_text("x: 1")
+    words = ("--config", "a.yaml", "--config=b.yaml")
+    assert jobs.fingerprint_of_config(words, str(tmp_path)) == fingerprint(tmp_path / "b.yaml")
+
+
+def test_a_row_that_is_being_written_is_none_yet(tmp_path):
+    rows = "".join(f"{k},{k}.5\n" for k in range(300))
+    (tmp_path / "t.csv").write_text(f"step,sps\n{rows}30")
+    run = Run(tmp_path)
+    assert run.table("t")["step"].tolist() == [*range(300)]
+    assert [row["step"] for row in run.last_rows("t", 2)] == [298, 299] and len(run.last_rows("t", 100)) == 100
+    (tmp_path / "t.csv").write_text("step,sps\n1,2\n3")
+    assert run.last_rows("t", 5) == [{"step": 1.0, "sps": 2.0}]
 
 
 def test_what_was_interrupted_goes_on_before_anything_begins(tmp_path):

@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ pytest.importorskip("optuna")
 pytest.importorskip("matplotlib")
 
 from benchmark.__main__ import main
+from benchmark.tune import suggest
 from benchmark.tune_figures import plot_search
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +86,13 @@ class Screen:
 
     def print(self, text) -> None:
         self.seen.append([text.plain])
+
+
+def test_arguments_are_drawn_as_their_ranges_say():
+    draw = lambda kind: lambda name, low, high, log: (kind, low, high, log)  # noqa: E731
+    trial = SimpleNamespace(suggest_int=draw("int"), suggest_float=draw("float"))
+    for kind in ("float", "log_float", "int", "log_int"):
+        assert suggest(trial, "x", {kind: [1, 8]}) == (kind.split("_")[-1], 1, 8, "log" in kind)
 
 
 def test_a_terminal_shows_how_far_the_trials_are(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """Head to head: who takes part, evaluations that change nothing, honest minutes, going on where it stopped."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import yaml
@@ -12,6 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("stable_baselines3")
 
 from benchmark.__main__ import main
+from benchmark.groups import gather
 from benchmark.runs import Run, find_runs
 from benchmark.speed import learner, race, versus
 from benchmark.speed.learner import build, load, make_envs
@@ -44,6 +47,50 @@ def test_another_library_leaves_what_a_script_leaves(tmp_path):
 def test_evaluation_changes_nothing_of_another_librarys_training(tmp_path, settings):
     once, often = (learn(tmp_path / str(n), settings, num_evals=n) for n in (1, 2))
     assert final_returns(once) == final_returns(often)
+
+
+@pytest.mark.parametrize("normalises", [True, False])
+def test_another_librarys_policy_is_evaluated_as_it_was_trained(tmp_path, monkeypatch, normalises):
+    from stable_baselines3.common.base_class import BaseAlgorithm
+
+    seen, predict = [], BaseAlgorithm.predict
+
+    def look(model, observation, **keywords):
+        seen.append((observation, keywords))
+        return predict(model, observation, **keywords)
+
+    monkeypatch.setattr(BaseAlgorithm, "predict", look)
+    learn(tmp_path, QUICK | {"normalize": normalises})
+    first, _ = gym.make("CartPole-v1").reset(seed=10_000)
+    assert all(keywords["deterministic"] for _, keywords in seen)
+    assert np.array_equal(seen[0][0][0], first) is not normalises
+
+
+def test_another_librarys_rows_noise_and_best_are_what_was_asked_for(tmp_path):
+    assert learn(tmp_path / "rows", num_evals=0, row_every=128).progress["step"].tolist() == [128, 256]
+    best = learn(tmp_path / "best", num_evals=2).result["best"]["mean"]
+    assert best == max(learn(tmp_path / "again", num_evals=2).means.values())
+    model = build(load("sb3", 1), "TD3", make_envs("Pendulum-v1", 1, "sync", 1), {"noise_std": 0.1}, 1)
+    assert model.action_noise._sigma.tolist() == [0.1]
+
+
+def test_a_report_has_another_librarys_runs(tmp_path):
+    learn(tmp_path)
+    (group,) = gather([tmp_path]).groups
+    assert not gather([tmp_path]).left_out and len(group.runs) == 1
+
+
+def test_seeds_take_turns_and_evaluations_come_as_often_as_asked(tmp_path, monkeypatch):
+    begun = []
+    contestants = [versus.Contestant(name, name, Path(learner.__file__)) for name in ("a", "b")]
+    monkeypatch.setattr(versus, "contestants", lambda *_: contestants)
+    monkeypatch.setattr(versus, "run_sweep", lambda jobs, *_: begun.extend(jobs) or sys.exit())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["versus", "CartPole-v1", "--script", "ppo_discrete", "--seeds", "2", "--eval-every", "25000"])
+    assert [job.seed for job in begun] == [1, 1, 2, 2] and len({job.directory for job in begun}) == 4
+    asked = [dict(zip(job.words, job.words[1:], strict=False)) for job in begun]
+    assert all(int(words["--num-evals"]) * 25_000 == int(words["--total-timesteps"]) for words in asked)
 
 
 def test_minutes_leave_evaluation_out(tmp_path, monkeypatch):
@@ -138,6 +185,7 @@ def test_the_table_counts_compiling_and_not_evaluating(tmp_path):
     assert np.isnan(quick[6].low) and quick[6].middle == 101.5  # two seeds have no interval
     assert slow[5] == pytest.approx((600 - 180) / 60)
     assert seeds.rows[1] == ["quick", 2, *quick[3:6], 102.0]
+    assert race.standings([race.Runner("slow", "A-v0", found["slow"])], (52,))[0].rows[0][3] == 7.0  # the median's
     assert 51 <= slow[6].low < 52 == slow[6].middle < slow[6].high <= 53
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {
         "versus.png",

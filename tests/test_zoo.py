@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from benchmark.evaluate import find_policy, load
 from benchmark.reproduce import SOURCES, Row, all_rows, compared, find_row
 from benchmark.runs import Run, find_runs
 from benchmark.suites import Suite
+from benchmark.zoo import median_run
 
 ROOT = Path(__file__).parent.parent
 ENTRIES = find_runs([ROOT / "zoo"])
@@ -119,7 +121,10 @@ def test_the_median_seed_is_kept_with_its_final_policy(trained, tmp_path, capsys
     np.testing.assert_array_equal(*(policy(observations) for policy in policies))
     assert not [p for p in entry.directory.rglob("*.*") if str(tmp_path.parent).encode() in p.read_bytes()]
     assert entry.meta["command"].startswith("python ppo_continuous.py --env-id Pendulum-v1 --num-envs 4 ")
-    assert list(entry.meta["final_returns"]) == ["1", "2", "3"]
+    finals = {str(run.config["seed"]): run.result["evaluation"]["mean"] for run in find_runs([trained])}
+    assert entry.meta["final_returns"] == finals and finals.keys() == {"1", "2", "3"}
+    two = SimpleNamespace(runs=["higher", "lower"], final=np.array([2.0, 1.0]))
+    assert median_run(two) == "lower"  # of an even number
     assert "seed 2, the median of 3, final evaluation return" in capsys.readouterr().out
 
 

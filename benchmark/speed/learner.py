@@ -184,6 +184,7 @@ def keep(args: Args, examiner: Examiner, recent: list[float]) -> Path:
         shutil.copy(__file__, new)
         for table, rows in (("evaluations", examiner.evaluations), ("progress", examiner.progress)):
             write_table(new / f"{table}.csv", [*rows[:1], *(row.values() for row in rows)])
+        write_table(new / "episodes.csv", [["step", "wall_time", "return", "length"]])  # which nobody follows
         texts = {"config.yaml": yaml.safe_dump(asdict(args), sort_keys=False)}
         texts |= {"meta.json": json.dumps(meta, indent=2), "result.json": json.dumps(summary, indent=2)}
         for file, text in texts.items():
