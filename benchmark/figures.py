@@ -1,7 +1,6 @@
 """The figures of a report, one column of a paper wide. Colours are Okabe and Ito's, one per method throughout."""
 
 from collections.abc import Callable
-from itertools import cycle
 from pathlib import Path
 from textwrap import fill
 
@@ -49,7 +48,7 @@ Colours = dict[str, str]  # by method, in the order of the legend
 
 
 def colours(methods: list[str]) -> Colours:
-    return dict(zip(methods, cycle(COLOURS), strict=False))
+    return dict(zip(methods, COLOURS, strict=False))
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -11,7 +11,7 @@ from textwrap import shorten
 import numpy as np
 import yaml
 
-from benchmark.errors import unboxed
+from benchmark.errors import refuse, unboxed
 from benchmark.runs import INCIDENTAL, Run, find_runs, folders_with, read_json
 from benchmark.suites import jobs_in_order, settings_swept
 
@@ -259,6 +259,18 @@ def gather(paths: list[Path]) -> Material:
         other = latest[run.config["env_id"], labels[run], run.config["seed"]]
         left_out[run.directory] = f"its seed was run again: {other.directory}"
     return Material(in_order(groups), dict(sorted(left_out.items())))
+
+
+def gather_finished(paths: list[Path]) -> Material:
+    """Refuses where there is no finished run."""
+    for path in paths:
+        if not path.is_dir():
+            refuse(f"{path}: no such folder")
+    material = gather(paths)
+    if not material.groups:
+        why = "".join(f"; {path.name}: {reason}" for path, reason in [*material.left_out.items()][:1])
+        refuse(f"no finished run in {', '.join(map(str, paths))}{why}")
+    return material
 
 
 def in_order(groups: list[Group]) -> list[Group]:

@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 
 from benchmark.errors import choices, refuse
-from benchmark.groups import Group, by_environment, gather, in_order, methods_of
+from benchmark.groups import Group, by_environment, gather_finished, in_order, methods_of
 from benchmark.options import make_folder, need
 from benchmark.random_policy import baseline_of
 from benchmark.runs import Run
@@ -107,13 +107,7 @@ def report(
     need("matplotlib", "scipy")
     from benchmark.compose import make_report
 
-    for path in runs:
-        if not path.is_dir():
-            refuse(f"{path}: no such folder")
-    material = gather(runs)
-    if not material.groups:
-        why = "".join(f"; {path.name}: {reason}" for path, reason in [*material.left_out.items()][:1])
-        refuse(f"no finished run in {', '.join(map(str, runs))}{why}")
+    material = gather_finished(runs)
     asked = asked_for(threshold, material.groups)
     if baseline is not None:
         groups, baseline = with_baseline(material.groups, baseline)

@@ -149,6 +149,15 @@ def read_suite(path: Path) -> Suite:
     return Suite(**content)
 
 
+def job_of(
+    script: Path, env_id: str, seed: int, words: tuple[str, ...], setting: str, directory: Path, threads: int
+) -> Job:
+    """Of the script and of the file of settings as they are now; relative paths are meant from here."""
+    here = os.getcwd()
+    config = fingerprint_of_config(words, here)
+    return Job(str(script), env_id, seed, words, setting, str(directory), fingerprint(script), threads, here, config)
+
+
 def jobs_of(suite: Suite, directory: Path, threads: int) -> list[Job]:
     """Every combination, the first seed of all of them before the second."""
     for name in ("scripts", "env_ids", "seeds"):
@@ -157,7 +166,6 @@ def jobs_of(suite: Suite, directory: Path, threads: int) -> list[Job]:
     scripts = [find_script(name) for name in suite.scripts]
     common = [word for name, value in suite.args.items() for word in as_words(name, value)]
     points = [tuple(zip(suite.grid, values, strict=True)) for values in itertools.product(*suite.grid.values())]
-    versions = {script: fingerprint(script) for script in scripts}
     jobs = []
     for seed, script, env_id, point in itertools.product(suite.seeds, scripts, suite.env_ids, points):
         setting = " ".join(f"{name.replace('_', '-')}={str(value).replace(' ', '')}" for name, value in point)
@@ -166,9 +174,7 @@ def jobs_of(suite: Suite, directory: Path, threads: int) -> list[Job]:
         if len(name) > 150:
             name = f"{name[:120]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
         words = (*common, *suite.words, *chosen)
-        own = (str(directory / name), versions[script])
-        config = fingerprint_of_config(words, os.getcwd())
-        jobs.append(Job(str(script), env_id, seed, words, setting, *own, threads, os.getcwd(), config))
+        jobs.append(job_of(script, env_id, seed, words, setting, directory / name, threads))
     if len({job.directory for job in jobs}) < len(jobs):
         refuse("two jobs have the same name: scripts, environments and seeds must differ from each other")
     return jobs

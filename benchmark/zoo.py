@@ -13,7 +13,7 @@ import yaml
 
 from benchmark.errors import refuse
 from benchmark.evaluate import load
-from benchmark.groups import Group, gather
+from benchmark.groups import Group, gather_finished
 from benchmark.options import make_folder
 from benchmark.runs import WHERE, Run, file_name, is_run
 from benchmark.suites import as_words
@@ -111,12 +111,7 @@ def zoo(
         runs: run directories, or folders of them
         output: a folder, in which an entry is named by its environment and script
     """
-    for path in runs:
-        if not path.is_dir():
-            refuse(f"{path}: no such folder")
-    found = gather(runs)
-    if not found.groups:
-        refuse(f"no finished run in {', '.join(map(str, runs))}")
+    found = gather_finished(runs)
     check_groups(found.groups)
     make_folder(output)
     for group in found.groups:

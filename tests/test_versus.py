@@ -15,7 +15,7 @@ pytest.importorskip("stable_baselines3")
 
 from benchmark.__main__ import main
 from benchmark.groups import gather
-from benchmark.runs import Run, find_runs
+from benchmark.runs import Run, find_runs, fingerprint
 from benchmark.speed import learner, race, versus
 from benchmark.speed.learner import build, load, make_envs
 from benchmark.speed.rl_zoo import SETTINGS
@@ -40,7 +40,7 @@ def test_another_library_leaves_what_a_script_leaves(tmp_path):
     assert run.evaluations["seed"].tolist() == [10_000, 10_001] * 2
     assert run.progress["step"].tolist() == [128, 256]
     assert run.result["evaluation"]["mean"] == np.mean(final_returns(run))
-    assert run.result["steps"] == 256 and run.version == versus.fingerprint(versus.LEARNER)
+    assert run.result["steps"] == 256 and run.version == fingerprint(versus.LEARNER)
 
 
 @pytest.mark.parametrize("settings", [QUICK, QUICK | {"normalize": True}], ids=["plain", "normalised"])

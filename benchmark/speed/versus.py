@@ -10,12 +10,12 @@ from typing import Annotated
 import tyro
 
 from benchmark.errors import refuse
-from benchmark.jobs import ROOT, Job, fingerprint_of_config
+from benchmark.jobs import ROOT, Job
 from benchmark.options import at_least, make_folder, need
-from benchmark.runs import file_name, fingerprint, import_script
+from benchmark.runs import file_name, import_script
 from benchmark.speed.cases import CASES, LEARNER, PACKAGES
 from benchmark.speed.rl_zoo import SETTINGS
-from benchmark.suites import check
+from benchmark.suites import check, job_of
 from benchmark.sweep import end_if_failed, previous_states, run_sweep
 
 LIBRARIES = {"sb3": "Stable-Baselines3", "sbx": "SBX"}
@@ -55,21 +55,12 @@ def contestants(script: str, env_id: str) -> list[Contestant]:
     return found
 
 
-def jobs_of(contestant: Contestant, env_id: str, seeds: int, words: tuple[str, ...], threads: int, folder: Path):
-    version = fingerprint(contestant.script)
-    own = str(contestant.script), env_id
+def jobs_of(
+    contestant: Contestant, env_id: str, seeds: int, words: tuple[str, ...], threads: int, folder: Path
+) -> list[Job]:
+    own, all_words = (contestant.script, env_id), (*contestant.words, *words)
     return [
-        Job(
-            *own,
-            seed,
-            (*contestant.words, *words),
-            contestant.label,
-            str(folder / f"{contestant.name}__{seed}"),
-            version,
-            threads,
-            os.getcwd(),
-            fingerprint_of_config(contestant.words, os.getcwd()),
-        )
+        job_of(*own, seed, all_words, contestant.label, folder / f"{contestant.name}__{seed}", threads)
         for seed in range(1, seeds + 1)
     ]
 
