@@ -13,7 +13,7 @@ from benchmark.groups import gather
 from benchmark.jobs import Job
 from benchmark.options import at_least, check_seed, make_folder, need
 from benchmark.report import film_of, find_baselines
-from benchmark.runs import Run, file_name, replacing, write_table
+from benchmark.runs import Run, file_name, replacing, write_atomically
 from benchmark.suites import Suite, check, jobs_of
 from benchmark.sweep import end_if_failed, previous_states, run_sweep
 
@@ -31,7 +31,8 @@ def keep_checkpoint(run: Run, step: int, folder: Path, filmed: bool) -> np.ndarr
         (folder / "episode.gif").unlink(missing_ok=True)
     with replacing(kept) as unfinished:
         shutil.copy(policy, unfinished)
-    write_table(folder / "evaluations.csv", [here, *zip(*(column.tolist() for column in here.values()), strict=True)])
+    rows = (run.directory / "evaluations.csv").read_text().splitlines(keepends=True)
+    write_atomically(folder / "evaluations.csv", "".join(r for r in rows if r.startswith(("step,", f"{step},"))))
     if filmed and not seen:
         player = load_player(run, kept, {}, "rgb_array")
         film(player, int(here["seed"][here["return"].argmax()]), False, folder / "episode.mp4")

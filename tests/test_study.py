@@ -36,7 +36,7 @@ def test_a_study_from_the_random_policy_to_the_last(tmp_path, monkeypatch, capsy
         with (folder / "evaluations.csv").open() as file:
             played = list(csv.DictReader(file))
         returns = [float(row["return"]) for row in played]
-        assert filmed[len(films)] == float(played[np.argmax(returns)]["seed"])
+        assert filmed[len(films)] == int(played[np.argmax(returns)]["seed"])
         table = run.table("evaluations")
         assert returns == table["return"][table["step"] == step].tolist() and len(returns) == 3
         films.append(f"{int(share)}% of the run: an episode of return {max(returns):,.1f}, the best of 3<")
