@@ -449,19 +449,19 @@ def allowed(args: Args, count: int, masks: Sequence) -> np.ndarray:
     if not args.action_masks:
         return np.ones((len(masks), count), bool)
     if wrong := [mask for mask in masks if np.shape(mask) != (count,)]:
-        raise ValueError(f"{args.env_id}: an action mask must have {count} values, and is {wrong[0]}")
+        raise ValueError(f"{args.env_id}: an info's action_mask must have {count} values, and is {wrong[0]}")
     actions = np.equal(masks, 1).reshape(-1, count)
     if not actions.any(-1).all():
-        raise ValueError(f"{args.env_id}: an action mask allows no action")
+        raise ValueError(f"{args.env_id}: an info's action_mask allows no action")
     return actions
 
 
-def choose(values: np.ndarray, noise: np.ndarray, epsilon: float, masks: np.ndarray) -> np.ndarray:
+def choose(values: np.ndarray, noise: np.ndarray | None, epsilon: float, masks: np.ndarray) -> np.ndarray:
     """ε-greedy among what is allowed: the best by the values, or, as often as ε, by the noise. (N,)
 
-    The noise is uniform, (N, 1 + A).
+    The noise is uniform, (N, 1 + A); without any the choice is greedy.
     """
-    scores = np.where(noise[:, :1] < epsilon, noise[:, 1:], values)
+    scores = values if noise is None else np.where(noise[:, :1] < epsilon, noise[:, 1:], values)
     return np.where(masks, scores, -np.inf).argmax(-1)
 
 
@@ -486,7 +486,10 @@ def parameters_of(module: nn.Module, theta: Tensor) -> dict[str, Tensor]:
 
 
 class Learner(NamedTuple):
-    """The parameters as one vector, of which the agent's are views, and the state of Adam."""
+    """The parameters as one vector, of which the agent's are views, and the state of Adam.
+
+    All learn, whatever their `requires_grad`: what shall not is a buffer, or stands behind `.detach()` in the loss.
+    """
 
     theta: Tensor
     first_moment: Tensor
@@ -736,7 +739,7 @@ class Policy:
 
     def _choose(self, observation: np.ndarray, mask: Sequence | None, sample: bool) -> np.ndarray:
         values = self._judge(self._normalise(observation).reshape(1, -1))
-        noise = torch.rand((1, 1 + self.agent.count)).numpy() if sample else np.ones((1, 1 + self.agent.count))
+        noise = torch.rand((1, 1 + self.agent.count)).numpy() if sample else None
         masks = allowed(self.args, self.agent.count, [mask])
         return self.agent.for_environment(choose(values, noise, self.args.epsilon_end, masks)[0])
 
@@ -805,7 +808,7 @@ def compile_update(args: Args, agent: Agent, learners: Learners, buffer: ReplayB
 
 def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run") -> Callable:
     """The function, compiled by calls on copies of what changes; as it is, where that is impossible."""
-    started = time.perf_counter()
+    started, random = time.perf_counter(), torch.get_rng_state()
     torch.compiler.reset()  # what another run compiled in this process would be taken for this one's
 
     def compared(guards: Sequence) -> list[bool]:
@@ -828,6 +831,7 @@ def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device,
         return function
     finally:
         gc.enable()
+        torch.set_rng_state(random)  # what a fork draws in its function is drawn by the run alone
     run.say(f"compiled in {time.perf_counter() - started:.1f} s")
     return fast
 
@@ -1049,9 +1053,13 @@ class Run(ExitStack):
     def write(self, table: str, rows: list[dict]) -> None:
         """In CSV, and in TensorBoard by CleanRL's names."""
         if rows:
-            with (self.directory / f"{table}.csv").open("a") as file:
+            with (self.directory / f"{table}.csv").open("a+") as file:
+                file.seek(0)
+                header, own = file.readline().strip(), ",".join(rows[0])
+                if header not in ("", own):
+                    refuse(f"{file.name}: has the columns {header}, but this {SCRIPT}.py has {own}")
                 writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-                if not file.tell():
+                if not header:
                     writer.writeheader()
                 writer.writerows(rows)
         losses = {*MEASURES, "explained_variance"}

@@ -400,7 +400,10 @@ def parameters_of(module: nn.Module, theta: Tensor) -> dict[str, Tensor]:
 
 
 class Learner(NamedTuple):
-    """The parameters as one vector, of which the agent's are views, and the state of Adam."""
+    """The parameters as one vector, of which the agent's are views, and the state of Adam.
+
+    All learn, whatever their `requires_grad`: what shall not is a buffer, or stands behind `.detach()` in the loss.
+    """
 
     theta: Tensor
     first_moment: Tensor
@@ -717,7 +720,7 @@ def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run") -> Ca
 
 def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run") -> Callable:
     """The function, compiled by calls on copies of what changes; as it is, where that is impossible."""
-    started = time.perf_counter()
+    started, random = time.perf_counter(), torch.get_rng_state()
     torch.compiler.reset()  # what another run compiled in this process would be taken for this one's
 
     def compared(guards: Sequence) -> list[bool]:
@@ -740,6 +743,7 @@ def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device,
         return function
     finally:
         gc.enable()
+        torch.set_rng_state(random)  # what a fork draws in its function is drawn by the run alone
     run.say(f"compiled in {time.perf_counter() - started:.1f} s")
     return fast
 
@@ -942,14 +946,18 @@ class Run(ExitStack):
     def write(self, table: str, rows: list[dict]) -> None:
         """In CSV, and in TensorBoard by CleanRL's names."""
         if rows:
-            with (self.directory / f"{table}.csv").open("a") as file:
+            with (self.directory / f"{table}.csv").open("a+") as file:
+                file.seek(0)
+                header, own = file.readline().strip(), ",".join(rows[0])
+                if header not in ("", own):
+                    refuse(f"{file.name}: has the columns {header}, but this {SCRIPT}.py has {own}")
                 writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-                if not file.tell():
+                if not header:
                     writer.writeheader()
                 writer.writerows(rows)
         losses = {*MEASURES, "explained_variance"}
         for row in rows if table != "evaluations" else ():
-            for name in row.keys() - {"step", "wall_time"}:
+            for name in (name for name in row.keys() - {"step", "wall_time"} if not math.isnan(row[name])):
                 kind = "charts/episodic_" if table == "episodes" else "losses/" if name in losses else "charts/"
                 self.tensorboard.add_scalar(kind + name.replace("sps", "SPS"), row[name], row["step"])
 

@@ -557,7 +557,7 @@ def test_a_policy_takes_the_best_of_what_is_allowed():
     np.testing.assert_allclose(frequencies, expected, atol=0.04)
     assert frequencies[1] == 0
     for wrong, told in ((None, "is None"), (masks[0, 1:], "values"), (np.zeros(4), "allows no action")):
-        with pytest.raises(ValueError, match=f"Maze-v0: an action mask .*{told}"):
+        with pytest.raises(ValueError, match=f"Maze-v0: an info's action_mask .*{told}"):
             policy(observations[0], mask=wrong)
     with pytest.raises(ValueError):
         policy(observations, mask=masks[1:])
@@ -588,11 +588,11 @@ def test_an_environment_that_allows_nothing_is_named(small, capsys):
     args = replace(BARRED, runs_dir=small.runs_dir)
     with pytest.raises(SystemExit, match="2"):
         train(replace(args, env_kwargs=json.dumps({"form": "single", "stuck": 0})))
-    assert "tests.envs:Barred-v0: an action mask allows no action" in capsys.readouterr().err
+    assert "tests.envs:Barred-v0: an info's action_mask allows no action" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         dqn.prepare(replace(BARRED, env_id="tests.envs:Once-v0", env_kwargs="{}"))
-    assert "an action mask must have 2 values" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="tests.envs:Barred-v0: an action mask allows no action"):
+    assert "action_mask must have 2 values" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="tests.envs:Barred-v0: an info's action_mask allows no action"):
         train(replace(args, env_kwargs=json.dumps({"form": "single", "stuck": 2})))
 
 

@@ -377,7 +377,7 @@ def test_a_policy_takes_the_likeliest_of_what_is_allowed(space):
 
     nothing = np.arange(sum(sizes)) >= sizes[0]  # of the first part
     for wrong, told in ((None, "is None"), (masks[0, 1:], "values"), (nothing, "allows no action")):
-        with pytest.raises(ValueError, match=f"Maze-v0: an action mask .*{told}"):
+        with pytest.raises(ValueError, match=f"Maze-v0: an info's action_mask .*{told}"):
             policy(observations[0], mask=wrong)
     with pytest.raises(ValueError):
         policy(observations, mask=masks[1:])
@@ -415,11 +415,11 @@ def test_an_environment_that_allows_nothing_is_named(small, capsys):
     args = replace(small, env_id=BARRED.env_id)
     with pytest.raises(SystemExit, match="2"):
         train(replace(args, env_kwargs='{"stuck": 0}'))
-    assert "tests.envs:Barred-v0: an action mask allows no action" in capsys.readouterr().err
+    assert "tests.envs:Barred-v0: an info's action_mask allows no action" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         ppo.prepare(replace(BARRED, env_id="tests.envs:Once-v0", env_kwargs="{}"))
-    assert "an action mask must have 2 values" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="tests.envs:Barred-v0: an action mask allows no action"):
+    assert "action_mask must have 2 values" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="tests.envs:Barred-v0: an info's action_mask allows no action"):
         train(replace(args, env_kwargs='{"stuck": 2}'))
 
 

@@ -1014,6 +1014,20 @@ def test_a_finished_run_that_is_resumed_is_finished_again(script, finished):
     assert all(new[name] == old[name] for name in ("steps", "evaluation", "best", "training_return"))
 
 
+@about("Run.write")
+def test_a_run_that_goes_on_with_an_edited_script_mixes_no_columns(script, finished, monkeypatch, capsys):
+    (finished / "checkpoint.previous.pt").replace(finished / "checkpoint.pt")
+    write = script.module.Run.write
+
+    def write_more(run: object, table: str, rows: list[dict]) -> None:
+        write(run, table, [row | {"more": 1} for row in rows] if table == "progress" else rows)
+
+    monkeypatch.setattr(script.module.Run, "write", write_more)
+    told = script.refuse(capsys, "--resume", str(finished))
+    assert "progress.csv: has the columns step,wall_time,sps," in told and told.endswith(",more")
+    assert not any("more" in row for row in rows(finished, "progress"))
+
+
 @about("Run.load")
 def test_a_run_that_goes_on_with_an_edited_script_says_so(script, finished, capsys):
     began_with = finished / script.path.name

@@ -96,7 +96,6 @@ DIFFERENT = {
         "Run.__init__": "a replay buffer",
         "Run.state": "a replay buffer",
         "Run.begin": "a replay buffer",
-        "Run.write": "nothing is measured before it learns",
         "Run.show": "its pace is another once it learns",
     },
     "td3_continuous.py": OWN
@@ -112,7 +111,6 @@ DIFFERENT = {
         "Run.__init__": "a replay buffer",
         "Run.state": "a replay buffer",
         "Run.begin": "a replay buffer",
-        "Run.write": "nothing is measured before it learns",
         "Run.show": "its pace is another once it learns",
     },
     "dqn.py": OWN
@@ -130,7 +128,6 @@ DIFFERENT = {
         "Run.__init__": "a replay buffer",
         "Run.state": "a replay buffer",
         "Run.begin": "a replay buffer",
-        "Run.write": "nothing is measured before it learns",
         "Run.show": "its pace is another once it learns",
     },
 }
