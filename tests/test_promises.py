@@ -1214,6 +1214,7 @@ def test_what_may_not_differ_from_the_run_is_refused(script, finished, capsys):
     assert contents(finished) == before
 
 
+@about("Run.load")
 def test_only_what_leaves_the_training_as_it_is_may_differ_from_the_run(script, finished, monkeypatch):
     module = script.module
     saved = module.load_checkpoint(finished / "checkpoint.pt")
@@ -1449,7 +1450,7 @@ def test_weights_and_biases_goes_on_with_the_run_that_is_resumed(script, monkeyp
     with pytest.raises(SystemExit, match="2"):  # where W&B knows no key
         script.train(track=True)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    script.train(track=True, num_evals=0)
+    script.module.prepare(script.args(track=True))[1].close()
 
 
 def test_a_lone_copy_trains_evaluates_and_resumes_and_says_nothing_on_stderr(script, tmp_path):
