@@ -100,7 +100,7 @@ def zoo(
     /,
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("zoo"),
 ) -> None:
-    """Keep the policies of finished runs, each as a run directory of 100 kB to 1 MB that can be evaluated.
+    """Keep the policies of finished runs, each as a run directory of 100 kB to 1 MB (games: 7) to evaluate.
 
     Of the seeds of a script on an environment the median one is kept, with its policy after the last step, which is
     the one whose return a report states. An earlier entry of the same name is replaced.

@@ -60,7 +60,7 @@ def test_a_policy_earns_exactly_what_is_stated(run, played):
 @pytest.mark.parametrize("run", ENTRIES, ids=lambda run: run.directory.name)
 def test_an_entry_is_small_and_says_how_it_was_made_but_not_where(run):
     files = [path for path in run.directory.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 2e6
+    assert sum(path.stat().st_size for path in files) < (8e6 if run.script == "ppo_atari_cnn" else 2e6)
     for path in files:
         assert not re.search(rb"/(home|root|tmp|work|Users)/", path.read_bytes()), path
     assert "host" not in run.meta
