@@ -1137,7 +1137,7 @@ class Run(ExitStack):
                 file.seek(0)
                 header, own = file.readline().strip(), ",".join(rows[0])
                 if header not in ("", own):
-                    refuse(f"{file.name}: has the columns {header}, but this {SCRIPT}.py has {own}")
+                    refuse(f"{file.name}: has the columns {header}, not {own}; resume with the {SCRIPT}.py beside it")
                 writer = csv.DictWriter(file, rows[0], lineterminator="\n")
                 if not header:
                     writer.writeheader()

@@ -100,7 +100,7 @@ def zoo(
     /,
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("zoo"),
 ) -> None:
-    """Keep the policies of finished runs, each as a run directory of 100 kB to 1 MB (games: 7) to evaluate.
+    """Keep the policies of finished runs, each as a run directory of 1 MB at most, of games 7, to be evaluated.
 
     Of the seeds of a script on an environment the median one is kept, with its policy after the last step, which is
     the one whose return a report states. An earlier entry of the same name is replaced.

@@ -624,16 +624,6 @@ def test_a_policy_does_what_is_worth_most():
     assert policy.discount == SMALL.gamma and policy.bootstraps == ("truncated",)
 
 
-def test_a_policy_stays_what_it_was_when_the_network_learns_on():
-    agent, observations = agent_of(), np.random.default_rng(0).normal(size=(50, 2))
-    learners = learners_of(agent, 1.0)
-    policy = dqn.Policy(SMALL, agent)
-    before = policy(observations)
-    learners.q.adam_step(torch.randn_like(learners.q.theta), 1e-8)
-    assert np.array_equal(policy(observations), before)
-    assert not np.array_equal(dqn.Policy(SMALL, agent)(observations), before)
-
-
 def test_a_policy_does_not_depend_on_where_its_observations_lie():
     policy = dqn.Policy(SMALL, agent_of(SMALL, 17))
     data, answers = np.random.default_rng(0).normal(size=(2, 17)).astype(np.float32), set()

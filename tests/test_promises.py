@@ -1024,7 +1024,7 @@ def test_a_run_that_goes_on_with_an_edited_script_mixes_no_columns(script, finis
 
     monkeypatch.setattr(script.module.Run, "write", write_more)
     told = script.refuse(capsys, "--resume", str(finished))
-    assert "progress.csv: has the columns step,wall_time,sps," in told and told.endswith(",more")
+    assert "progress.csv: has the columns step,wall_time,sps," in told and ",more; resume with the" in told
     assert not any("more" in row for row in rows(finished, "progress"))
 
 
@@ -1293,6 +1293,22 @@ def test_a_policy_takes_an_observation_or_a_batch_and_nothing_else(script, finis
     for wrong in (0.0, observations[0].ravel()[:1], observations[None], observations[..., None], observations[..., :1]):
         with pytest.raises(ValueError, match="must be"):
             policy(wrong)
+
+
+@pytest.mark.parametrize(
+    "script", [name for name in SCRIPTS if name != "ppo_atari_cnn"], indirect=True
+)  # acts in torch
+def test_a_policy_stays_what_it_was_when_the_network_learns_on(script, finished):
+    args = script.module.Args(**load(finished / "checkpoint.pt")["args"])
+    policy = script.module.load_policy(finished / "checkpoint.pt")
+    with contextlib.closing(script.module.make_eval_env(args)) as env:
+        observations = np.array([env.reset(seed=seed)[0] for seed in range(100)])
+    before = policy(observations)
+    torch.manual_seed(0)
+    for parameter in policy.agent.parameters():
+        parameter += torch.randn_like(parameter)
+    assert np.array_equal(policy(observations), before)
+    assert not np.array_equal(script.module.Policy(args, policy.agent)(observations), before)
 
 
 def test_a_sample_varies_and_the_policy_does_not(script, finished):

@@ -701,16 +701,6 @@ def test_a_value_is_the_lower_of_the_critics_of_the_policys_own_action():
     assert policy.discount == SMALL.gamma and policy.bootstraps == ("truncated",)
 
 
-def test_a_policy_stays_what_it_was_when_the_network_learns_on():
-    agent, observations = agent_of(), np.random.default_rng(0).normal(size=(50, 3))
-    learners = learners_of(agent, 1.0, 1.0, 1.0)
-    policy = sac.Policy(SMALL, agent)
-    before = policy(observations)
-    learners.actor.adam_step(torch.randn_like(learners.actor.theta), 1e-8)
-    assert np.array_equal(policy(observations), before)
-    assert not np.array_equal(sac.Policy(SMALL, agent)(observations), before)
-
-
 def test_a_policy_does_not_depend_on_where_its_observations_lie():
     policy = sac.Policy(SMALL, agent_of(SMALL, 17))
     data, answers = np.random.default_rng(0).normal(size=(2, 17)).astype(np.float32), set()

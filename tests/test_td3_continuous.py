@@ -477,16 +477,6 @@ def test_a_value_is_the_lower_of_the_critics_of_the_policys_action():
     assert policy.discount == SMALL.gamma and policy.bootstraps == ("truncated",)
 
 
-def test_a_policy_stays_what_it_was_when_the_network_learns_on():
-    agent, observations = agent_of(), np.random.default_rng(0).normal(size=(50, 3))
-    learners = learners_of(agent, 1.0)
-    policy = td3.Policy(SMALL, agent)
-    before = policy(observations)
-    learners.actor.adam_step(torch.randn_like(learners.actor.theta), 1e-8)
-    assert np.array_equal(policy(observations), before)
-    assert not np.array_equal(td3.Policy(SMALL, agent)(observations), before)
-
-
 def test_a_loaded_policy_is_the_one_that_was_trained(small, monkeypatch):
     kept, evaluate = [], td3.evaluate
 
