@@ -441,18 +441,18 @@ class Agent(nn.Module):
         parts = inputs.flatten(0, -2).split(1024)
         return torch.cat([self.critic(self.encoder(part)) for part in parts]).view(inputs.shape[:-1])
 
-    def policy(self) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
+    def acting(self) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
         """As it is now: of (N, D), alpha and beta. What sees images is computed by torch, the rest in numpy."""
         if self.images:
             device = self.critic[0].weight.device
             return lambda inputs: [each.cpu().numpy() for each in self(torch.tensor(inputs, device=device))[:2]]
         actor, A = in_numpy(self.actor), self.low.numel()
 
-        def policy(inputs: np.ndarray) -> Sequence[np.ndarray]:
+        def act(inputs: np.ndarray) -> Sequence[np.ndarray]:
             outputs = np.logaddexp(actor(inputs), 0) + 1
             return outputs[..., :A], outputs[..., A:]
 
-        return policy
+        return act
 
     def for_environment(self, actions: np.ndarray) -> np.ndarray:
         """(N, A) in the unit cube to the environment's shape and bounds, exactly to both."""
@@ -641,7 +641,7 @@ class Rollout(NamedTuple):
 def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Stopwatch") -> Rollout:
     """A rollout from `step` on, with the policy and the normaliser as they are."""
     T, N, D, A = args.num_steps, args.num_envs, agent.moments.mean.numel(), agent.low.numel()
-    act, normalise, device = agent.policy(), agent.moments.normaliser(), agent.critic[0].weight.device
+    act, normalise, device = agent.acting(), agent.moments.normaliser(), next(agent.parameters()).device
     raw, seen = (np.uint8, np.uint8) if agent.images else (np.float64, np.float32)
     observations, inputs = np.empty((T, *envs.observations.shape), raw), np.empty((T + 1, N, D), seen)
     alpha, beta, actions = np.empty((3, T, N, A), np.float32)
@@ -813,7 +813,7 @@ class Policy:
     def __init__(self, args: Args, agent: Agent):
         self.agent, self.shape = agent, tuple(agent.moments.mean.shape)
         self.discount, self.bootstraps = args.gamma, ("truncated",)
-        self._act, self._normalise = agent.policy(), agent.moments.normaliser()
+        self._act, self._normalise = agent.acting(), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
         if np.shape(observations) == self.shape:
@@ -830,7 +830,7 @@ class Policy:
     def value(self, observations: np.ndarray) -> np.ndarray:
         """The discounted returns that the critic expects of a batch, in the environment's own rewards."""
         rows = self._normalise(observations).reshape(len(observations), -1)
-        inputs = torch.tensor(rows, device=self.agent.critic[0].weight.device)
+        inputs = torch.tensor(rows, device=next(self.agent.parameters()).device)
         return self.agent.value(inputs).cpu().numpy() * self.agent.return_moments.deviation()
 
 

@@ -344,6 +344,11 @@ class Agent(nn.Module):
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.actor(observations), self.log_std, self.critic(observations).squeeze(-1)
 
+    def acting(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+        """As it is now, in numpy: the actions by inputs (N, D) and standard normal noise (N, A), or 0 for the means."""
+        mean, deviation = in_numpy(self.actor), self.log_std.cpu().exp().numpy()
+        return lambda inputs, noise: mean(inputs) + deviation * noise
+
     def for_environment(self, actions: np.ndarray) -> np.ndarray:
         """(N, A) of the policy's to the environment's shape and bounds."""
         low, high = self.bounds
@@ -491,8 +496,8 @@ class Rollout(NamedTuple):
 def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Stopwatch") -> Rollout:
     """A rollout from `step` on, with the policy and the normaliser as they are."""
     T, N, D, A = args.num_steps, args.num_envs, agent.moments.mean.numel(), agent.low.numel()
-    act, normalise, device = in_numpy(agent.actor), agent.moments.normaliser(), agent.log_std.device
-    noise = (agent.log_std.cpu().exp() * torch.randn((T, N, A))).numpy()
+    act, normalise, device = agent.acting(), agent.moments.normaliser(), next(agent.parameters()).device
+    noise = torch.randn((T, N, A)).numpy()
     observations = np.empty((T, *envs.observations.shape))
     inputs, actions = np.empty((T + 1, N, D), np.float32), np.empty((T, N, A), np.float32)
     rewards, terminated, truncated = np.empty((T, N)), np.empty((T, N), bool), np.empty((T, N), bool)
@@ -500,7 +505,7 @@ def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Sto
     for t in range(T):
         observations[t] = envs.observations
         inputs[t] = normalise(envs.observations).reshape(N, D)
-        actions[t] = act(inputs[t]) + noise[t]
+        actions[t] = act(inputs[t], noise[t])
         environment_actions = agent.for_environment(actions[t])
         watch.lap("acting")
         true_next, rewards[t], terminated[t], truncated[t], finished = envs.step(environment_actions)
@@ -537,9 +542,9 @@ def estimate(args: Args, agent: Agent, rollout: Rollout, rewards: Tensor) -> tup
 def batch_of(agent: Agent, rollout: Rollout, advantages: Tensor, values: Tensor) -> Batch:
     """The rollout's steps in one row, with what the policy and the critic make of them now."""
     observations, actions = rollout.inputs[:-1].flatten(0, 1), rollout.actions.flatten(0, 1)
-    logprobs = log_prob(agent.actor(observations), agent.log_std, actions)
+    mean, log_std, _ = agent(observations)
     columns = (column.flatten() for column in (values, advantages, advantages + values))
-    return Batch(observations, actions, logprobs, *columns)
+    return Batch(observations, actions, log_prob(mean, log_std, actions), *columns)
 
 
 def run_epoch(args: Args, agent: Agent, learner: Learner, update: Callable, batch: Batch, rows: Tensor) -> Tensor:
@@ -663,7 +668,7 @@ class Policy:
     def __init__(self, args: Args, agent: Agent):
         self.agent, self.shape = agent, tuple(agent.moments.mean.shape)
         self.discount, self.bootstraps = args.gamma, ("truncated",)
-        self._act, self._normalise = in_numpy(agent.actor), agent.moments.normaliser()
+        self._act, self._normalise = agent.acting(), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
         if np.shape(observations) == self.shape:
@@ -674,15 +679,13 @@ class Policy:
         return np.array(actions).reshape(-1, *self.agent.low.shape)
 
     def _choose(self, observation: np.ndarray, sample: bool) -> np.ndarray:
-        action = self._act(self._normalise(observation).reshape(-1))
-        if sample:
-            action = action + (self.agent.log_std.cpu().exp() * torch.randn(len(action))).numpy()
-        return self.agent.for_environment(action)[0]
+        noise = torch.randn(self.agent.low.numel()).numpy() if sample else np.float32(0)
+        return self.agent.for_environment(self._act(self._normalise(observation).reshape(-1), noise))[0]
 
     def value(self, observations: np.ndarray) -> np.ndarray:
         """The discounted returns that the critic expects of a batch, in the environment's own rewards."""
         rows = self._normalise(observations).reshape(len(observations), -1)
-        inputs = torch.tensor(rows, device=self.agent.log_std.device)
+        inputs = torch.tensor(rows, device=next(self.agent.parameters()).device)
         return self.agent.critic(inputs).squeeze(-1).cpu().numpy() * self.agent.return_moments.deviation()
 
 

@@ -156,7 +156,7 @@ def test_a_step_is_taken_by_the_policy_that_is_updated(shape):
     agent.actor[-1].bias.copy_(torch.linspace(-30, 30, 12))
     inputs = random_inputs(shape, 16)
     alpha, beta, values = agent(inputs)
-    for acted, updated in zip(agent.policy()(inputs.numpy()), (alpha, beta), strict=True):
+    for acted, updated in zip(agent.acting()(inputs.numpy()), (alpha, beta), strict=True):
         np.testing.assert_allclose(acted, updated, rtol=1e-5)
     assert alpha[:, 0].max() < 1.1 and 20 < beta[:, -1].min() < beta.max() < 40
     torch.testing.assert_close(agent.value(inputs.view(2, 8, -1)), values.view(2, 8))

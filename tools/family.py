@@ -59,7 +59,6 @@ DIFFERENT = {
         "make_eval_env": "images too",
         "TrainEnv.__init__": "images too",
         "EnvPool._make": "images too",
-        "Policy.__init__": "an encoder",
         "Policy._choose": "two outputs",
         "Policy.value": "an encoder",
         "Rollout": "it keeps alpha and beta",
