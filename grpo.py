@@ -111,7 +111,7 @@ class Args:
     ent_coef: float = 0.0  # weight of the entropy bonus
     kl_coef: float = 0.0  # weight of the KL divergence from the reference policy; at the start, with a `target_kl`
     kl_estimator: Literal["closed", "k3"] = "closed"  # its closed form, or the estimate from the actions taken
-    ref_update_every: int = 1  # iterations between two reference policies, each the policy of its time
+    ref_update_every: int = 1  # iterations after which the current policy becomes the reference
     target_kl: float | None = None  # divergence from the reference after an iteration that `kl_coef` is adapted to
     stop_kl: float | None = None  # end an iteration's update once a minibatch's KL from its policy exceeds it
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
