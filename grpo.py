@@ -5,7 +5,7 @@
 #     "tyro", "pyyaml", "tensorboard", "moviepy"
 # ]
 # ///
-"""Group-relative policy optimisation (GRPO): no critic; whole episodes are judged by those beside them.
+"""Group-relative policy optimisation (GRPO): no critic; episodes are judged against the others of their group.
 
     python grpo.py --env-id CartPole-v1
     python grpo.py --env-id Pendulum-v1 --distribution beta
@@ -14,18 +14,18 @@
 Shao et al. 2024, https://arxiv.org/abs/2402.03300 (outcome and process advantages); https://arxiv.org/abs/2503.20783
 (what normalising by deviations and lengths distorts).
 
-The algorithm ends with `train`; what follows keeps, evaluates and checks, and is much the same in every script.
+The algorithm ends with `train`; the rest saves, evaluates and checks arguments, and is much the same in every script.
 
-What may surprise, beside the paper's own (`--config configs/grpo/paper-outcome.yaml` or `paper-process.yaml`):
+What may surprise those who know the paper (`--config configs/grpo/paper-outcome.yaml` or `paper-process.yaml`):
 - By default a step is judged by its rewards to go, less their mean over the group at that time; all steps weigh the
-  same, and no reference policy holds back.
+  same, and moving away from a reference policy costs nothing.
 - An iteration is `num_groups` x `group_size` whole episodes, however long they are; the run ends with the iteration
   that reaches `total_timesteps`. Only the steps of these episodes are counted.
-- The members of a group get one seed (`--identical-start`): they begin alike and meet the same chance, but act each
-  with noise of its own.
+- The members of a group get one seed (`--identical-start`): they begin alike and meet the same randomness, but each
+  acts with its own noise.
 - Nothing bootstraps: what would have come after a time limit counts as nothing.
-- Finite bounds are -1 and 1 to the normal policy; actions are clipped to them, and the loss is of those drawn.
-- What normalises observations changes once per iteration, after its update; the first sees them raw, clipped at ±10.
+- The normal policy sees finite bounds as -1 and 1; the environment gets clipped actions, the loss uses them as drawn.
+- The normaliser of observations changes once per iteration, after the update; the first sees them raw, clipped at ±10.
 - All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
 """
 
@@ -77,9 +77,9 @@ warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is asked for
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
     env_kwargs: str = "{}"  # arguments of the environment, as JSON: '{"reset_noise_scale": 0.15}'
-    eval_env_kwargs: str = "{}"  # arguments of the evaluation environment that differ, as JSON
-    num_envs: int | None = None  # environments stepped together; default: one for each of an iteration's, at most 64
-    vec: Literal["sync", "async", "envpool"] = "sync"  # how: in turn, in a process each, or by EnvPool
+    eval_env_kwargs: str = "{}"  # arguments that evaluation changes or adds, as JSON
+    num_envs: int | None = None  # environments stepped together; default: one per episode of an iteration, at most 64
+    vec: Literal["sync", "async", "envpool"] = "sync"  # how they are stepped: in turn, in a process each, or by EnvPool
     total_timesteps: int | float = 1_000_000  # steps over all environments; the iteration that reaches them is the last
     seed: int = 1  # seed of everything random
     device: Literal["cpu", "cuda", "auto"] = "cpu"  # where the networks are
@@ -88,38 +88,38 @@ class Args:
 
     num_groups: int = 2  # groups of episodes per iteration
     group_size: int = 8  # episodes in a group, which are compared with each other
-    identical_start: bool = True  # the episodes of a group begin with the same seed; what they do is their own
-    max_episode_steps: int | None = None  # where training cuts episodes; default: where the environment does
+    identical_start: bool = True  # begin the episodes of a group with the same seed; each draws its own actions
+    max_episode_steps: int | None = None  # steps after which training cuts an episode; default: the environment's limit
     learning_rate: float = 1e-3  # Adam's step size at the start
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how the rate falls; the last two end at 0
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how the rate falls; linear and cosine end at 0
     lr_warmup: float = 0.0  # share of the run over which the learning rate first rises from 0
-    minibatch_size: int = 512  # most steps in a minibatch; an iteration's are shared out evenly
+    minibatch_size: int = 512  # steps in a minibatch, at most; an iteration's are shared out evenly
     update_epochs: int = 4  # passes over each iteration's steps
     # what a step is judged by: the return, normalised rewards to go, both, or rewards to go
     advantage: Literal["outcome", "process", "hybrid", "rtg"] = "rtg"
     gamma: float = 0.99  # discount of rewards to go; an outcome is not discounted
-    process_norm: Literal["timestep", "group"] = "group"  # over the group's rewards at that time, or over all of them
-    baseline: Literal["mean", "loo"] = "mean"  # the mean of the group, or of all others (leave one out)
-    advantage_norm: Literal["none", "group", "batch"] = "batch"  # what advantages get mean 0 and deviation 1 over
-    hybrid_alpha: float = 0.5  # exponent of the outcome's part in a hybrid advantage
-    hybrid_beta: float = 0.5  # exponent of the step's part
+    process_norm: Literal["timestep", "group"] = "group"  # normalise a group's rewards per step, or over all its steps
+    baseline: Literal["mean", "loo"] = "mean"  # subtract the mean of the group, or of all others in it (leave one out)
+    advantage_norm: Literal["none", "group", "batch"] = "batch"  # normalise advantages: not, per group, or per batch
+    hybrid_alpha: float = 0.5  # exponent of the outcome advantage in a hybrid one
+    hybrid_beta: float = 0.5  # exponent of the process advantage in a hybrid one
     hybrid_clip: float = 5.0  # bound of a hybrid advantage before it is normalised
-    # every step weighs the same, every episode does, or a step counts as one of the longest possible episode's
+    # each step weighs the same, each episode does, or each step 1 / max_episode_steps of an episode
     loss_weight: Literal["step", "episode", "constant"] = "step"
     clip_coef: float = 0.2  # epsilon of the clipped objective
-    clip_coef_high: float | None = None  # epsilon above 1, where it is another
+    clip_coef_high: float | None = None  # epsilon of the upper bound; default: `clip_coef`
     ent_coef: float = 0.0  # weight of the entropy bonus
-    kl_coef: float = 0.0  # weight of the KL divergence from the reference policy; at the start, with a `target_kl`
-    kl_estimator: Literal["closed", "k3"] = "closed"  # its closed form, or the estimate from the actions taken
+    kl_coef: float = 0.0  # weight of the KL divergence from the reference policy; with a `target_kl`, only at the start
+    kl_estimator: Literal["closed", "k3"] = "closed"  # reference KL in closed form, or estimated from actions taken
     ref_update_every: int = 1  # iterations after which the current policy becomes the reference
-    target_kl: float | None = None  # divergence from the reference after an iteration that `kl_coef` is adapted to
-    stop_kl: float | None = None  # end an iteration's update once a minibatch's KL from its policy exceeds it
+    target_kl: float | None = None  # adapt `kl_coef` to end each iteration at about this KL from the reference
+    stop_kl: float | None = None  # end an iteration's update once a minibatch's KL from the acting policy exceeds it
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     norm_obs: bool = True  # normalise observations by their running mean and deviation
     actor_sizes: tuple[int, ...] = (64, 64)  # hidden layers of the policy
-    distribution: Literal["normal", "beta"] = "normal"  # of Box actions; Beta needs finite bounds
-    log_std_init: float = -0.5  # log of the normal policy's first standard deviation
-    log_std_min: float = -2.0  # it stays above this: a policy that no longer varies no longer learns to recover
+    distribution: Literal["normal", "beta"] = "normal"  # distribution of Box actions; Beta needs finite bounds
+    log_std_init: float = -0.5  # log of the normal policy's initial standard deviation
+    log_std_min: float = -2.0  # least log of the deviation: a policy that no longer varies no longer learns to recover
 
     num_evals: int = 10  # evaluations during the run, evenly spaced, the last at its end; 0 for none
     eval_episodes: int = 10  # episodes per evaluation: deterministic, with the same seeds each time
@@ -129,8 +129,8 @@ class Args:
     config: str | None = None  # YAML or JSON file of arguments; the command line wins
     capture_video: bool = False  # film the best episode of every evaluation
     track: bool = False  # send everything to Weights & Biases
-    wandb_project_name: str = "solorl"  # its project
-    wandb_entity: str | None = None  # its team
+    wandb_project_name: str = "solorl"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases team
 
     def __post_init__(self):
         check(self)
@@ -142,7 +142,7 @@ class Args:
 def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> gym.Env:
     if env_id.startswith("ALE/"):
         raise ValueError("this is an Atari game; ppo_atari_cnn.py plays it")
-    drawn = {"render_mode": render_mode} if render_mode else {}  # not every environment of one's own can be drawn
+    drawn = {"render_mode": render_mode} if render_mode else {}  # not every environment takes a render_mode
     env = gym.make(env_id, disable_env_checker=True, **drawn, **env_kwargs)
     with suppress(AttributeError, KeyError):  # films follow the agent where MuJoCo's model has a camera that does
         env.unwrapped.mujoco_renderer.camera_id = env.unwrapped.model.camera("track").id
@@ -172,7 +172,7 @@ class TrainEnv(gym.Wrapper):
 
     def step(self, action: np.ndarray) -> tuple:
         observation, reward, terminated, truncated, _ = self.env.step(action)
-        return observation, float(reward), bool(terminated), bool(truncated), {}  # collecting infos takes a tenth
+        return observation, float(reward), bool(terminated), bool(truncated), {}  # infos would take a tenth of the time
 
 
 class Environments:
@@ -190,14 +190,14 @@ class Environments:
         return vector([partial(TrainEnv, args)] * args.num_envs, copy=False, autoreset_mode=mode)
 
     def begin(self, which: np.ndarray, seeds: np.ndarray) -> None:
-        """An episode from each seed."""
+        """Begins an episode in the environments `which`, from a seed each."""
         mask, every = np.zeros(self.args.num_envs, bool), np.zeros(self.args.num_envs, int)
         mask[which], every[which] = True, seeds
         self.observations[which] = self.envs.reset(seed=every.tolist(), options={"reset_mask": mask})[0][which]
         self.witness = {"seed": int(seeds[0]), "observation": torch.tensor(self.observations[which[0]])}
 
     def step(self, which: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rewards, terminated, truncated."""
+        """Steps the environments `which`; their rewards, terminated, truncated."""
         if self.args.vec == "sync":
             results = [self.envs.envs[n].step(action)[:4] for n, action in zip(which, actions, strict=True)]
             self.observations[which], *results = map(np.array, zip(*results, strict=True))
@@ -212,7 +212,7 @@ class Environments:
         return {"random": self.random.bit_generator.state, "witness": self.witness}
 
     def restore(self, state: dict) -> bool:
-        """Whether the same episodes follow, as far as one that begins again can tell."""
+        """Returns whether the same episodes follow, as far as beginning one of them again can tell."""
         self.random.bit_generator.state = state["random"]
         if not (witness := state["witness"]):
             return True
@@ -231,7 +231,7 @@ class Environments:
 
 
 class RunningMoments(nn.Module):
-    """Mean and variance of all that was seen, in float64 (Chan et al.). When not enabled, it changes nothing."""
+    """Mean and variance of all that was seen, in float64 (Chan et al.). Unless enabled, batches stay as they are."""
 
     def __init__(self, shape: tuple[int, ...], enabled: bool):
         super().__init__()
@@ -251,14 +251,14 @@ class RunningMoments(nn.Module):
 
     def deviation(self) -> np.ndarray:
         mean, var = self.mean.numpy(), self.var.numpy()
-        var = np.where(var > 1e-12 * mean**2, var, mean**2)  # what never varies must not be divided by nothing
+        var = np.where(var > 1e-12 * mean**2, var, mean**2)  # what never varies must not be divided by almost 0
         return np.sqrt(var + 1e-8) if self.enabled else np.ones(var.shape)
 
     def scale(self, batch: np.ndarray) -> np.ndarray:
         return np.minimum(np.maximum(batch / self.deviation(), -10), 10) if self.enabled else batch
 
     def normaliser(self) -> Callable[[np.ndarray], np.ndarray]:
-        """Of batches, with the moments as they are now."""
+        """A function that normalises batches, by the moments as they are now."""
         if not self.enabled:
             return lambda batch: np.asarray(batch, np.float32)
         mean, deviation = self.mean.numpy().copy(), self.deviation()
@@ -292,7 +292,7 @@ IN_NUMPY = {
 
 
 def in_numpy(network: nn.Sequential) -> Callable[[np.ndarray], np.ndarray]:
-    """A network as it is now: several times as fast in numpy for the few observations of one step.
+    """A copy of the network as it is now, in numpy: several times as fast for the few observations of one step.
 
     Layers that are not `IN_NUMPY` are computed by torch.
     """
@@ -413,9 +413,9 @@ class Beta:
 
 
 class Agent(nn.Module):
-    """From observations to the outputs that `kind` makes a distribution of, and the scales of both ends.
+    """From observations to the outputs that `kind` makes a distribution of; their normaliser, the actions' bounds.
 
-    Bounds of integers are the first and the last of Discrete actions.
+    Bounds that are integers are the first and the last of Discrete actions.
     """
 
     def __init__(self, args: Args, observation_shape: tuple[int, ...], low: np.ndarray, high: np.ndarray):
@@ -447,7 +447,7 @@ class Agent(nn.Module):
         return lambda x: np.concatenate((mean := act(x), np.broadcast_to(log_std, mean.shape)), -1)
 
     def for_environment(self, actions: np.ndarray) -> np.ndarray:
-        """(N,) or (N, A) of the policy's to the environment's shape and bounds."""
+        """The policy's actions (N,) or (N, A) in the environment's shape and bounds."""
         low, high = self.bounds
         if self.kind is Categorical:
             return low + actions
@@ -465,7 +465,7 @@ def rewards_to_go(rewards: np.ndarray, gamma: float) -> np.ndarray:
 
 
 def centre(values: np.ndarray, counted: np.ndarray, axes: tuple[int, ...], loo: bool) -> np.ndarray:
-    """Values (P, G, T) minus the mean of those `counted` over `axes`; of those of the group's others if `loo`.
+    """Values (P, G, T) minus the mean over `axes` of those `counted`; if `loo`, of the group's other episodes only.
 
     What is left by rounding is 0: normalised, it would be as large as any advantage.
     """
@@ -479,7 +479,7 @@ def centre(values: np.ndarray, counted: np.ndarray, axes: tuple[int, ...], loo: 
 
 
 def standardise(values: np.ndarray, counted: np.ndarray, axes: tuple[int, ...], loo: bool = False) -> np.ndarray:
-    """The same, divided by their deviation over all of the group; 0 where they do not differ."""
+    """As `centre`, divided by the deviation over `axes` of all, even if `loo`; 0 where they do not differ."""
     distances = centre(values, counted, axes, loo=False)
     count = np.maximum(counted.sum(axes, keepdims=True), 1)
     deviation = np.sqrt((distances**2).sum(axes, keepdims=True) / count)
@@ -495,16 +495,16 @@ def combine(args: Args, outcome: np.ndarray, step: np.ndarray) -> np.ndarray:
 
 
 def group_advantages(args: Args, rewards: np.ndarray, alive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """An advantage for every step of every episode, all (P, G, T); what is not `alive` plays no part and gets 0.
+    """An advantage for every step of every episode, all (P, G, T); 0 for what is not `alive`.
 
-    Before `advantage_norm`, and after it.
+    Returns those before `advantage_norm`, and those after it.
     """
     rewards, loo = np.where(alive, rewards, 0.0), args.baseline == "loo"
     returns, each = rewards.sum(-1, keepdims=True), np.ones_like(alive[..., :1])  # (P, G, 1)
     counted = each if args.advantage == "outcome" else alive
     if args.advantage == "outcome":
         advantages = centre(returns, each, (1,), loo)
-    elif args.advantage == "rtg":  # ended episodes have nothing to come, and are compared with all the same
+    elif args.advantage == "rtg":  # ended episodes have 0 to go, and count in the mean all the same
         advantages = centre(rewards_to_go(rewards, args.gamma), np.ones_like(alive), (1,), loo)
     else:
         over = (1,) if args.process_norm == "timestep" else (1, 2)
@@ -578,7 +578,7 @@ def parameters_of(module: nn.Module, theta: Tensor) -> dict[str, Tensor]:
 class Learner(NamedTuple):
     """The parameters as one vector, of which the agent's are views, and the state of Adam.
 
-    All learn, whatever their `requires_grad`: what shall not is a buffer, or stands behind `.detach()` in the loss.
+    All of them learn, whatever their `requires_grad`: what must not is a buffer, or is detached in the loss.
     """
 
     theta: Tensor
@@ -598,7 +598,7 @@ class Learner(NamedTuple):
 
     @torch.no_grad()
     def adam_step(self, gradient: Tensor, eps: float, beta1: float = 0.9, beta2: float = 0.999) -> None:
-        self.first_decay.mul_(beta1)  # a power would be taken anew for every 16 parameters in compiled code
+        self.first_decay.mul_(beta1)  # compiled code would compute a power again for every 16 parameters
         self.second_decay.mul_(beta2)
         self.first_moment.lerp_(gradient, 1 - beta1)
         self.second_moment.lerp_(gradient**2, 1 - beta2)
@@ -709,7 +709,7 @@ def estimate(args: Args, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
 
 
 def batch_of(args: Args, agent: Agent, reference: Agent, rollout: Rollout, advantages: np.ndarray) -> Batch:
-    """The steps with what the policy makes of them now, and what the reference does, which sees them as it did then."""
+    """The steps, with log-probabilities by the policy now and outputs of the reference, by its own normaliser."""
     logprobs = agent.kind(agent(rollout.inputs)).log_prob(rollout.actions)
     weights = step_weights(args, rollout.lengths)[rollout.places[0]]
     seen = reference.moments.normaliser()(rollout.observations).reshape(rollout.inputs.shape)
@@ -736,7 +736,7 @@ def improve(
 
 
 def compare(args: Args, rollout: Rollout, advantages: np.ndarray) -> dict[str, float]:
-    """How much there was to learn from: of groups whose returns do not differ, nothing."""
+    """How much there was to learn from; groups whose returns do not differ are `degenerate`."""
     returns = rollout.rewards.sum(1).reshape(args.num_groups, args.group_size)
     degenerate = np.ptp(returns, axis=1) <= 1e-9 * np.abs(returns).max(1)
     measures = {"advantage_mean": advantages.mean(), "advantage_positive": (advantages > 0).mean()}
@@ -747,7 +747,7 @@ def compare(args: Args, rollout: Rollout, advantages: np.ndarray) -> dict[str, f
 
 
 class Stopwatch:
-    """Books the time since the last lap."""
+    """Books the time since the last lap under a name."""
 
     def __init__(self, seconds: dict[str, float]):
         self.seconds, self.last = seconds, time.perf_counter()
@@ -762,7 +762,7 @@ class Stopwatch:
 
 
 def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
-    """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
+    """Trains; returns the run directory. Once `interrupts` holds a signal's number, stops where it can be resumed."""
     args, envs, actions = prepare(args)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.threads)
@@ -834,7 +834,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
 
 class Policy:
-    """What is deployed, as it is now: one observation to an action, a batch of them to a batch of actions.
+    """The policy to deploy, as it is now: it maps one observation to an action, a batch of them to a batch of actions.
 
     Every row is computed alone, so that an action does not depend on what else is in the batch, to the last bit.
     Deterministic, unless asked for a `sample` of the actions as in training.
@@ -849,7 +849,7 @@ class Policy:
         if np.shape(observations) == self.shape:
             return self._choose(observations, sample)
         if np.shape(observations)[1:] != self.shape:
-            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
+            raise ValueError(f"observations of shape {np.shape(observations)}: must be {self.shape}, or a batch")
         actions = [self._choose(observation, sample) for observation in observations]
         return np.array(actions).reshape(-1, *self.agent.low.shape)
 
@@ -878,7 +878,7 @@ def play(policy: Policy, env: gym.Env, seed: int) -> tuple[float, int]:
 
 
 def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) -> None:
-    """Plays the policy in fresh environments, and keeps it: among the others, and as the best if it is that."""
+    """Plays the policy in fresh environments, and saves it: in `policies/`, and as `best.pt` if the best so far."""
     policy, rows = Policy(args, agent), []
     for episode, seed in enumerate(range(10_000, 10_000 + args.eval_episodes)):
         with closing(make_eval_env(args)) as env:
@@ -915,17 +915,17 @@ def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run") -> Ca
 
 
 def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run") -> Callable:
-    """The function, compiled by calls on copies of what changes; as it is, where that is impossible."""
+    """The function, compiled by `calls` on copies of what it changes; the function itself where that fails."""
     started, random = time.perf_counter(), torch.get_rng_state()
     torch.compiler.reset()  # what another run compiled in this process would be taken for this one's
 
     def compared(guards: Sequence) -> list[bool]:
-        """At every call: flags and shapes. Settings and the agent stay, and would take a fifth of the time."""
+        """What a call checks: flags and shapes. Settings and agent never change, and would take a fifth of the time."""
         return [g.name.isidentifier() or g.guard_type == "TENSOR_MATCH" and "agent" not in g.name for g in guards]
 
     config = {"guard_filter_fn": compared}
     if device.type == "cpu":
-        # Compiling is quicker without a test of the vector instructions, a header for later, the debugger's lines.
+        # Compiling is quicker without testing vector instructions, precompiling a header and writing debug lines.
         config |= {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
         config |= {"aot_inductor.enable_line_tables": False, "cpp_wrapper": True}  # no kernel is called from Python
     run.say("compiling the update …")
@@ -939,13 +939,13 @@ def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device,
         return function
     finally:
         gc.enable()
-        torch.set_rng_state(random)  # what a fork draws in its function is drawn by the run alone
+        torch.set_rng_state(random)  # compiling draws nothing, even if a fork's function does
     run.say(f"compiled in {time.perf_counter() - started:.1f} s")
     return fast
 
 
 class Captured:
-    """A function as one CUDA graph: the same kernels in the same order, for a call instead of thousands.
+    """A function as one CUDA graph: the same kernels in the same order, by one call instead of thousands.
 
     It changes `state` in place and nothing else; its inputs are copied to where the graph reads them.
     """
@@ -989,7 +989,7 @@ def write_atomically(path: Path, content: dict | str) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """On the CPU; a ValueError says in one line what is wrong with a torn or foreign file."""
+    """The checkpoint, on the CPU; a ValueError says in one line what is wrong with a damaged or foreign file."""
     try:
         with zipfile.ZipFile(path) as records:
             if records.testzip():  # torch reads on over damaged numbers
@@ -997,12 +997,12 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["args"]["env_id"], checkpoint["script"], checkpoint["agent"]
     except Exception as error:
-        raise ValueError(f"{path.name} is missing, torn or not a checkpoint ({type(error).__name__})") from None
+        raise ValueError(f"{path.name} is missing, damaged or not a checkpoint ({type(error).__name__})") from None
     return checkpoint
 
 
 def create_run(args: Args, state: dict) -> Path:
-    """Filled under another name and then renamed: a run directory is never half there, nor without a checkpoint."""
+    """Makes a run directory under another name, then renames it: it is never half there, nor without a checkpoint."""
     runs, source = Path(args.runs_dir), Path(__file__).resolve()
     command = "git rev-parse HEAD && git status --short"
     git = subprocess.run(command, shell=True, cwd=source.parent, capture_output=True, text=True)
@@ -1047,15 +1047,15 @@ class Run(ExitStack):
         return state | {"random": torch.get_rng_state()}
 
     def begin(self) -> None:
-        """Goes on from the last good checkpoint; nothing is touched before that is known to be of this run."""
+        """Continues from the last good checkpoint; nothing is touched until that is known to be this run's."""
         try:
             self.log = self.enter_context((self.directory / "run.log").open("a"))
             fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             saved = self.load()
             self.agent.load_state_dict(saved["agent"])
         except BlockingIOError:
-            refuse(f"--resume {self.directory}: another process trains this run")
-        except (OSError, ValueError, RuntimeError) as error:  # the last where the networks are others
+            refuse(f"--resume {self.directory}: another process is training this run")
+        except (OSError, ValueError, RuntimeError) as error:  # the last where the networks differ
             refuse(f"--resume {self.directory}: {error}")
         for tensor, value in zip(self.learner[1:], saved["learner"], strict=True):
             tensor.copy_(value)
@@ -1082,7 +1082,7 @@ class Run(ExitStack):
         self.announce(exact)
 
     def cut_back(self) -> None:
-        """To what there was when the checkpoint was written: the rest will be made again, or other."""
+        """Cuts the files back to the checkpoint: what came after it is made again, perhaps differently."""
         (self.directory / "result.json").unlink(missing_ok=True)
         for path in (self.directory / f"{table}.csv" for table in ("episodes", "progress", "evaluations")):
             if path.exists():
@@ -1100,9 +1100,9 @@ class Run(ExitStack):
                 saved = load_checkpoint(path)
                 break
         else:
-            raise ValueError("its checkpoints are torn or missing; start a new run")
+            raise ValueError("its checkpoints are damaged or missing; start a new run")
         if "environments" not in saved:
-            raise ValueError(f"{path.name} is a policy, from which no training goes on")
+            raise ValueError(f"{path.name} is a policy without the state of training; it cannot be resumed")
         was = saved["args"] | {"script": saved["script"]}
         for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
             if name not in FREE and value != was.get(name):
@@ -1110,16 +1110,16 @@ class Run(ExitStack):
         if (self.directory / f"{SCRIPT}.py").read_bytes() != Path(__file__).read_bytes():
             print(f"{self.directory}: goes on with another {SCRIPT}.py than it began with", file=sys.stderr)
         if path.name != "checkpoint.pt":
-            print(f"{self.directory}: checkpoint.pt is torn or missing; going on from {path.name}", file=sys.stderr)
+            print(f"{self.directory}: checkpoint.pt is damaged or missing; using {path.name}", file=sys.stderr)
             path.replace(self.directory / "checkpoint.pt")
         return saved
 
     def announce(self, exact: bool) -> None:
-        """What is trained, and what one may not expect of it."""
+        """Says what is trained, and what not to expect of it."""
         args, agent, theta = self.args, self.agent, self.learner.theta
         self.say(
             f"{SCRIPT}  {args.env_id}  {agent.moments.mean.numel()} observations,"
-            f" actions of {agent.low.min():g} to {agent.high.max():g}\n"
+            f" actions from {agent.low.min():g} to {agent.high.max():g}\n"
             f"{args.num_groups} groups of {args.group_size} episodes of at most {args.max_episode_steps} steps,"
             f" in {args.num_envs} environments ({args.vec})\n"
             f"{args.update_epochs} epochs of minibatches of {args.minibatch_size} at most,"
@@ -1131,7 +1131,7 @@ class Run(ExitStack):
             self.say("the environments cannot be restored exactly; other episodes follow, all else continues")
 
     def write(self, table: str, rows: list[dict]) -> None:
-        """In CSV, and in TensorBoard by CleanRL's names."""
+        """Adds rows to the CSV file, and to TensorBoard under CleanRL's names."""
         if rows:
             with (self.directory / f"{table}.csv").open("a+") as file:
                 file.seek(0)
@@ -1149,9 +1149,9 @@ class Run(ExitStack):
                 self.tensorboard.add_scalar(kind + name.replace("sps", "SPS"), row[name], row["step"])
 
     def save(self, step: int) -> None:
-        """The checkpoint before this one stays as `checkpoint.previous.pt`. Of networks that diverged there is none."""
+        """Writes a checkpoint, unless the networks diverged; the one before stays as `checkpoint.previous.pt`."""
         if not all(parameter.isfinite().all() for parameter in self.agent.parameters()):
-            raise FloatingPointError(f"not finite at step {step:,}: the parameters")
+            raise FloatingPointError(f"parameters are not finite at step {step:,}")
         for path in self.directory.glob("*.csv"):  # a checkpoint that outlives a power cut has its rows
             with path.open("a") as file:
                 os.fsync(file.fileno())
@@ -1204,7 +1204,7 @@ class Run(ExitStack):
         with suppress(OSError):  # a full disk has been noticed before
             super().__exit__(None, None, None)
         if isinstance(error, OSError | EOFError | FloatingPointError | KeyboardInterrupt):
-            problem = f"{type(error).__name__} {error}; the last checkpoint is of step {self.saved:,}"
+            problem = f"{type(error).__name__} {error}; the last checkpoint is of step {self.saved:,}; resume with"
             print(f"{SCRIPT}.py: {problem}\n  {self.resume_command}", file=sys.stderr)
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
@@ -1221,7 +1221,7 @@ def flag(name: str) -> str:
 
 
 def refuse(problem: str) -> NoReturn:
-    """A user's mistake: one line, whatever lines a library's error has, and exit status 2."""
+    """Reports a user's mistake in one line, however many a library's error has; exit status 2."""
     print(f"{Path(__file__).name}: {' '.join(problem.split())}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -1232,7 +1232,7 @@ RANGES = {
     "between 1 and 1e15": (1, 1e15, "total_timesteps checkpoint_every num_envs eval_episodes"),
     "at least 0": (0, 1e15, "ent_coef kl_coef hybrid_alpha hybrid_beta num_evals"),
     "above 0": (1e-300, 1e300, "learning_rate clip_coef clip_coef_high hybrid_clip target_kl stop_kl max_grad_norm"),
-    "below 1; above 1 there is --clip-coef-high": (0, 1 - 1e-9, "clip_coef"),
+    "below 1; only --clip-coef-high may be above": (0, 1 - 1e-9, "clip_coef"),
     "a number": (-1e300, 1e300, "log_std_init log_std_min"),
     "between 0 and 1": (0, 1, "gamma lr_warmup"),
     "between 1 and 1024": (1, 1024, "threads"),
@@ -1241,7 +1241,7 @@ RANGES = {
 
 
 def check(args: Args) -> None:
-    """Of a tuple every value counts, and None is a setting that is off."""
+    """Raises a ValueError for a value out of its range, alone or in a tuple; None, a setting left open, passes."""
     for rule, (low, high, names) in RANGES.items():
         for name in names.split():
             value = getattr(args, name)
@@ -1255,7 +1255,7 @@ def check(args: Args) -> None:
         try:
             dict(**json.loads(getattr(args, name)))
         except (ValueError, TypeError):
-            raise ValueError(f"{flag(name)} {getattr(args, name)}: must be JSON such as '{{\"g\": 9.81}}'") from None
+            raise ValueError(f"{flag(name)} {getattr(args, name)}: must be a JSON object like '{{\"g\":9}}'") from None
 
 
 class EnvPool(Environments):
@@ -1264,7 +1264,7 @@ class EnvPool(Environments):
     def _make(self, args: Args) -> gym.Env:
         import envpool
 
-        seeds = self.random.integers(2**31, size=args.num_envs).tolist()  # given one, it counts on into other runs'
+        seeds = self.random.integers(2**31, size=args.num_envs).tolist()  # from one seed it counts on into other runs'
         kwargs = json.loads(args.env_kwargs)
         return envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=seeds, **kwargs)
 
@@ -1280,16 +1280,16 @@ class EnvPool(Environments):
 
 
 def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
-    """The environments, and the arguments with `num_envs` and `max_episode_steps`. Discrete actions are whole numbers.
+    """The arguments with `num_envs` and `max_episode_steps`, the environments, the action space (of Discrete, a Box).
 
-    What cannot work is refused before anything is written.
+    Refuses what cannot work, before anything is written.
     """
     for name, package in (("vec", "envpool"), ("track", "wandb")):
         if getattr(args, name) in (package, True) and not find_spec(package):
             refuse(f"{flag(name)}: {package} is not installed; pip install {package}")
     online = args.track and os.environ.get("WANDB_MODE", "online") == "online"
     if online and not importlib.import_module("wandb").login(prompt=False):
-        refuse("--track: W&B knows no key here; run `wandb login`, or set WANDB_MODE=offline")
+        refuse("--track: not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: torch finds no CUDA device here; use cpu")
     if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
@@ -1317,9 +1317,9 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
                 spaces.append((env.observation_space.shape, actions))
                 limits.append(env.spec.max_episode_steps)
                 if not any(limits):
-                    raise TypeError("has no limit of its own; set --max-episode-steps, as whole episodes are played")
+                    raise TypeError("has no time limit, and whole episodes are played; set --max-episode-steps")
                 env.reset(seed=0)
-                env.step(env.action_space.sample())  # some values are no problem before
+                env.step(env.action_space.sample())  # some mistakes show only in a step
                 if args.capture_video and make is not TrainEnv and (not env.render_mode or env.render() is None):
                     raise TypeError("draws no images, which --capture-video needs")
         limit = min(steps for steps in limits[:2] if steps)
@@ -1340,14 +1340,14 @@ def parse(argv: list[str]) -> Args:
     """The defaults, then the file of `--config` or the run of `--resume`, then the command line: the last one wins."""
     args = tyro.cli(Args, args=argv, description=__doc__)
     if args.resume and not all(any(Path(args.resume).glob(name)) for name in (f"{SCRIPT}.py", "checkpoint*.pt")):
-        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py, or has no checkpoint")
+        refuse(f"--resume {args.resume}: is not a run of {SCRIPT}.py, or has no checkpoint")
     if args.resume and args.config:
         refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
     path = f"{args.resume}/config.yaml" if args.resume else args.config
     try:
         settings = yaml.safe_load(Path(path).read_text()).items() if path else ()
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        refuse(f"{path}: is no file of arguments: {error}")
+        refuse(f"{path}: is not a file of arguments: {error}")
     words = []
     for name, value in settings:
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]

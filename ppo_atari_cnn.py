@@ -11,17 +11,17 @@
 
 Schulman et al. 2017, https://arxiv.org/abs/1707.06347; network: https://doi.org/10.1038/nature14236.
 
-The algorithm ends with `train`; what follows keeps, evaluates and checks, and is much the same in every script.
+The algorithm ends with `train`; the rest saves, evaluates and checks arguments, and is much the same in every script.
 
 What may surprise:
 - A step is one action of the agent and four frames of the game: 10M steps are 40M frames.
-- The emulator does as it is told, as in the papers of DQN and PPO. ale-py's v5 environments repeat the last action
-  with probability 0.25 instead: that is `--repeat-action-probability 0.25`, and whatever `--env-id` says.
-- Training clips rewards to [-1, 1] and takes a lost life for an end, though the game goes on; all that is written down
-  are scores of whole games, and evaluation plays whole games.
+- Actions are not sticky, as in the papers of DQN and PPO. ale-py's v5 environments repeat the last action with
+  probability 0.25: that is `--repeat-action-probability 0.25` here, whatever the version in `--env-id`.
+- Training clips rewards to [-1, 1] and treats a lost life as an end, though the game goes on; all returns that are
+  logged are scores of whole games, and evaluation plays whole games.
 - Where there is FIRE, it is pressed when a game begins and, whatever the agent does, after a lost life: some games wait
-  for it, and a deterministic agent that never learnt to press it would wait for ever. What the agent chose instead was
-  not played, and is not learnt from.
+  for it, and a deterministic agent that never learnt to press it would wait for ever. The action that the agent chose
+  is then neither played nor learnt from.
 - No environment resets by itself, so no step is spent on a reset, and none is learnt from.
 - Frames stay bytes until the network, which divides its first weights by 255 rather than millions of pixels.
 - All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
@@ -74,22 +74,20 @@ warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is asked for
 class Args:
     env_id: str = "ALE/Pong-v5"  # Gymnasium id of the game
     env_kwargs: str = "{}"  # arguments of the environment, as JSON: '{"full_action_space": true}'
-    eval_env_kwargs: str = "{}"  # arguments of the evaluation environment that differ, as JSON
-    repeat_action_probability: float = 0.0  # of a frame to repeat the action of the one before; ale-py's own is 0.25
+    eval_env_kwargs: str = "{}"  # arguments that evaluation changes or adds, as JSON
+    repeat_action_probability: float = 0.0  # chance that a frame repeats the last action (sticky); ale-py's own is 0.25
     num_envs: int = 8  # games played together
-    vec: Literal["ale", "envpool"] = (
-        "ale"  # by ale-py's own vector environment, or EnvPool, whose games begin otherwise
-    )
+    vec: Literal["ale", "envpool"] = "ale"  # ale-py's own vector environment, or EnvPool, whose games begin differently
     total_timesteps: int | float = 10_000_000  # steps over all games, 4 frames each; rounded down to whole rollouts
     seed: int = 1  # seed of everything random
     device: Literal["cpu", "cuda", "auto"] = "auto"  # where the network is
     threads: int = 2  # threads of torch, and of the emulators
     compile: bool = True  # compile the update (needs a C++ compiler)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of training, but for the heads; auto: bf16 where that is fast
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of training, except the heads; auto: bf16 where it is fast
 
-    num_steps: int = 128  # of each game per rollout
+    num_steps: int = 128  # steps per game and rollout
     learning_rate: float = 2.5e-4  # Adam's step size at the start
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how the rate falls; the last two end at 0
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how the rate falls; linear and cosine end at 0
     lr_warmup: float = 0.0  # share of the run over which the learning rate first rises from 0
     num_minibatches: int = 4  # minibatches per epoch
     update_epochs: int = 4  # passes over each rollout
@@ -112,8 +110,8 @@ class Args:
     config: str | None = None  # YAML or JSON file of arguments; the command line wins
     capture_video: bool = False  # film the best game of every evaluation
     track: bool = False  # send everything to Weights & Biases
-    wandb_project_name: str = "solorl"  # its project
-    wandb_entity: str | None = None  # its team
+    wandb_project_name: str = "solorl"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases team
 
     def __post_init__(self):
         check(self)
@@ -123,7 +121,7 @@ class Args:
 
 
 def find_game(env_id: str) -> str:
-    """The emulator's name of it, such as beam_rider."""
+    """The emulator's name of the game, such as beam_rider."""
     try:
         import ale_py  # which registers the games
     except ImportError:
@@ -131,7 +129,7 @@ def find_game(env_id: str) -> str:
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     kwargs = gym.spec(env_id).kwargs
     if "game" not in kwargs:
-        raise ValueError("is no game of ale-py's, such as ALE/Pong-v5; ppo_discrete.py is for other Discrete actions")
+        raise ValueError("is not an ale-py game, such as ALE/Pong-v5; ppo_discrete.py is for other Discrete actions")
     return kwargs["game"]
 
 
@@ -140,7 +138,7 @@ def has_fire(env: gym.Env) -> bool:
 
 
 def cover(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of a line's inputs each of fewer outputs covers, and with what weight, both (parts, outputs)."""
+    """Which inputs of a line each of its fewer outputs covers, and with what weights, both (parts, outputs)."""
     edges = np.arange(outputs + 1) * inputs / outputs
     which = np.floor(edges[:-1]).astype(int) + np.arange(math.ceil(inputs / outputs) + 1)[:, None]
     overlap = np.minimum(edges[1:], which + 1) - np.maximum(edges[:-1], which)
@@ -150,9 +148,9 @@ def cover(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
 class Game(gym.Wrapper):
     """Shows a game as ale-py's vector environment does, to the bit: what the agent sees, and how a game begins.
 
-    A step is four frames with the same action. Of the last two it shows the brighter pixels, shrunk to 84 x 84, and
-    under them the three steps before. A game begins with up to 29 frames without action, or, where there is FIRE, with
-    that and up to 28. (EnvPool presses FIRE last, and its first observation is four times the first frame.)
+    A step is four frames with the same action. It shows, for each pixel, the brighter of the last two, shrunk to
+    84 x 84, after the three steps before. A game begins with up to 29 frames without action, or, where there is FIRE,
+    with FIRE and up to 28. (EnvPool presses FIRE last, and its first observation is four times the first frame.)
     """
 
     def __init__(self, env: gym.Env):
@@ -189,7 +187,7 @@ class Game(gym.Wrapper):
         return self._see(np.max(screens[-2:], axis=0)), total, terminated, truncated, info
 
     def _see(self, screen: np.ndarray) -> np.ndarray:
-        """By areas, in float32 and in OpenCV's order of additions, which decides where a pixel lies between two."""
+        """Shrinks by areas, in float32 and in OpenCV's order of additions, which decides how ties round."""
         screen = screen.astype(np.float32)
         lines = sum(screen[:, column] * weight for column, weight in zip(*self.columns, strict=True))
         frame = sum(lines[row] * weight[:, None] for row, weight in zip(*self.rows, strict=True))
@@ -237,7 +235,7 @@ class Environments:
         return kwargs | json.loads(args.env_kwargs)
 
     def _reset(self, which: np.ndarray) -> np.ndarray:
-        """Begins a game where `which` is true; the observations of all."""
+        """Begins a game where `which` is true; returns the observations of all."""
         seeded = which & (len(self.actions) - self.began >= self.seed_lasts)
         self.seeds[seeded] = self.random.integers(2**31, size=seeded.sum())
         self.began[seeded] = len(self.actions)
@@ -253,8 +251,8 @@ class Environments:
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[tuple]]:
         """The true next observations, rewards, terminated, truncated; returns and lengths of the games that ended.
 
-        A lost life terminates what is learnt from, and not the game. Where a game ended, the next begins:
-        `observations` is what to act on.
+        A lost life counts as `terminated`, though the game goes on. Where a game ended, the next begins:
+        `self.observations` is what to act on.
         """
         actions = np.where(self.waits, 1, actions)
         self.actions.append(actions)
@@ -281,7 +279,7 @@ class Environments:
         return state | {"random": self.random.bit_generator.state}
 
     def restore(self, state: dict) -> bool:
-        """Plays again all that followed the seeds; whether that led to the same observations and returns."""
+        """Plays again all that followed the seeds; returns whether that led to the same observations and returns."""
         self.random.bit_generator.state = state["random"]
         self.seeds, self.began = state["seeds"].numpy(), state["began"].numpy()
         self.actions = list(state["actions"].numpy())
@@ -307,7 +305,7 @@ class Environments:
 
 
 class Agent(nn.Module):
-    """The network of DQN's second paper, with two heads: the policy's logits and the value."""
+    """The network of the DQN paper in Nature, with two heads: the policy's logits and the value."""
 
     def __init__(self, actions: int):
         super().__init__()
@@ -330,7 +328,7 @@ class Agent(nn.Module):
 
 
 def lower_precision(parameters: dict[str, Tensor], precision: str) -> dict[str, Tensor]:
-    """All but the heads' in the precision that training computes in."""
+    """The parameters, those of the heads as they are, the others in the precision of training."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     return {name: p if name.startswith(("actor", "critic")) else p.to(dtype) for name, p in parameters.items()}
 
@@ -402,7 +400,7 @@ def parameters_of(module: nn.Module, theta: Tensor) -> dict[str, Tensor]:
 class Learner(NamedTuple):
     """The parameters as one vector, of which the agent's are views, and the state of Adam.
 
-    All learn, whatever their `requires_grad`: what shall not is a buffer, or stands behind `.detach()` in the loss.
+    All of them learn, whatever their `requires_grad`: what must not is a buffer, or is detached in the loss.
     """
 
     theta: Tensor
@@ -422,7 +420,7 @@ class Learner(NamedTuple):
 
     @torch.no_grad()
     def adam_step(self, gradient: Tensor, eps: float, beta1: float = 0.9, beta2: float = 0.999) -> None:
-        self.first_decay.mul_(beta1)  # a power would be taken anew for every 16 parameters in compiled code
+        self.first_decay.mul_(beta1)  # compiled code would compute a power again for every 16 parameters
         self.second_decay.mul_(beta2)
         self.first_moment.lerp_(gradient, 1 - beta1)
         self.second_moment.lerp_(gradient**2, 1 - beta2)
@@ -445,7 +443,7 @@ def update(agent: Agent, args: Args, learner: Learner, batch: Batch, indices: Te
 
 
 def resolve_precision(args: Args) -> Args:
-    """With bf16 or fp32 instead of `auto`."""
+    """The arguments with bf16 or fp32 instead of `auto`."""
     if args.device != "cpu" and torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -476,7 +474,7 @@ class Rollout(NamedTuple):
 
 
 def see(agent: Agent, parameters: dict[str, Tensor], frames: Tensor) -> Tensor:
-    """Logits and value of each, (N, A + 1)."""
+    """Logits and value of each game, (N, A + 1)."""
     logits, values = functional_call(agent, parameters, (frames,))
     return torch.cat((logits, values[:, None]), -1)
 
@@ -541,7 +539,7 @@ def run_epoch(args: Args, agent: Agent, learner: Learner, update: Callable, batc
 def improve(args: Args, learner: Learner, rollout: Rollout, optimise: Callable) -> dict[str, float]:
     """Epochs of minibatches, ended early where the policy has moved too far; their mean measures.
 
-    Of steps that the agent chose: some of them stand twice in an epoch, so that a minibatch has always the same size.
+    Only of steps that the agent chose; some come more than once in an epoch, so that minibatches keep their size.
     """
     batch, measured = batch_of(rollout, estimate(args, rollout)), []
     explained_variance = 1 - (batch.returns - batch.values).var() / batch.returns.var()
@@ -559,7 +557,7 @@ def improve(args: Args, learner: Learner, rollout: Rollout, optimise: Callable) 
 
 
 class Stopwatch:
-    """Books the time since the last lap."""
+    """Books the time since the last lap under a name."""
 
     def __init__(self, seconds: dict[str, float]):
         self.seconds, self.last = seconds, time.perf_counter()
@@ -574,7 +572,7 @@ class Stopwatch:
 
 
 def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
-    """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
+    """Trains; returns the run directory. Once `interrupts` holds a signal's number, stops where it can be resumed."""
     args, envs, actions = prepare(args)
     B = args.num_envs * args.num_steps
     iterations = args.total_timesteps // B
@@ -636,7 +634,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
 
 class Policy:
-    """What is deployed: one observation to an action, a batch of them to a batch of actions.
+    """The policy to deploy: it maps one observation to an action, a batch of them to a batch of actions.
 
     Every row is computed alone, so that an action does not depend on what else is in the batch, to the last bit, and in
     float32, whatever the training did. Deterministic, unless asked for a `sample` of the actions as in training. It has
@@ -651,7 +649,7 @@ class Policy:
         if np.shape(observations) == self.shape:
             return self._choose(observations, sample)
         if np.shape(observations)[1:] != self.shape:
-            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
+            raise ValueError(f"observations of shape {np.shape(observations)}: must be {self.shape}, or a batch")
         actions = [self._choose(observation, sample) for observation in observations]
         return np.array(actions, int)
 
@@ -682,7 +680,7 @@ def play(policy: Policy, env: gym.Env, seed: int) -> tuple[float, int]:
 
 
 def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) -> None:
-    """Plays the policy in fresh environments, and keeps it: among the others, and as the best if it is that."""
+    """Plays the policy in fresh environments, and saves it: in `policies/`, and as `best.pt` if the best so far."""
     policy, rows = Policy(args, agent), []
     for episode, seed in enumerate(range(10_000, 10_000 + args.eval_episodes)):
         with closing(make_eval_env(args)) as env:
@@ -719,17 +717,17 @@ def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run") -> Ca
 
 
 def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run") -> Callable:
-    """The function, compiled by calls on copies of what changes; as it is, where that is impossible."""
+    """The function, compiled by `calls` on copies of what it changes; the function itself where that fails."""
     started, random = time.perf_counter(), torch.get_rng_state()
     torch.compiler.reset()  # what another run compiled in this process would be taken for this one's
 
     def compared(guards: Sequence) -> list[bool]:
-        """At every call: flags and shapes. Settings and the agent stay, and would take a fifth of the time."""
+        """What a call checks: flags and shapes. Settings and agent never change, and would take a fifth of the time."""
         return [g.name.isidentifier() or g.guard_type == "TENSOR_MATCH" and "agent" not in g.name for g in guards]
 
     config = {"guard_filter_fn": compared}
     if device.type == "cpu":
-        # Compiling is quicker without a test of the vector instructions, a header for later, the debugger's lines.
+        # Compiling is quicker without testing vector instructions, precompiling a header and writing debug lines.
         config |= {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
         config |= {"aot_inductor.enable_line_tables": False, "cpp_wrapper": True}  # no kernel is called from Python
     run.say("compiling the update …")
@@ -743,13 +741,13 @@ def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device,
         return function
     finally:
         gc.enable()
-        torch.set_rng_state(random)  # what a fork draws in its function is drawn by the run alone
+        torch.set_rng_state(random)  # compiling draws nothing, even if a fork's function does
     run.say(f"compiled in {time.perf_counter() - started:.1f} s")
     return fast
 
 
 class Captured:
-    """A function as one CUDA graph: the same kernels in the same order, for a call instead of thousands.
+    """A function as one CUDA graph: the same kernels in the same order, by one call instead of thousands.
 
     It changes `state` in place and nothing else; its inputs are copied to where the graph reads them.
     """
@@ -805,7 +803,7 @@ def write_atomically(path: Path, content: dict | str) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """On the CPU; a ValueError says in one line what is wrong with a torn or foreign file."""
+    """The checkpoint, on the CPU; a ValueError says in one line what is wrong with a damaged or foreign file."""
     try:
         with zipfile.ZipFile(path) as records:
             if records.testzip():  # torch reads on over damaged numbers
@@ -813,12 +811,12 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["args"]["env_id"], checkpoint["script"], checkpoint["agent"]
     except Exception as error:
-        raise ValueError(f"{path.name} is missing, torn or not a checkpoint ({type(error).__name__})") from None
+        raise ValueError(f"{path.name} is missing, damaged or not a checkpoint ({type(error).__name__})") from None
     return checkpoint
 
 
 def create_run(args: Args, state: dict) -> Path:
-    """Filled under another name and then renamed: a run directory is never half there, nor without a checkpoint."""
+    """Makes a run directory under another name, then renames it: it is never half there, nor without a checkpoint."""
     runs, source = Path(args.runs_dir), Path(__file__).resolve()
     command = "git rev-parse HEAD && git status --short"
     git = subprocess.run(command, shell=True, cwd=source.parent, capture_output=True, text=True)
@@ -863,15 +861,15 @@ class Run(ExitStack):
         return state | {"random": torch.get_rng_state()}
 
     def begin(self) -> None:
-        """Goes on from the last good checkpoint; nothing is touched before that is known to be of this run."""
+        """Continues from the last good checkpoint; nothing is touched until that is known to be this run's."""
         try:
             self.log = self.enter_context((self.directory / "run.log").open("a"))
             fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             saved = self.load()
             self.agent.load_state_dict(saved["agent"])
         except BlockingIOError:
-            refuse(f"--resume {self.directory}: another process trains this run")
-        except (OSError, ValueError, RuntimeError) as error:  # the last where the networks are others
+            refuse(f"--resume {self.directory}: another process is training this run")
+        except (OSError, ValueError, RuntimeError) as error:  # the last where the networks differ
             refuse(f"--resume {self.directory}: {error}")
         for tensor, value in zip(self.learner[1:], saved["learner"], strict=True):
             tensor.copy_(value)
@@ -898,7 +896,7 @@ class Run(ExitStack):
         self.announce(exact)
 
     def cut_back(self) -> None:
-        """To what there was when the checkpoint was written: the rest will be made again, or other."""
+        """Cuts the files back to the checkpoint: what came after it is made again, perhaps differently."""
         (self.directory / "result.json").unlink(missing_ok=True)
         for path in (self.directory / f"{table}.csv" for table in ("episodes", "progress", "evaluations")):
             if path.exists():
@@ -916,9 +914,9 @@ class Run(ExitStack):
                 saved = load_checkpoint(path)
                 break
         else:
-            raise ValueError("its checkpoints are torn or missing; start a new run")
+            raise ValueError("its checkpoints are damaged or missing; start a new run")
         if "environments" not in saved:
-            raise ValueError(f"{path.name} is a policy, from which no training goes on")
+            raise ValueError(f"{path.name} is a policy without the state of training; it cannot be resumed")
         was = saved["args"] | {"script": saved["script"]}
         for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
             if name not in FREE and value != was.get(name):
@@ -926,12 +924,12 @@ class Run(ExitStack):
         if (self.directory / f"{SCRIPT}.py").read_bytes() != Path(__file__).read_bytes():
             print(f"{self.directory}: goes on with another {SCRIPT}.py than it began with", file=sys.stderr)
         if path.name != "checkpoint.pt":
-            print(f"{self.directory}: checkpoint.pt is torn or missing; going on from {path.name}", file=sys.stderr)
+            print(f"{self.directory}: checkpoint.pt is damaged or missing; using {path.name}", file=sys.stderr)
             path.replace(self.directory / "checkpoint.pt")
         return saved
 
     def announce(self, exact: bool) -> None:
-        """What is trained, and what one may not expect of it."""
+        """Says what is trained, and what not to expect of it."""
         args, agent, N, T = self.args, self.agent, self.args.num_envs, self.args.num_steps
         B, A, size = N * T, agent.actor.out_features, sum(p.numel() for p in agent.parameters())
         self.say(
@@ -944,7 +942,7 @@ class Run(ExitStack):
             self.say("the running episodes could not be restored exactly; they begin anew, all else continues")
 
     def write(self, table: str, rows: list[dict]) -> None:
-        """In CSV, and in TensorBoard by CleanRL's names."""
+        """Adds rows to the CSV file, and to TensorBoard under CleanRL's names."""
         if rows:
             with (self.directory / f"{table}.csv").open("a+") as file:
                 file.seek(0)
@@ -962,9 +960,9 @@ class Run(ExitStack):
                 self.tensorboard.add_scalar(kind + name.replace("sps", "SPS"), row[name], row["step"])
 
     def save(self, step: int) -> None:
-        """The checkpoint before this one stays as `checkpoint.previous.pt`. Of networks that diverged there is none."""
+        """Writes a checkpoint, unless the networks diverged; the one before stays as `checkpoint.previous.pt`."""
         if not all(parameter.isfinite().all() for parameter in self.agent.parameters()):
-            raise FloatingPointError(f"not finite at step {step:,}: the parameters")
+            raise FloatingPointError(f"parameters are not finite at step {step:,}")
         for path in self.directory.glob("*.csv"):  # a checkpoint that outlives a power cut has its rows
             with path.open("a") as file:
                 os.fsync(file.fileno())
@@ -1017,7 +1015,7 @@ class Run(ExitStack):
         with suppress(OSError):  # a full disk has been noticed before
             super().__exit__(None, None, None)
         if isinstance(error, OSError | EOFError | FloatingPointError | KeyboardInterrupt):
-            problem = f"{type(error).__name__} {error}; the last checkpoint is of step {self.saved:,}"
+            problem = f"{type(error).__name__} {error}; the last checkpoint is of step {self.saved:,}; resume with"
             print(f"{SCRIPT}.py: {problem}\n  {self.resume_command}", file=sys.stderr)
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
@@ -1034,7 +1032,7 @@ def flag(name: str) -> str:
 
 
 def refuse(problem: str) -> NoReturn:
-    """A user's mistake: one line, whatever lines a library's error has, and exit status 2."""
+    """Reports a user's mistake in one line, however many a library's error has; exit status 2."""
     print(f"{Path(__file__).name}: {' '.join(problem.split())}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -1051,7 +1049,7 @@ RANGES = {
 
 
 def check(args: Args) -> None:
-    """Of a tuple every value counts, and None is a setting that is off."""
+    """Raises a ValueError for a value out of its range, alone or in a tuple; None, a setting left open, passes."""
     for rule, (low, high, names) in RANGES.items():
         for name in names.split():
             value = getattr(args, name)
@@ -1065,7 +1063,7 @@ def check(args: Args) -> None:
         try:
             dict(**json.loads(getattr(args, name)))
         except (ValueError, TypeError):
-            raise ValueError(f"{flag(name)} {getattr(args, name)}: must be JSON such as '{{\"g\": 9.81}}'") from None
+            raise ValueError(f"{flag(name)} {getattr(args, name)}: must be a JSON object like '{{\"g\":9}}'") from None
 
 
 class EnvPool(Environments):
@@ -1074,7 +1072,7 @@ class EnvPool(Environments):
     def _make(self, args: Args) -> gym.Env:
         import envpool
 
-        seeds = self.random.integers(2**31, size=args.num_envs).tolist()  # given one, it counts on into other runs'
+        seeds = self.random.integers(2**31, size=args.num_envs).tolist()  # from one seed it counts on into other runs'
         name = "".join(map(str.capitalize, find_game(args.env_id).split("_"))) + "-v5"
         return envpool.make(name, "gymnasium", num_envs=args.num_envs, seed=seeds, **self._kwargs(args))
 
@@ -1096,19 +1094,19 @@ class EnvPool(Environments):
 
 
 def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete]:
-    """The environments, and the arguments with a precision; what cannot work is refused before anything is written."""
+    """The arguments with a precision, environments and action space; refuses what cannot work, and writes nothing."""
     for name, package in (("vec", "envpool"), ("track", "wandb")):
         if getattr(args, name) in (package, True) and not find_spec(package):
             refuse(f"{flag(name)}: {package} is not installed; pip install {package}")
     online = args.track and os.environ.get("WANDB_MODE", "online") == "online"
     if online and not importlib.import_module("wandb").login(prompt=False):
-        refuse("--track: W&B knows no key here; run `wandb login`, or set WANDB_MODE=offline")
+        refuse("--track: not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: torch finds no CUDA device here; use cpu")
     N, M = args.num_envs, args.num_minibatches
     size = N * args.num_steps
     if size % M or size == M:
-        refuse(f"--num-minibatches {M}: must divide a rollout's {N} x {args.num_steps} = {size} steps in parts > 1")
+        refuse(f"--num-minibatches {M}: must divide {N} x {args.num_steps} = {size} steps into parts of 2 or more")
     if args.total_timesteps < size:
         refuse(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {size} steps")
     try:
@@ -1122,7 +1120,7 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete]:
             if not isinstance(actions, gym.spaces.Discrete):
                 raise TypeError(f"acts in {actions}; this script needs Discrete actions")
             env.reset(seed=0)
-            env.step(actions.sample())  # some values are no problem before
+            env.step(actions.sample())  # some mistakes show only in a step
             if env.render_mode:
                 env.render()
         envs = (EnvPool if args.vec == "envpool" else Environments)(args)
@@ -1141,14 +1139,14 @@ def parse(argv: list[str]) -> Args:
     """The defaults, then the file of `--config` or the run of `--resume`, then the command line: the last one wins."""
     args = tyro.cli(Args, args=argv, description=__doc__)
     if args.resume and not all(any(Path(args.resume).glob(name)) for name in (f"{SCRIPT}.py", "checkpoint*.pt")):
-        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py, or has no checkpoint")
+        refuse(f"--resume {args.resume}: is not a run of {SCRIPT}.py, or has no checkpoint")
     if args.resume and args.config:
         refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
     path = f"{args.resume}/config.yaml" if args.resume else args.config
     try:
         settings = yaml.safe_load(Path(path).read_text()).items() if path else ()
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        refuse(f"{path}: is no file of arguments: {error}")
+        refuse(f"{path}: is not a file of arguments: {error}")
     words = []
     for name, value in settings:
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]

@@ -14,14 +14,14 @@
 Schulman et al. 2017, https://arxiv.org/abs/1707.06347; advantages: https://arxiv.org/abs/1506.02438;
 Beta policy: Chou et al. 2017, https://proceedings.mlr.press/v70/chou17a.html.
 
-The algorithm ends with `train`; what follows keeps, evaluates and checks, and is much the same in every script.
+The algorithm ends with `train`; the rest saves, evaluates and checks arguments, and is much the same in every script.
 
-What may surprise, beside the usual PPO:
-- Many environments with short pieces, minibatches of 64; gamma is 0.992, lambda 0.9, Adam's epsilon 1e-8.
+What may surprise those who know the usual PPO:
+- Many environments, few steps of each, 64 minibatches; gamma is 0.992, lambda 0.9, Adam's epsilon 1e-8.
 - The critic's rate is three times the policy's.
 - Advantages are recomputed with the current critic at every epoch.
 - An episode cut by a time limit bootstraps from the value of its true last observation; only termination ends a return.
-- What normalises observations changes once per rollout, after its update; the first sees them raw, clipped at ±10.
+- The normaliser of observations changes once per rollout, after the update; the first sees them raw, clipped at ±10.
 - The policy acts in the unit cube, which is scaled to the bounds: nothing is clipped, and entropy is the unit cube's.
 - Observations of uint8 (height, width, channels) are images: policy and critic see them through one small CNN.
 - All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
@@ -76,19 +76,19 @@ warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is asked for
 class Args:
     env_id: str = "HalfCheetah-v4"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
     env_kwargs: str = "{}"  # arguments of the environment, as JSON: '{"reset_noise_scale": 0.15}'
-    eval_env_kwargs: str = "{}"  # arguments of the evaluation environment that differ, as JSON
+    eval_env_kwargs: str = "{}"  # arguments that evaluation changes or adds, as JSON
     num_envs: int = 128  # environments stepped together
-    vec: Literal["sync", "async", "envpool"] = "sync"  # how: in turn, in a process each, or by EnvPool
+    vec: Literal["sync", "async", "envpool"] = "sync"  # how they are stepped: in turn, in a process each, or by EnvPool
     total_timesteps: int | float = 1_000_000  # steps over all environments; rounded down to whole rollouts
     seed: int = 1  # seed of everything random
     device: Literal["cpu", "cuda", "auto"] = "cpu"  # where the networks are
     threads: int = 1  # torch threads; small networks are fastest with one
     compile: bool = True  # compile the update (needs a C++ compiler)
 
-    num_steps: int | None = None  # of each environment per rollout; default: all make 1024 + 512 A, at most 4096
+    num_steps: int | None = None  # steps per environment and rollout; default: 1024 + 512 A in all (A actions), ≤ 4096
     learning_rate: float = 5e-4  # Adam's step size at the start
-    critic_lr_ratio: float = 3.0  # the critic's step size, as a multiple of that
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how the rate falls; the last two end at 0
+    critic_lr_ratio: float = 3.0  # the critic's step size, as a multiple of `learning_rate`
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how the rate falls; linear and cosine end at 0
     lr_warmup: float = 0.0  # share of the run over which the learning rate first rises from 0
     num_minibatches: int = 64  # minibatches per epoch
     update_epochs: int = 10  # passes over each rollout
@@ -110,9 +110,9 @@ class Args:
 
     grayscale: bool = False  # images: in shades of grey
     resize: int | None = None  # images: scaled to this height and width
-    frame_stack: int = 1  # images: how many of the last ones the policy sees
-    action_repeat: int = 1  # images: each action is taken so many times; steps are counted in actions
-    precision: Literal["fp32", "bf16"] = "fp32"  # images: the CNN's; bf16 is faster where processors have it
+    frame_stack: int = 1  # images: how many of the latest the policy sees at once
+    action_repeat: int = 1  # images: times each action is repeated; steps are counted in actions
+    precision: Literal["fp32", "bf16"] = "fp32"  # images: precision of the CNN; bf16 is faster where processors have it
 
     num_evals: int = 10  # evaluations during the run, evenly spaced, the last at its end; 0 for none
     eval_episodes: int = 10  # episodes per evaluation: deterministic, with the same seeds each time
@@ -122,8 +122,8 @@ class Args:
     config: str | None = None  # YAML or JSON file of arguments; the command line wins
     capture_video: bool = False  # film the best episode of every evaluation
     track: bool = False  # send everything to Weights & Biases
-    wandb_project_name: str = "solorl"  # its project
-    wandb_entity: str | None = None  # its team
+    wandb_project_name: str = "solorl"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases team
 
     def __post_init__(self):
         check(self)
@@ -135,14 +135,14 @@ class Args:
 def is_image(space: gym.Space) -> bool:
     if space.dtype != np.uint8 or len(space.shape) != 3:
         return False
-    height, width, channels = space.shape  # those that stand first are fewer, as a rule, than the two sides after them
+    height, width, channels = space.shape  # channels that come first are, as a rule, fewer than the sides
     return min(height, width) >= 8 and height >= min(width, channels)
 
 
 def make_env(args: Args, env_kwargs: dict, render_mode: str | None = None) -> gym.Env:
     if args.env_id.startswith("ALE/"):
         raise ValueError("this is an Atari game; ppo_atari_cnn.py plays it")
-    drawn = {"render_mode": render_mode} if render_mode else {}  # not every environment of one's own can be drawn
+    drawn = {"render_mode": render_mode} if render_mode else {}  # not every environment takes a render_mode
     env = gym.make(args.env_id, disable_env_checker=True, **drawn, **env_kwargs)
     with suppress(AttributeError, KeyError):  # films follow the agent where MuJoCo's model has a camera that does
         env.unwrapped.mujoco_renderer.camera_id = env.unwrapped.model.camera("track").id
@@ -162,7 +162,7 @@ def make_eval_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 def stack(args: Args, images: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
-    """Images (..., H, W, C), prepared, behind the frames before; where an episode begins, its first image for all."""
+    """Images (..., H, W, C), in grey or smaller if so set, after the frames before; an episode's first is repeated."""
     images = np.ascontiguousarray(images)  # some are views that are upside down
     if args.grayscale:
         images = (images @ np.float32([[0.299], [0.587], [0.114]])).round().astype(np.uint8)  # ITU-R BT.601
@@ -223,18 +223,18 @@ class TrainEnv(gym.Wrapper):
     def step(self, action: np.ndarray) -> tuple:
         self.episode.append(np.array(action))
         observation, reward, terminated, truncated, _ = self.env.step(action)
-        return observation, float(reward), bool(terminated), bool(truncated), {}  # collecting infos takes a tenth
+        return observation, float(reward), bool(terminated), bool(truncated), {}  # infos would take a tenth of the time
 
     def replay(self) -> tuple[np.ndarray, float]:
-        """Its last observation and its return so far."""
+        """Plays the episode again; its last observation and its return so far."""
         seed, *actions = self.episode
         (observation, _), total = self.reset(seed=seed), 0.0
         for action in actions:
             observation, reward, terminated, truncated, _ = self.step(action)
             total += float(reward)
             if terminated or truncated:
-                return observation, math.nan  # of no running episode
-        return np.asarray(observation, self.observation_space.dtype), total  # as the environments together give it
+                return observation, math.nan  # equals no return: not restored
+        return np.asarray(observation, self.observation_space.dtype), total  # the vector environment's type
 
 
 class Environments:
@@ -255,7 +255,7 @@ class Environments:
         )
 
     def _reset(self, which: np.ndarray) -> np.ndarray:
-        """Begins an episode where `which` is true; the observations of all."""
+        """Begins an episode where `which` is true; returns the observations of all."""
         seeds = np.zeros(len(which), int)
         seeds[which] = self.random.integers(2**31, size=which.sum())
         return self.envs.reset(seed=seeds.tolist(), options={"reset_mask": which})[0]
@@ -263,7 +263,7 @@ class Environments:
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[tuple]]:
         """The true next observations, rewards, terminated, truncated; returns and lengths of the episodes that ended.
 
-        Where one ended, the next begins: `observations` is what to act on.
+        Where one ended, the next begins: `self.observations` is what to act on.
         """
         observations, rewards, terminated, truncated, _ = self.envs.step(actions)
         self.observations, finished, ended = observations, [], terminated | truncated
@@ -282,7 +282,7 @@ class Environments:
         return state | {"episodes": episodes, "random": self.random.bit_generator.state}
 
     def restore(self, state: dict) -> bool:
-        """Plays the running episodes again; whether that led to the same observations and returns."""
+        """Plays the running episodes again; returns whether that led to the same observations and returns."""
         self.random.bit_generator.state = state["random"]
         self.envs.set_attr("episode", [[seed, *actions.numpy()] for seed, actions in state["episodes"]])
         observations, returns = zip(*self.envs.call("replay"), strict=True)
@@ -305,7 +305,7 @@ class Environments:
 
 
 class RunningMoments(nn.Module):
-    """Mean and variance of all that was seen, in float64 (Chan et al.). When not enabled, it changes nothing."""
+    """Mean and variance of all that was seen, in float64 (Chan et al.). Unless enabled, batches stay as they are."""
 
     def __init__(self, shape: tuple[int, ...], enabled: bool):
         super().__init__()
@@ -325,14 +325,14 @@ class RunningMoments(nn.Module):
 
     def deviation(self) -> np.ndarray:
         mean, var = self.mean.numpy(), self.var.numpy()
-        var = np.where(var > 1e-12 * mean**2, var, mean**2)  # what never varies must not be divided by nothing
+        var = np.where(var > 1e-12 * mean**2, var, mean**2)  # what never varies must not be divided by almost 0
         return np.sqrt(var + 1e-8) if self.enabled else np.ones(var.shape)
 
     def scale(self, batch: np.ndarray) -> np.ndarray:
         return np.minimum(np.maximum(batch / self.deviation(), -10), 10) if self.enabled else batch
 
     def normaliser(self) -> Callable[[np.ndarray], np.ndarray]:
-        """Of batches, with the moments as they are now."""
+        """A function that normalises batches, by the moments as they are now."""
         if not self.enabled:
             return lambda batch: np.asarray(batch, np.float32)
         mean, deviation = self.mean.numpy().copy(), self.deviation()
@@ -340,7 +340,7 @@ class RunningMoments(nn.Module):
 
 
 class Images(RunningMoments):
-    """Images have none: they stay bytes until the encoder has them."""
+    """Images have no moments: they stay bytes until the encoder."""
 
     def update(self, batch: np.ndarray) -> None:
         pass
@@ -376,7 +376,7 @@ IN_NUMPY = {
 
 
 def in_numpy(network: nn.Sequential) -> Callable[[np.ndarray], np.ndarray]:
-    """A network as it is now: several times as fast in numpy for the few observations of one step.
+    """A copy of the network as it is now, in numpy: several times as fast for the few observations of one step.
 
     Layers that are not `IN_NUMPY` are computed by torch.
     """
@@ -416,7 +416,7 @@ class Encoder(nn.Sequential):
 
 
 class Agent(nn.Module):
-    """A Beta policy and a critic, which see images through one encoder and vectors as they are; the scales of both."""
+    """A Beta policy and a critic, which see images through one encoder and vectors as they are, and the normalisers."""
 
     def __init__(self, args: Args, observation_shape: tuple[int, ...], low: np.ndarray, high: np.ndarray):
         super().__init__()
@@ -437,12 +437,12 @@ class Agent(nn.Module):
         return alpha, beta, self.critic(features).squeeze(-1)
 
     def value(self, inputs: Tensor) -> Tensor:
-        """Of (..., D); in parts, as the features of all images of a rollout would fill the memory."""
+        """The values of inputs (..., D); in parts, as the features of all images of a rollout would fill the memory."""
         parts = inputs.flatten(0, -2).split(1024)
         return torch.cat([self.critic(self.encoder(part)) for part in parts]).view(inputs.shape[:-1])
 
     def acting(self) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
-        """As it is now: of (N, D), alpha and beta. What sees images is computed by torch, the rest in numpy."""
+        """The policy as it is now: alpha and beta from inputs (N, D), computed in torch for images, else in numpy."""
         if self.images:
             device = self.critic[0].weight.device
             return lambda inputs: [each.cpu().numpy() for each in self(torch.tensor(inputs, device=device))[:2]]
@@ -455,14 +455,14 @@ class Agent(nn.Module):
         return act
 
     def for_environment(self, actions: np.ndarray) -> np.ndarray:
-        """(N, A) in the unit cube to the environment's shape and bounds, exactly to both."""
+        """Actions (N, A) of the unit cube in the environment's shape and bounds; 0 and 1 are exactly the bounds."""
         low, high = self.bounds
         actions = actions.astype(np.float64).reshape(-1, *low.shape)
         return (low * (1 - actions) + high * actions).astype(low.dtype)
 
 
 def draw(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
-    """G_alpha / (G_alpha + G_beta) of two Gamma variables; what rounding would make 0 or 1 stays next to it."""
+    """A draw of Beta, G_alpha / (G_alpha + G_beta) of Gamma variables; what would round to 0 or 1 stays next to it."""
     gamma = torch._standard_gamma(torch.from_numpy(np.stack((alpha, beta)))).numpy()
     return (gamma[0] / gamma.sum(0)).clip(2**-24, 1 - 2**-24)
 
@@ -567,7 +567,7 @@ def parameters_of(module: nn.Module, theta: Tensor) -> dict[str, Tensor]:
 class Learner(NamedTuple):
     """The parameters as one vector, of which the agent's are views, and the state of Adam.
 
-    All learn, whatever their `requires_grad`: what shall not is a buffer, or stands behind `.detach()` in the loss.
+    All of them learn, whatever their `requires_grad`: what must not is a buffer, or is detached in the loss.
     """
 
     theta: Tensor
@@ -587,7 +587,7 @@ class Learner(NamedTuple):
 
     @torch.no_grad()
     def adam_step(self, gradient: Tensor, eps: float, beta1: float = 0.9, beta2: float = 0.999) -> None:
-        self.first_decay.mul_(beta1)  # a power would be taken anew for every 16 parameters in compiled code
+        self.first_decay.mul_(beta1)  # compiled code would compute a power again for every 16 parameters
         self.second_decay.mul_(beta2)
         self.first_moment.lerp_(gradient, 1 - beta1)
         self.second_moment.lerp_(gradient**2, 1 - beta2)
@@ -666,7 +666,7 @@ def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Sto
 
 
 def scale_rewards(args: Args, agent: Agent, envs: Environments, rollout: Rollout) -> Tensor:
-    """By the deviation of the discounted return, which starts anew with every episode. (T, N)"""
+    """Rewards over the deviation of the discounted return, which starts anew with every episode. (T, N)"""
     returns, ended = np.empty_like(rollout.rewards), rollout.ended.cpu().numpy()
     for t, rewards in enumerate(rollout.rewards):
         returns[t] = envs.discounted * args.gamma + rewards
@@ -686,7 +686,7 @@ def estimate(args: Args, agent: Agent, rollout: Rollout, rewards: Tensor) -> tup
 
 
 def batch_of(rollout: Rollout, advantages: Tensor, values: Tensor) -> Batch:
-    """The rollout's steps in one row, with what its policy made of them and the critic makes of them now."""
+    """The rollout's steps in one row, with log-probabilities by its policy and values by the critic as it is now."""
     observations, actions = rollout.inputs[:-1].flatten(0, 1), rollout.actions.flatten(0, 1)
     logprobs = log_prob(rollout.alpha.flatten(0, 1), rollout.beta.flatten(0, 1), actions)
     columns = (column.flatten() for column in (values, advantages, advantages + values))
@@ -727,7 +727,7 @@ def improve(
 
 
 class Stopwatch:
-    """Books the time since the last lap."""
+    """Books the time since the last lap under a name."""
 
     def __init__(self, seconds: dict[str, float]):
         self.seconds, self.last = seconds, time.perf_counter()
@@ -742,7 +742,7 @@ class Stopwatch:
 
 
 def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
-    """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
+    """Trains; returns the run directory. Once `interrupts` holds a signal's number, stops where it can be resumed."""
     args, envs, actions = prepare(args)
     B = args.num_envs * args.num_steps
     iterations = args.total_timesteps // B
@@ -804,7 +804,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
 
 class Policy:
-    """What is deployed, as it is now: one observation to an action, a batch of them to a batch of actions.
+    """The policy to deploy, as it is now: it maps one observation to an action, a batch of them to a batch of actions.
 
     Every row is computed alone, so that an action does not depend on what else is in the batch, to the last bit.
     Deterministic, unless asked for a `sample` of the actions as in training.
@@ -819,7 +819,7 @@ class Policy:
         if np.shape(observations) == self.shape:
             return self._choose(observations, sample)
         if np.shape(observations)[1:] != self.shape:
-            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
+            raise ValueError(f"observations of shape {np.shape(observations)}: must be {self.shape}, or a batch")
         actions = [self._choose(observation, sample) for observation in observations]
         return np.array(actions).reshape(-1, *self.agent.low.shape)
 
@@ -854,7 +854,7 @@ def play(policy: Policy, env: gym.Env, seed: int) -> tuple[float, int]:
 
 
 def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) -> None:
-    """Plays the policy in fresh environments, and keeps it: among the others, and as the best if it is that."""
+    """Plays the policy in fresh environments, and saves it: in `policies/`, and as `best.pt` if the best so far."""
     policy, rows = Policy(args, agent), []
     for episode, seed in enumerate(range(10_000, 10_000 + args.eval_episodes)):
         with closing(make_eval_env(args)) as env:
@@ -891,17 +891,17 @@ def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run") -> Ca
 
 
 def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run") -> Callable:
-    """The function, compiled by calls on copies of what changes; as it is, where that is impossible."""
+    """The function, compiled by `calls` on copies of what it changes; the function itself where that fails."""
     started, random = time.perf_counter(), torch.get_rng_state()
     torch.compiler.reset()  # what another run compiled in this process would be taken for this one's
 
     def compared(guards: Sequence) -> list[bool]:
-        """At every call: flags and shapes. Settings and the agent stay, and would take a fifth of the time."""
+        """What a call checks: flags and shapes. Settings and agent never change, and would take a fifth of the time."""
         return [g.name.isidentifier() or g.guard_type == "TENSOR_MATCH" and "agent" not in g.name for g in guards]
 
     config = {"guard_filter_fn": compared}
     if device.type == "cpu":
-        # Compiling is quicker without a test of the vector instructions, a header for later, the debugger's lines.
+        # Compiling is quicker without testing vector instructions, precompiling a header and writing debug lines.
         config |= {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
         config |= {"aot_inductor.enable_line_tables": False, "cpp_wrapper": True}  # no kernel is called from Python
     run.say("compiling the update …")
@@ -915,13 +915,13 @@ def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device,
         return function
     finally:
         gc.enable()
-        torch.set_rng_state(random)  # what a fork draws in its function is drawn by the run alone
+        torch.set_rng_state(random)  # compiling draws nothing, even if a fork's function does
     run.say(f"compiled in {time.perf_counter() - started:.1f} s")
     return fast
 
 
 class Captured:
-    """A function as one CUDA graph: the same kernels in the same order, for a call instead of thousands.
+    """A function as one CUDA graph: the same kernels in the same order, by one call instead of thousands.
 
     It changes `state` in place and nothing else; its inputs are copied to where the graph reads them.
     """
@@ -977,7 +977,7 @@ def write_atomically(path: Path, content: dict | str) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """On the CPU; a ValueError says in one line what is wrong with a torn or foreign file."""
+    """The checkpoint, on the CPU; a ValueError says in one line what is wrong with a damaged or foreign file."""
     try:
         with zipfile.ZipFile(path) as records:
             if records.testzip():  # torch reads on over damaged numbers
@@ -985,12 +985,12 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["args"]["env_id"], checkpoint["script"], checkpoint["agent"]
     except Exception as error:
-        raise ValueError(f"{path.name} is missing, torn or not a checkpoint ({type(error).__name__})") from None
+        raise ValueError(f"{path.name} is missing, damaged or not a checkpoint ({type(error).__name__})") from None
     return checkpoint
 
 
 def create_run(args: Args, state: dict) -> Path:
-    """Filled under another name and then renamed: a run directory is never half there, nor without a checkpoint."""
+    """Makes a run directory under another name, then renames it: it is never half there, nor without a checkpoint."""
     runs, source = Path(args.runs_dir), Path(__file__).resolve()
     command = "git rev-parse HEAD && git status --short"
     git = subprocess.run(command, shell=True, cwd=source.parent, capture_output=True, text=True)
@@ -1035,15 +1035,15 @@ class Run(ExitStack):
         return state | {"random": torch.get_rng_state()}
 
     def begin(self) -> None:
-        """Goes on from the last good checkpoint; nothing is touched before that is known to be of this run."""
+        """Continues from the last good checkpoint; nothing is touched until that is known to be this run's."""
         try:
             self.log = self.enter_context((self.directory / "run.log").open("a"))
             fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             saved = self.load()
             self.agent.load_state_dict(saved["agent"])
         except BlockingIOError:
-            refuse(f"--resume {self.directory}: another process trains this run")
-        except (OSError, ValueError, RuntimeError) as error:  # the last where the networks are others
+            refuse(f"--resume {self.directory}: another process is training this run")
+        except (OSError, ValueError, RuntimeError) as error:  # the last where the networks differ
             refuse(f"--resume {self.directory}: {error}")
         for tensor, value in zip(self.learner[1:], saved["learner"], strict=True):
             tensor.copy_(value)
@@ -1070,7 +1070,7 @@ class Run(ExitStack):
         self.announce(exact)
 
     def cut_back(self) -> None:
-        """To what there was when the checkpoint was written: the rest will be made again, or other."""
+        """Cuts the files back to the checkpoint: what came after it is made again, perhaps differently."""
         (self.directory / "result.json").unlink(missing_ok=True)
         for path in (self.directory / f"{table}.csv" for table in ("episodes", "progress", "evaluations")):
             if path.exists():
@@ -1088,9 +1088,9 @@ class Run(ExitStack):
                 saved = load_checkpoint(path)
                 break
         else:
-            raise ValueError("its checkpoints are torn or missing; start a new run")
+            raise ValueError("its checkpoints are damaged or missing; start a new run")
         if "environments" not in saved:
-            raise ValueError(f"{path.name} is a policy, from which no training goes on")
+            raise ValueError(f"{path.name} is a policy without the state of training; it cannot be resumed")
         was = saved["args"] | {"script": saved["script"]}
         for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
             if name not in FREE and value != was.get(name):
@@ -1098,17 +1098,17 @@ class Run(ExitStack):
         if (self.directory / f"{SCRIPT}.py").read_bytes() != Path(__file__).read_bytes():
             print(f"{self.directory}: goes on with another {SCRIPT}.py than it began with", file=sys.stderr)
         if path.name != "checkpoint.pt":
-            print(f"{self.directory}: checkpoint.pt is torn or missing; going on from {path.name}", file=sys.stderr)
+            print(f"{self.directory}: checkpoint.pt is damaged or missing; using {path.name}", file=sys.stderr)
             path.replace(self.directory / "checkpoint.pt")
         return saved
 
     def announce(self, exact: bool) -> None:
-        """What is trained, and what one may not expect of it."""
+        """Says what is trained, and what not to expect of it."""
         args, agent, N, T = self.args, self.agent, self.args.num_envs, self.args.num_steps
         B = N * T
         D, A, size = agent.moments.mean.numel(), agent.low.numel(), sum(p.numel() for p in agent.parameters())
         self.say(
-            f"{SCRIPT}  {args.env_id}  {D} observations, {A} actions in {agent.low.min():g} to {agent.high.max():g}\n"
+            f"{SCRIPT}  {args.env_id}  {D} observations, {A} actions from {agent.low.min():g} to {agent.high.max():g}\n"
             f"{args.total_timesteps // B * B:,} steps: rollouts of {N} environments ({args.vec}) x {T} steps\n"
             f"{args.update_epochs} epochs of {args.num_minibatches} minibatches of {B // args.num_minibatches},"
             f" {size:,} parameters, {self.learner.theta.device}\n{self.directory}"
@@ -1119,7 +1119,7 @@ class Run(ExitStack):
             self.say("the running episodes could not be restored exactly; they begin anew, all else continues")
 
     def write(self, table: str, rows: list[dict]) -> None:
-        """In CSV, and in TensorBoard by CleanRL's names."""
+        """Adds rows to the CSV file, and to TensorBoard under CleanRL's names."""
         if rows:
             with (self.directory / f"{table}.csv").open("a+") as file:
                 file.seek(0)
@@ -1137,9 +1137,9 @@ class Run(ExitStack):
                 self.tensorboard.add_scalar(kind + name.replace("sps", "SPS"), row[name], row["step"])
 
     def save(self, step: int) -> None:
-        """The checkpoint before this one stays as `checkpoint.previous.pt`. Of networks that diverged there is none."""
+        """Writes a checkpoint, unless the networks diverged; the one before stays as `checkpoint.previous.pt`."""
         if not all(parameter.isfinite().all() for parameter in self.agent.parameters()):
-            raise FloatingPointError(f"not finite at step {step:,}: the parameters")
+            raise FloatingPointError(f"parameters are not finite at step {step:,}")
         for path in self.directory.glob("*.csv"):  # a checkpoint that outlives a power cut has its rows
             with path.open("a") as file:
                 os.fsync(file.fileno())
@@ -1192,7 +1192,7 @@ class Run(ExitStack):
         with suppress(OSError):  # a full disk has been noticed before
             super().__exit__(None, None, None)
         if isinstance(error, OSError | EOFError | FloatingPointError | KeyboardInterrupt):
-            problem = f"{type(error).__name__} {error}; the last checkpoint is of step {self.saved:,}"
+            problem = f"{type(error).__name__} {error}; the last checkpoint is of step {self.saved:,}; resume with"
             print(f"{SCRIPT}.py: {problem}\n  {self.resume_command}", file=sys.stderr)
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
@@ -1209,7 +1209,7 @@ def flag(name: str) -> str:
 
 
 def refuse(problem: str) -> NoReturn:
-    """A user's mistake: one line, whatever lines a library's error has, and exit status 2."""
+    """Reports a user's mistake in one line, however many a library's error has; exit status 2."""
     print(f"{Path(__file__).name}: {' '.join(problem.split())}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -1227,7 +1227,7 @@ RANGES = {
 
 
 def check(args: Args) -> None:
-    """Of a tuple every value counts, and None is a setting that is off."""
+    """Raises a ValueError for a value out of its range, alone or in a tuple; None, a setting left open, passes."""
     for rule, (low, high, names) in RANGES.items():
         for name in names.split():
             value = getattr(args, name)
@@ -1241,11 +1241,11 @@ def check(args: Args) -> None:
         try:
             dict(**json.loads(getattr(args, name)))
         except (ValueError, TypeError):
-            raise ValueError(f"{flag(name)} {getattr(args, name)}: must be JSON such as '{{\"g\": 9.81}}'") from None
+            raise ValueError(f"{flag(name)} {getattr(args, name)}: must be a JSON object like '{{\"g\":9}}'") from None
 
 
 class FramesOfMany:
-    """The same as `Frames`, of an EnvPool. Where an episode ends, its action is not repeated further."""
+    """`Frames` for the environments of an EnvPool. Where an episode ends, its action is not repeated further."""
 
     def __init__(self, envs: gym.Env, args: Args):
         self.envs, self.args, self.close = envs, args, envs.close
@@ -1274,7 +1274,7 @@ class EnvPool(Environments):
     def _make(self, args: Args) -> gym.Env:
         import envpool
 
-        seeds = self.random.integers(2**31, size=args.num_envs).tolist()  # given one, it counts on into other runs'
+        seeds = self.random.integers(2**31, size=args.num_envs).tolist()  # from one seed it counts on into other runs'
         kwargs = json.loads(args.env_kwargs)
         envs = envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=seeds, **kwargs)
         return FramesOfMany(envs, args) if is_image(envs.observation_space) else envs
@@ -1294,13 +1294,13 @@ class EnvPool(Environments):
 
 
 def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
-    """The environments, and the arguments with `num_steps`; what cannot work is refused before anything is written."""
+    """The arguments with `num_steps`, environments and action space; refuses what cannot work, and writes nothing."""
     for name, package in (("vec", "envpool"), ("track", "wandb")):
         if getattr(args, name) in (package, True) and not find_spec(package):
             refuse(f"{flag(name)}: {package} is not installed; pip install {package}")
     online = args.track and os.environ.get("WANDB_MODE", "online") == "online"
     if online and not importlib.import_module("wandb").login(prompt=False):
-        refuse("--track: W&B knows no key here; run `wandb login`, or set WANDB_MODE=offline")
+        refuse("--track: not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: torch finds no CUDA device here; use cpu")
     if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
@@ -1312,12 +1312,12 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
             with closing(make(args)) as env:
                 actions = env.action_space
                 if not isinstance(actions, gym.spaces.Box) or not np.issubdtype(actions.dtype, np.floating):
-                    raise TypeError(f"acts in {actions}, no Box of real numbers; ppo_discrete.py is for Discrete")
+                    raise TypeError(f"acts in {actions}, not a Box of real numbers; ppo_discrete.py is for Discrete")
                 if not actions.is_bounded():
                     raise TypeError(f"acts in {actions}, without bounds; ppo_continuous.py needs none")
                 spaces.append((env.observation_space.shape, actions))
                 env.reset(seed=0)
-                env.step(actions.sample())  # some values are no problem before
+                env.step(actions.sample())  # some mistakes show only in a step
                 if args.capture_video and make is not TrainEnv and (not env.render_mode or env.render() is None):
                     raise TypeError("draws no images, which --capture-video needs")
         if args.num_steps is None:  # the more actions, the more samples it takes to tell which of them were good
@@ -1325,7 +1325,7 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
             args = replace(args, num_steps=max(1, round(rollout / N / unit)) * unit)
         size = N * args.num_steps
         if size % M or size == M:
-            refuse(f"--num-minibatches {M}: must divide a rollout's {N} x {args.num_steps} = {size} steps in parts > 1")
+            refuse(f"--num-minibatches {M}: must divide {N} x {args.num_steps} = {size} steps into parts of 2 or more")
         if args.total_timesteps < size:
             refuse(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {size} steps")
         envs = (EnvPool if args.vec == "envpool" else Environments)(args)
@@ -1344,14 +1344,14 @@ def parse(argv: list[str]) -> Args:
     """The defaults, then the file of `--config` or the run of `--resume`, then the command line: the last one wins."""
     args = tyro.cli(Args, args=argv, description=__doc__)
     if args.resume and not all(any(Path(args.resume).glob(name)) for name in (f"{SCRIPT}.py", "checkpoint*.pt")):
-        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py, or has no checkpoint")
+        refuse(f"--resume {args.resume}: is not a run of {SCRIPT}.py, or has no checkpoint")
     if args.resume and args.config:
         refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
     path = f"{args.resume}/config.yaml" if args.resume else args.config
     try:
         settings = yaml.safe_load(Path(path).read_text()).items() if path else ()
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        refuse(f"{path}: is no file of arguments: {error}")
+        refuse(f"{path}: is not a file of arguments: {error}")
     words = []
     for name, value in settings:
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]

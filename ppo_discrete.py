@@ -12,13 +12,13 @@
 
 Schulman et al. 2017, https://arxiv.org/abs/1707.06347; advantages: https://arxiv.org/abs/1506.02438.
 
-The algorithm ends with `train`; what follows keeps, evaluates and checks, and is much the same in every script.
+The algorithm ends with `train`; the rest saves, evaluates and checks arguments, and is much the same in every script.
 
-What may surprise, beside the usual PPO:
-- Many environments with short pieces, minibatches of 64, ten epochs.
+What may surprise those who know the usual PPO:
+- Many environments, few steps of each, 64 minibatches of 64, ten epochs.
 - Advantages are recomputed with the current critic at every epoch.
 - An episode cut by a time limit bootstraps from the value of its true last observation; only termination ends a return.
-- What normalises observations changes once per rollout, after its update; the first sees them raw, clipped at ±10.
+- The normaliser of observations changes once per rollout, after the update; the first sees them raw, clipped at ±10.
 - An action of several parts (MultiDiscrete) is drawn part by part, independently given the observation.
 - What an environment forbids by `info["action_mask"]` has no probability and no gradient.
 - All parameters are views of one vector, `theta`, so that Adam and the gradient's norm are a few vector operations.
@@ -73,19 +73,19 @@ warnings.filterwarnings("ignore", message=".*precision lowered")  # by EnvPool, 
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
     env_kwargs: str = "{}"  # arguments of the environment, as JSON: '{"enable_wind": true}'
-    eval_env_kwargs: str = "{}"  # arguments of the evaluation environment that differ, as JSON
+    eval_env_kwargs: str = "{}"  # arguments that evaluation changes or adds, as JSON
     num_envs: int = 64  # environments stepped together
-    vec: Literal["sync", "async", "envpool"] = "sync"  # how: in turn, in a process each, or by EnvPool
+    vec: Literal["sync", "async", "envpool"] = "sync"  # how they are stepped: in turn, in a process each, or by EnvPool
     total_timesteps: int | float = 1_000_000  # steps over all environments; rounded down to whole rollouts
     seed: int = 1  # seed of everything random
     device: Literal["cpu", "cuda", "auto"] = "cpu"  # where the networks are
     threads: int = 1  # torch threads; small networks are fastest with one
     compile: bool = True  # compile the update (needs a C++ compiler)
 
-    num_steps: int | None = None  # of each environment per rollout; default: all make 4096
+    num_steps: int | None = None  # steps per environment and rollout; default: 4096 in all
     learning_rate: float = 5e-4  # Adam's step size at the start
-    critic_lr_ratio: float = 1.0  # the critic's step size, as a multiple of that
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how the rate falls; the last two end at 0
+    critic_lr_ratio: float = 1.0  # the critic's step size, as a multiple of `learning_rate`
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how the rate falls; linear and cosine end at 0
     lr_warmup: float = 0.0  # share of the run over which the learning rate first rises from 0
     num_minibatches: int = 64  # minibatches per epoch
     update_epochs: int = 10  # passes over each rollout
@@ -100,7 +100,7 @@ class Args:
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     adam_eps: float = 1e-5  # Adam's epsilon
     target_kl: float | None = None  # end a rollout's update once a minibatch's KL from the rollout's policy exceeds it
-    action_masks: bool = True  # where `info` has an `action_mask`, what it forbids is not done
+    action_masks: bool = True  # obey the `action_mask` in `info`, where there is one
     norm_obs: bool = True  # normalise observations by their running mean and deviation
     norm_reward: bool = True  # divide rewards by the running deviation of the discounted return; clip them at ±10
     actor_sizes: tuple[int, ...] = (64, 64)  # hidden layers of the policy
@@ -114,8 +114,8 @@ class Args:
     config: str | None = None  # YAML or JSON file of arguments; the command line wins
     capture_video: bool = False  # film the best episode of every evaluation
     track: bool = False  # send everything to Weights & Biases
-    wandb_project_name: str = "solorl"  # its project
-    wandb_entity: str | None = None  # its team
+    wandb_project_name: str = "solorl"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases team
 
     def __post_init__(self):
         check(self)
@@ -127,7 +127,7 @@ class Args:
 def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> gym.Env:
     if env_id.startswith("ALE/"):
         raise ValueError("this is an Atari game; ppo_atari_cnn.py plays it")
-    drawn = {"render_mode": render_mode} if render_mode else {}  # not every environment of one's own can be drawn
+    drawn = {"render_mode": render_mode} if render_mode else {}  # not every environment takes a render_mode
     env = gym.make(env_id, disable_env_checker=True, **drawn, **env_kwargs)
     with suppress(AttributeError, KeyError):  # films follow the agent where MuJoCo's model has a camera that does
         env.unwrapped.mujoco_renderer.camera_id = env.unwrapped.model.camera("track").id
@@ -162,18 +162,18 @@ class TrainEnv(gym.Wrapper):
         self.episode.append(np.array(action))
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.mask = info.get("action_mask")
-        return observation, float(reward), bool(terminated), bool(truncated), {}  # collecting infos takes a tenth
+        return observation, float(reward), bool(terminated), bool(truncated), {}  # infos would take a tenth of the time
 
     def replay(self) -> tuple[np.ndarray, float]:
-        """Its last observation and its return so far."""
+        """Plays the episode again; its last observation and its return so far."""
         seed, *actions = self.episode
         (observation, _), total = self.reset(seed=seed), 0.0
         for action in actions:
             observation, reward, terminated, truncated, _ = self.step(action)
             total += float(reward)
             if terminated or truncated:
-                return observation, math.nan  # of no running episode
-        return np.asarray(observation, self.observation_space.dtype), total  # as the environments together give it
+                return observation, math.nan  # equals no return: not restored
+        return np.asarray(observation, self.observation_space.dtype), total  # the vector environment's type
 
 
 class Environments:
@@ -194,7 +194,7 @@ class Environments:
         )
 
     def _reset(self, which: np.ndarray) -> np.ndarray:
-        """Begins an episode where `which` is true; the observations of all."""
+        """Begins an episode where `which` is true; returns the observations of all."""
         seeds = np.zeros(len(which), int)
         seeds[which] = self.random.integers(2**31, size=which.sum())
         return self.envs.reset(seed=seeds.tolist(), options={"reset_mask": which})[0]
@@ -202,7 +202,7 @@ class Environments:
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[tuple]]:
         """The true next observations, rewards, terminated, truncated; returns and lengths of the episodes that ended.
 
-        Where one ended, the next begins: `observations` is what to act on.
+        Where one ended, the next begins: `self.observations` is what to act on.
         """
         observations, rewards, terminated, truncated, _ = self.envs.step(actions)
         self.observations, finished, ended = observations, [], terminated | truncated
@@ -221,7 +221,7 @@ class Environments:
         return state | {"episodes": episodes, "random": self.random.bit_generator.state}
 
     def restore(self, state: dict) -> bool:
-        """Plays the running episodes again; whether that led to the same observations and returns."""
+        """Plays the running episodes again; returns whether that led to the same observations and returns."""
         self.random.bit_generator.state = state["random"]
         self.envs.set_attr("episode", [[seed, *actions.numpy()] for seed, actions in state["episodes"]])
         observations, returns = zip(*self.envs.call("replay"), strict=True)
@@ -244,7 +244,7 @@ class Environments:
 
 
 class RunningMoments(nn.Module):
-    """Mean and variance of all that was seen, in float64 (Chan et al.). When not enabled, it changes nothing."""
+    """Mean and variance of all that was seen, in float64 (Chan et al.). Unless enabled, batches stay as they are."""
 
     def __init__(self, shape: tuple[int, ...], enabled: bool):
         super().__init__()
@@ -264,14 +264,14 @@ class RunningMoments(nn.Module):
 
     def deviation(self) -> np.ndarray:
         mean, var = self.mean.numpy(), self.var.numpy()
-        var = np.where(var > 1e-12 * mean**2, var, mean**2)  # what never varies must not be divided by nothing
+        var = np.where(var > 1e-12 * mean**2, var, mean**2)  # what never varies must not be divided by almost 0
         return np.sqrt(var + 1e-8) if self.enabled else np.ones(var.shape)
 
     def scale(self, batch: np.ndarray) -> np.ndarray:
         return np.minimum(np.maximum(batch / self.deviation(), -10), 10) if self.enabled else batch
 
     def normaliser(self) -> Callable[[np.ndarray], np.ndarray]:
-        """Of batches, with the moments as they are now."""
+        """A function that normalises batches, by the moments as they are now."""
         if not self.enabled:
             return lambda batch: np.asarray(batch, np.float32)
         mean, deviation = self.mean.numpy().copy(), self.deviation()
@@ -305,7 +305,7 @@ IN_NUMPY = {
 
 
 def in_numpy(network: nn.Sequential) -> Callable[[np.ndarray], np.ndarray]:
-    """A network as it is now: several times as fast in numpy for the few observations of one step.
+    """A copy of the network as it is now, in numpy: several times as fast for the few observations of one step.
 
     Layers that are not `IN_NUMPY` are computed by torch.
     """
@@ -323,13 +323,13 @@ def in_numpy(network: nn.Sequential) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def choices_of(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Which of K choices exist, for each part of an action from its first number to its last. (A, K)"""
+    """Which of K choices exist in each part of an action, whose numbers go from `low` to `high`. (A, K)"""
     sizes = high.astype(int).reshape(-1, 1) - low.astype(int).reshape(-1, 1) + 1
     return np.arange(sizes.max()) < sizes
 
 
 class Agent(nn.Module):
-    """A categorical policy for each of an action's A parts, of up to K choices, a critic of its own, and the scales."""
+    """A categorical policy for each of an action's A parts, of up to K choices, a separate critic, the normalisers."""
 
     def __init__(self, args: Args, observation_shape: tuple[int, ...], low: np.ndarray, high: np.ndarray):
         super().__init__()
@@ -355,7 +355,7 @@ class Agent(nn.Module):
         return self.logits(observations, masks), self.critic(observations).squeeze(-1)
 
     def for_environment(self, actions: np.ndarray) -> np.ndarray:
-        """(N, A), which count from 0, to the environment's shape and numbers."""
+        """Choices (N, A), counted from 0, in the environment's shape and numbers."""
         low = self.low.numpy()
         return (actions.reshape(-1, *low.shape) + low).astype(low.dtype)
 
@@ -372,7 +372,7 @@ def allowed(args: Args, exist: np.ndarray, masks: Sequence) -> np.ndarray:
 
     rows, size = [flat(mask) for mask in masks], exist.sum()
     if wrong := [mask for mask, row in zip(masks, rows, strict=True) if len(row) != size]:
-        raise ValueError(f"{args.env_id}: an info's action_mask must have {size} values, and is {wrong[0]}")
+        raise ValueError(f"{args.env_id}: an info's action_mask must have {size} values, but is {wrong[0]}")
     choices = np.zeros((len(rows), *exist.shape), bool)
     choices[:, exist] = np.equal(rows, 1)
     if not choices.any(-1).all():
@@ -449,7 +449,7 @@ def parameters_of(module: nn.Module, theta: Tensor) -> dict[str, Tensor]:
 class Learner(NamedTuple):
     """The parameters as one vector, of which the agent's are views, and the state of Adam.
 
-    All learn, whatever their `requires_grad`: what shall not is a buffer, or stands behind `.detach()` in the loss.
+    All of them learn, whatever their `requires_grad`: what must not is a buffer, or is detached in the loss.
     """
 
     theta: Tensor
@@ -469,7 +469,7 @@ class Learner(NamedTuple):
 
     @torch.no_grad()
     def adam_step(self, gradient: Tensor, eps: float, beta1: float = 0.9, beta2: float = 0.999) -> None:
-        self.first_decay.mul_(beta1)  # a power would be taken anew for every 16 parameters in compiled code
+        self.first_decay.mul_(beta1)  # compiled code would compute a power again for every 16 parameters
         self.second_decay.mul_(beta2)
         self.first_moment.lerp_(gradient, 1 - beta1)
         self.second_moment.lerp_(gradient**2, 1 - beta2)
@@ -551,7 +551,7 @@ def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Sto
 
 
 def scale_rewards(args: Args, agent: Agent, envs: Environments, rollout: Rollout) -> Tensor:
-    """By the deviation of the discounted return, which starts anew with every episode. (T, N)"""
+    """Rewards over the deviation of the discounted return, which starts anew with every episode. (T, N)"""
     returns, ended = np.empty_like(rollout.rewards), rollout.ended.cpu().numpy()
     for t, rewards in enumerate(rollout.rewards):
         returns[t] = envs.discounted * args.gamma + rewards
@@ -571,7 +571,7 @@ def estimate(args: Args, agent: Agent, rollout: Rollout, rewards: Tensor) -> tup
 
 
 def batch_of(agent: Agent, rollout: Rollout, advantages: Tensor, values: Tensor) -> Batch:
-    """The rollout's steps in one row, with what the policy and the critic make of them now."""
+    """The rollout's steps in one row, with log-probabilities and values by policy and critic as they are now."""
     columns = rollout.inputs[:-1], rollout.actions, rollout.masks
     observations, actions, masks = (column.flatten(0, 1) for column in columns)
     logprobs = log_prob(agent.logits(observations, masks), actions)
@@ -612,7 +612,7 @@ def improve(
 
 
 class Stopwatch:
-    """Books the time since the last lap."""
+    """Books the time since the last lap under a name."""
 
     def __init__(self, seconds: dict[str, float]):
         self.seconds, self.last = seconds, time.perf_counter()
@@ -627,7 +627,7 @@ class Stopwatch:
 
 
 def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
-    """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
+    """Trains; returns the run directory. Once `interrupts` holds a signal's number, stops where it can be resumed."""
     args, envs, actions = prepare(args)
     B = args.num_envs * args.num_steps
     iterations = args.total_timesteps // B
@@ -687,7 +687,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
 
 class Policy:
-    """What is deployed, as it is now: one observation to an action, a batch of them to a batch of actions.
+    """The policy to deploy, as it is now: it maps one observation to an action, a batch of them to a batch of actions.
 
     Every row is computed alone, so that an action does not depend on what else is in the batch, to the last bit.
     Deterministic, unless asked for a `sample` of the actions as in training. If `masked`, it needs masks as well.
@@ -703,7 +703,7 @@ class Policy:
         if np.shape(observations) == self.shape:
             return self._choose(observations, mask, sample)
         if np.shape(observations)[1:] != self.shape:
-            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
+            raise ValueError(f"observations of shape {np.shape(observations)}: must be {self.shape}, or a batch")
         masks = [None] * len(observations) if mask is None else mask
         actions = [self._choose(*each, sample) for each in zip(observations, masks, strict=True)]
         return np.array(actions).reshape(-1, *self.agent.low.shape)
@@ -744,7 +744,7 @@ def play(policy: Policy, env: gym.Env, seed: int) -> tuple[float, int]:
 
 
 def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) -> None:
-    """Plays the policy in fresh environments, and keeps it: among the others, and as the best if it is that."""
+    """Plays the policy in fresh environments, and saves it: in `policies/`, and as `best.pt` if the best so far."""
     policy, rows = Policy(args, agent), []
     for episode, seed in enumerate(range(10_000, 10_000 + args.eval_episodes)):
         with closing(make_eval_env(args)) as env:
@@ -782,17 +782,17 @@ def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run") -> Ca
 
 
 def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run") -> Callable:
-    """The function, compiled by calls on copies of what changes; as it is, where that is impossible."""
+    """The function, compiled by `calls` on copies of what it changes; the function itself where that fails."""
     started, random = time.perf_counter(), torch.get_rng_state()
     torch.compiler.reset()  # what another run compiled in this process would be taken for this one's
 
     def compared(guards: Sequence) -> list[bool]:
-        """At every call: flags and shapes. Settings and the agent stay, and would take a fifth of the time."""
+        """What a call checks: flags and shapes. Settings and agent never change, and would take a fifth of the time."""
         return [g.name.isidentifier() or g.guard_type == "TENSOR_MATCH" and "agent" not in g.name for g in guards]
 
     config = {"guard_filter_fn": compared}
     if device.type == "cpu":
-        # Compiling is quicker without a test of the vector instructions, a header for later, the debugger's lines.
+        # Compiling is quicker without testing vector instructions, precompiling a header and writing debug lines.
         config |= {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
         config |= {"aot_inductor.enable_line_tables": False, "cpp_wrapper": True}  # no kernel is called from Python
     run.say("compiling the update …")
@@ -806,13 +806,13 @@ def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device,
         return function
     finally:
         gc.enable()
-        torch.set_rng_state(random)  # what a fork draws in its function is drawn by the run alone
+        torch.set_rng_state(random)  # compiling draws nothing, even if a fork's function does
     run.say(f"compiled in {time.perf_counter() - started:.1f} s")
     return fast
 
 
 class Captured:
-    """A function as one CUDA graph: the same kernels in the same order, for a call instead of thousands.
+    """A function as one CUDA graph: the same kernels in the same order, by one call instead of thousands.
 
     It changes `state` in place and nothing else; its inputs are copied to where the graph reads them.
     """
@@ -868,7 +868,7 @@ def write_atomically(path: Path, content: dict | str) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """On the CPU; a ValueError says in one line what is wrong with a torn or foreign file."""
+    """The checkpoint, on the CPU; a ValueError says in one line what is wrong with a damaged or foreign file."""
     try:
         with zipfile.ZipFile(path) as records:
             if records.testzip():  # torch reads on over damaged numbers
@@ -876,12 +876,12 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["args"]["env_id"], checkpoint["script"], checkpoint["agent"]
     except Exception as error:
-        raise ValueError(f"{path.name} is missing, torn or not a checkpoint ({type(error).__name__})") from None
+        raise ValueError(f"{path.name} is missing, damaged or not a checkpoint ({type(error).__name__})") from None
     return checkpoint
 
 
 def create_run(args: Args, state: dict) -> Path:
-    """Filled under another name and then renamed: a run directory is never half there, nor without a checkpoint."""
+    """Makes a run directory under another name, then renames it: it is never half there, nor without a checkpoint."""
     runs, source = Path(args.runs_dir), Path(__file__).resolve()
     command = "git rev-parse HEAD && git status --short"
     git = subprocess.run(command, shell=True, cwd=source.parent, capture_output=True, text=True)
@@ -926,15 +926,15 @@ class Run(ExitStack):
         return state | {"random": torch.get_rng_state()}
 
     def begin(self) -> None:
-        """Goes on from the last good checkpoint; nothing is touched before that is known to be of this run."""
+        """Continues from the last good checkpoint; nothing is touched until that is known to be this run's."""
         try:
             self.log = self.enter_context((self.directory / "run.log").open("a"))
             fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             saved = self.load()
             self.agent.load_state_dict(saved["agent"])
         except BlockingIOError:
-            refuse(f"--resume {self.directory}: another process trains this run")
-        except (OSError, ValueError, RuntimeError) as error:  # the last where the networks are others
+            refuse(f"--resume {self.directory}: another process is training this run")
+        except (OSError, ValueError, RuntimeError) as error:  # the last where the networks differ
             refuse(f"--resume {self.directory}: {error}")
         for tensor, value in zip(self.learner[1:], saved["learner"], strict=True):
             tensor.copy_(value)
@@ -961,7 +961,7 @@ class Run(ExitStack):
         self.announce(exact)
 
     def cut_back(self) -> None:
-        """To what there was when the checkpoint was written: the rest will be made again, or other."""
+        """Cuts the files back to the checkpoint: what came after it is made again, perhaps differently."""
         (self.directory / "result.json").unlink(missing_ok=True)
         for path in (self.directory / f"{table}.csv" for table in ("episodes", "progress", "evaluations")):
             if path.exists():
@@ -979,9 +979,9 @@ class Run(ExitStack):
                 saved = load_checkpoint(path)
                 break
         else:
-            raise ValueError("its checkpoints are torn or missing; start a new run")
+            raise ValueError("its checkpoints are damaged or missing; start a new run")
         if "environments" not in saved:
-            raise ValueError(f"{path.name} is a policy, from which no training goes on")
+            raise ValueError(f"{path.name} is a policy without the state of training; it cannot be resumed")
         was = saved["args"] | {"script": saved["script"]}
         for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
             if name not in FREE and value != was.get(name):
@@ -989,12 +989,12 @@ class Run(ExitStack):
         if (self.directory / f"{SCRIPT}.py").read_bytes() != Path(__file__).read_bytes():
             print(f"{self.directory}: goes on with another {SCRIPT}.py than it began with", file=sys.stderr)
         if path.name != "checkpoint.pt":
-            print(f"{self.directory}: checkpoint.pt is torn or missing; going on from {path.name}", file=sys.stderr)
+            print(f"{self.directory}: checkpoint.pt is damaged or missing; using {path.name}", file=sys.stderr)
             path.replace(self.directory / "checkpoint.pt")
         return saved
 
     def announce(self, exact: bool) -> None:
-        """What is trained, and what one may not expect of it."""
+        """Says what is trained, and what not to expect of it."""
         args, agent, N, T = self.args, self.agent, self.args.num_envs, self.args.num_steps
         B = N * T
         D, size = agent.moments.mean.numel(), sum(p.numel() for p in agent.parameters())
@@ -1011,7 +1011,7 @@ class Run(ExitStack):
             self.say("the running episodes could not be restored exactly; they begin anew, all else continues")
 
     def write(self, table: str, rows: list[dict]) -> None:
-        """In CSV, and in TensorBoard by CleanRL's names."""
+        """Adds rows to the CSV file, and to TensorBoard under CleanRL's names."""
         if rows:
             with (self.directory / f"{table}.csv").open("a+") as file:
                 file.seek(0)
@@ -1029,9 +1029,9 @@ class Run(ExitStack):
                 self.tensorboard.add_scalar(kind + name.replace("sps", "SPS"), row[name], row["step"])
 
     def save(self, step: int) -> None:
-        """The checkpoint before this one stays as `checkpoint.previous.pt`. Of networks that diverged there is none."""
+        """Writes a checkpoint, unless the networks diverged; the one before stays as `checkpoint.previous.pt`."""
         if not all(parameter.isfinite().all() for parameter in self.agent.parameters()):
-            raise FloatingPointError(f"not finite at step {step:,}: the parameters")
+            raise FloatingPointError(f"parameters are not finite at step {step:,}")
         for path in self.directory.glob("*.csv"):  # a checkpoint that outlives a power cut has its rows
             with path.open("a") as file:
                 os.fsync(file.fileno())
@@ -1084,7 +1084,7 @@ class Run(ExitStack):
         with suppress(OSError):  # a full disk has been noticed before
             super().__exit__(None, None, None)
         if isinstance(error, OSError | EOFError | FloatingPointError | KeyboardInterrupt):
-            problem = f"{type(error).__name__} {error}; the last checkpoint is of step {self.saved:,}"
+            problem = f"{type(error).__name__} {error}; the last checkpoint is of step {self.saved:,}; resume with"
             print(f"{SCRIPT}.py: {problem}\n  {self.resume_command}", file=sys.stderr)
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
@@ -1101,7 +1101,7 @@ def flag(name: str) -> str:
 
 
 def refuse(problem: str) -> NoReturn:
-    """A user's mistake: one line, whatever lines a library's error has, and exit status 2."""
+    """Reports a user's mistake in one line, however many a library's error has; exit status 2."""
     print(f"{Path(__file__).name}: {' '.join(problem.split())}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -1118,7 +1118,7 @@ RANGES = {
 
 
 def check(args: Args) -> None:
-    """Of a tuple every value counts, and None is a setting that is off."""
+    """Raises a ValueError for a value out of its range, alone or in a tuple; None, a setting left open, passes."""
     for rule, (low, high, names) in RANGES.items():
         for name in names.split():
             value = getattr(args, name)
@@ -1132,7 +1132,7 @@ def check(args: Args) -> None:
         try:
             dict(**json.loads(getattr(args, name)))
         except (ValueError, TypeError):
-            raise ValueError(f"{flag(name)} {getattr(args, name)}: must be JSON such as '{{\"g\": 9.81}}'") from None
+            raise ValueError(f"{flag(name)} {getattr(args, name)}: must be a JSON object like '{{\"g\":9}}'") from None
 
 
 class EnvPool(Environments):
@@ -1141,7 +1141,7 @@ class EnvPool(Environments):
     def _make(self, args: Args) -> gym.Env:
         import envpool
 
-        seeds = self.random.integers(2**31, size=args.num_envs).tolist()  # given one, it counts on into other runs'
+        seeds = self.random.integers(2**31, size=args.num_envs).tolist()  # from one seed it counts on into other runs'
         kwargs = json.loads(args.env_kwargs)
         return envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=seeds, **kwargs)
 
@@ -1167,13 +1167,13 @@ def bounds_of(actions: gym.spaces.Discrete | gym.spaces.MultiDiscrete) -> tuple[
 
 
 def prepare(args: Args) -> tuple[Args, Environments, gym.Space]:
-    """The environments, and the arguments with `num_steps`; what cannot work is refused before anything is written."""
+    """The arguments with `num_steps`, environments and action space; refuses what cannot work, and writes nothing."""
     for name, package in (("vec", "envpool"), ("track", "wandb")):
         if getattr(args, name) in (package, True) and not find_spec(package):
             refuse(f"{flag(name)}: {package} is not installed; pip install {package}")
     online = args.track and os.environ.get("WANDB_MODE", "online") == "online"
     if online and not importlib.import_module("wandb").login(prompt=False):
-        refuse("--track: W&B knows no key here; run `wandb login`, or set WANDB_MODE=offline")
+        refuse("--track: not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: torch finds no CUDA device here; use cpu")
     if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
@@ -1185,7 +1185,7 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.Space]:
             with closing(make(args)) as env:
                 actions = env.action_space
                 if not isinstance(actions, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
-                    raise TypeError(f"acts in {actions}, no (Multi)Discrete; ppo_continuous.py is for Box")
+                    raise TypeError(f"acts in {actions}, not (Multi)Discrete; ppo_continuous.py is for Box")
                 _, info = env.reset(seed=0)
                 mask = info.get("action_mask", getattr(env, "mask", None)) if args.action_masks else None
                 spaces.append((env.observation_space.shape, actions, mask is not None))
@@ -1195,7 +1195,7 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.Space]:
                 else:
                     first = allowed(args, choices_of(low, high), [mask]).argmax(-1)
                     action = (low + first.reshape(low.shape)).astype(low.dtype)
-                _, _, *over, info = env.step(action)  # some values are no problem before
+                _, _, *over, info = env.step(action)  # some mistakes show only in a step
                 if mask is not None and not any(over):
                     allowed(args, choices_of(low, high), [info.get("action_mask", getattr(env, "mask", None))])
                 if args.capture_video and make is not TrainEnv and (not env.render_mode or env.render() is None):
@@ -1208,7 +1208,7 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.Space]:
             args = replace(args, num_steps=max(1, round(rollout / N / unit)) * unit)
         size = N * args.num_steps
         if size % M or size == M:
-            refuse(f"--num-minibatches {M}: must divide a rollout's {N} x {args.num_steps} = {size} steps in parts > 1")
+            refuse(f"--num-minibatches {M}: must divide {N} x {args.num_steps} = {size} steps into parts of 2 or more")
         if args.total_timesteps < size:
             refuse(f"--total-timesteps {args.total_timesteps}: must be at least one rollout, {size} steps")
         envs = (EnvPool if args.vec == "envpool" else Environments)(args)
@@ -1227,14 +1227,14 @@ def parse(argv: list[str]) -> Args:
     """The defaults, then the file of `--config` or the run of `--resume`, then the command line: the last one wins."""
     args = tyro.cli(Args, args=argv, description=__doc__)
     if args.resume and not all(any(Path(args.resume).glob(name)) for name in (f"{SCRIPT}.py", "checkpoint*.pt")):
-        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py, or has no checkpoint")
+        refuse(f"--resume {args.resume}: is not a run of {SCRIPT}.py, or has no checkpoint")
     if args.resume and args.config:
         refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
     path = f"{args.resume}/config.yaml" if args.resume else args.config
     try:
         settings = yaml.safe_load(Path(path).read_text()).items() if path else ()
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        refuse(f"{path}: is no file of arguments: {error}")
+        refuse(f"{path}: is not a file of arguments: {error}")
     words = []
     for name, value in settings:
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]

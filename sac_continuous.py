@@ -12,14 +12,14 @@
 
 Haarnoja et al. 2018, https://arxiv.org/abs/1812.05905.
 
-The algorithm ends with `train`; what follows keeps, evaluates and checks, and is much the same in every script.
+The algorithm ends with `train`; the rest saves, evaluates and checks arguments, and is much the same in every script.
 
 What may surprise:
-- Only termination cuts a target; an episode cut by a time limit goes on in the value of its true last observation.
+- Only termination stops bootstrapping; an episode cut by a time limit bootstraps from its true last observation.
 - Actions are scaled to [-1, 1]: log-probabilities, and the entropy aimed at, do not depend on the environment's units.
 - The replay buffer holds each observation once (1M steps of HalfCheetah take 105 MB), and is part of the checkpoint.
 - The two critics are one batched computation; all of an update (critics, actor, entropy, targets) is one graph.
-- The parameters of actor, critics and entropy are views of a vector each, `theta`, so that Adam is a few operations.
+- The parameters of actor, critics and entropy are each views of one vector, `theta`: Adam is a few operations.
 """
 
 import copy
@@ -72,31 +72,31 @@ warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is asked for
 class Args:
     env_id: str = "HalfCheetah-v4"  # Gymnasium id of the environment; `module:Id-v0` imports the module first
     env_kwargs: str = "{}"  # arguments of the environment, as JSON: '{"reset_noise_scale": 0.15}'
-    eval_env_kwargs: str = "{}"  # arguments of the evaluation environment that differ, as JSON
+    eval_env_kwargs: str = "{}"  # arguments that evaluation changes or adds, as JSON
     num_envs: int = 1  # environments stepped together
-    vec: Literal["sync", "async", "envpool"] = "sync"  # how: in turn, in a process each, or by EnvPool
+    vec: Literal["sync", "async", "envpool"] = "sync"  # how they are stepped: in turn, in a process each, or by EnvPool
     total_timesteps: int | float = 1_000_000  # steps over all environments
     seed: int = 1  # seed of everything random
     device: Literal["cpu", "cuda", "auto"] = "auto"  # where the networks and the replay buffer are
     threads: int = 2  # torch threads
     compile: bool = True  # compile the update (needs a C++ compiler)
-    # of the update's products between hidden layers; auto is bf16 on GPUs and x86 processors that multiply in it
+    # of the update's products between hidden layers; auto: bf16 on GPUs and x86 processors that support it
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
-    learning_rate: float = 1e-3  # Adam's step size at the start, of all that has none of its own (Tianshou's in MuJoCo)
-    policy_lr: float | None = None  # that of the actor
-    q_lr: float | None = None  # that of the critics
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how the rates fall; the last two end at 0
+    learning_rate: float = 1e-3  # Adam's step size at the start, unless set below (Tianshou's for MuJoCo)
+    policy_lr: float | None = None  # the actor's step size; default: `learning_rate`
+    q_lr: float | None = None  # the critics' step size; default: `learning_rate`
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # how the rates fall; linear and cosine end at 0
     lr_warmup: float = 0.0  # share of the run over which the learning rates first rise from 0
     buffer_size: int = 1_000_000  # observations in the replay buffer; the last one of an episode counts too
     learning_starts: int = 10_000  # steps with random actions before the first update
     updates_per_step: float = 1.0  # updates per step, however many environments there are
     batch_size: int = 256  # transitions per update
     gamma: float = 0.99  # discount
-    tau: float = 0.005  # how far the target critics move towards the critics
-    policy_frequency: int = 1  # the actor learns at every so many updates, and then as many times
-    target_network_frequency: int = 1  # the target critics move at every so many updates
-    autotune: bool = True  # learn the entropy coefficient, from 1 on, so that the entropy comes to -A for A actions
+    tau: float = 0.005  # share of the way to the critics that the target critics move at a time
+    policy_frequency: int = 1  # critic updates per turn of the actor, which then takes as many steps
+    target_network_frequency: int = 1  # updates per move of the target critics
+    autotune: bool = True  # learn the entropy coefficient, starting at 1, to bring the entropy to -A for A actions
     alpha: float = 0.2  # the entropy coefficient with --no-autotune
     norm_obs: bool = False  # normalise observations by their running mean and deviation
     actor_sizes: tuple[int, ...] = (256, 256)  # hidden layers of the policy
@@ -111,8 +111,8 @@ class Args:
     config: str | None = None  # YAML or JSON file of arguments; the command line wins
     capture_video: bool = False  # film the best episode of every evaluation
     track: bool = False  # send everything to Weights & Biases
-    wandb_project_name: str = "solorl"  # its project
-    wandb_entity: str | None = None  # its team
+    wandb_project_name: str = "solorl"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases team
 
     def __post_init__(self):
         check(self)
@@ -124,7 +124,7 @@ class Args:
 def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> gym.Env:
     if env_id.startswith("ALE/"):
         raise ValueError("this is an Atari game; ppo_atari_cnn.py plays it")
-    drawn = {"render_mode": render_mode} if render_mode else {}  # not every environment of one's own can be drawn
+    drawn = {"render_mode": render_mode} if render_mode else {}  # not every environment takes a render_mode
     env = gym.make(env_id, disable_env_checker=True, **drawn, **env_kwargs)
     with suppress(AttributeError, KeyError):  # films follow the agent where MuJoCo's model has a camera that does
         env.unwrapped.mujoco_renderer.camera_id = env.unwrapped.model.camera("track").id
@@ -157,18 +157,18 @@ class TrainEnv(gym.Wrapper):
     def step(self, action: np.ndarray) -> tuple:
         self.episode.append(np.array(action))
         observation, reward, terminated, truncated, _ = self.env.step(action)
-        return observation, float(reward), bool(terminated), bool(truncated), {}  # collecting infos takes a tenth
+        return observation, float(reward), bool(terminated), bool(truncated), {}  # infos would take a tenth of the time
 
     def replay(self) -> tuple[np.ndarray, float]:
-        """Its last observation and its return so far."""
+        """Plays the episode again; its last observation and its return so far."""
         seed, *actions = self.episode
         (observation, _), total = self.reset(seed=seed), 0.0
         for action in actions:
             observation, reward, terminated, truncated, _ = self.step(action)
             total += float(reward)
             if terminated or truncated:
-                return observation, math.nan  # of no running episode
-        return np.asarray(observation, self.observation_space.dtype), total  # as the environments together give it
+                return observation, math.nan  # equals no return: not restored
+        return np.asarray(observation, self.observation_space.dtype), total  # the vector environment's type
 
 
 class Environments:
@@ -189,7 +189,7 @@ class Environments:
         )
 
     def _reset(self, which: np.ndarray) -> np.ndarray:
-        """Begins an episode where `which` is true; the observations of all."""
+        """Begins an episode where `which` is true; returns the observations of all."""
         seeds = np.zeros(len(which), int)
         seeds[which] = self.random.integers(2**31, size=which.sum())
         return self.envs.reset(seed=seeds.tolist(), options={"reset_mask": which})[0]
@@ -197,7 +197,7 @@ class Environments:
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[tuple]]:
         """The true next observations, rewards, terminated, truncated; returns and lengths of the episodes that ended.
 
-        Where one ended, the next begins: `observations` is what to act on.
+        Where one ended, the next begins: `self.observations` is what to act on.
         """
         observations, rewards, terminated, truncated, _ = self.envs.step(actions)
         self.observations, finished, ended = observations, [], terminated | truncated
@@ -216,7 +216,7 @@ class Environments:
         return state | {"episodes": episodes, "random": self.random.bit_generator.state}
 
     def restore(self, state: dict) -> bool:
-        """Plays the running episodes again; whether that led to the same observations and returns."""
+        """Plays the running episodes again; returns whether that led to the same observations and returns."""
         self.random.bit_generator.state = state["random"]
         self.envs.set_attr("episode", [[seed, *actions.numpy()] for seed, actions in state["episodes"]])
         observations, returns = zip(*self.envs.call("replay"), strict=True)
@@ -239,7 +239,7 @@ class Environments:
 
 
 class RunningMoments(nn.Module):
-    """Mean and variance of all that was seen, in float64 (Chan et al.). When not enabled, it changes nothing."""
+    """Mean and variance of all that was seen, in float64 (Chan et al.). Unless enabled, batches stay as they are."""
 
     def __init__(self, shape: tuple[int, ...], enabled: bool):
         super().__init__()
@@ -259,14 +259,14 @@ class RunningMoments(nn.Module):
 
     def deviation(self) -> np.ndarray:
         mean, var = self.mean.numpy(), self.var.numpy()
-        var = np.where(var > 1e-12 * mean**2, var, mean**2)  # what never varies must not be divided by nothing
+        var = np.where(var > 1e-12 * mean**2, var, mean**2)  # what never varies must not be divided by almost 0
         return np.sqrt(var + 1e-8) if self.enabled else np.ones(var.shape)
 
     def scale(self, batch: np.ndarray) -> np.ndarray:
         return np.minimum(np.maximum(batch / self.deviation(), -10), 10) if self.enabled else batch
 
     def normaliser(self) -> Callable[[np.ndarray], np.ndarray]:
-        """Of batches, with the moments as they are now."""
+        """A function that normalises batches, by the moments as they are now."""
         if not self.enabled:
             return lambda batch: np.asarray(batch, np.float32)
         mean, deviation = self.mean.numpy().copy(), self.deviation()
@@ -311,14 +311,14 @@ class ReplayBuffer:
         self.rings, self.size, self.num_envs = rings, len(rings.rewards), num_envs
         # Numpy writes a few rows in a fraction of torch's time; to a GPU only torch does.
         self.writable = Rings(*(ring.numpy() if ring.is_cpu else ring for ring in rings))
-        self.before = rings.between[:, 0].cpu().numpy()  # the same memory, or a copy for which no GPU is waited
+        self.before = rings.between[:, 0].cpu().numpy()  # the same memory, or a copy that need not wait for a GPU
         self.seen, self.first, self.end = 0, 0, 0  # observations so far; transitions from `first` up to `end` are held
 
     def __len__(self) -> int:
         return self.end - self.first
 
     def begin(self, observations: np.ndarray) -> None:
-        """What the environments see now (N, ...), without a transition that led there."""
+        """Adds what the environments see now (N, ...), without a transition that led there."""
         self._put(self.writable.observations, self.seen, observations.reshape(len(observations), -1))
         self.seen += len(observations)
         while self.first < self.end and self.before[self.first % self.size] < self.seen - self.size:
@@ -327,7 +327,7 @@ class ReplayBuffer:
     def add(
         self, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, ended: np.ndarray, shown: np.ndarray
     ) -> None:
-        """A step of every environment, where K episodes `ended`.
+        """Adds a step of every environment, in which K episodes `ended`.
 
         What those saw last, and what all see now, is `shown` (K + N, ...).
         """
@@ -347,7 +347,7 @@ class ReplayBuffer:
 
     def state(self) -> dict:
         used = zip(self.rings, (self.seen, *[self.end] * 4), strict=True)
-        whole = self.end >= self.size  # a part is copied, as it would be saved with all of its ring
+        whole = self.end >= self.size  # a part is copied, as torch saves a view with its whole ring
         kept = [ring if whole else ring[:number].to("cpu", copy=True) for ring, number in used]
         return {"rings": kept, "seen": self.seen, "first": self.first, "end": self.end}
 
@@ -358,7 +358,7 @@ class ReplayBuffer:
         self.seen, self.first, self.end = state["seen"], state["first"], state["end"]
 
     def _put(self, rows: np.ndarray | Tensor, number: int, content: np.ndarray) -> None:
-        """From this number on; after its last row a ring goes on in its first."""
+        """Writes rows from this number on; after its last row a ring continues in its first."""
         start = number % self.size
         before_end = self.size - start
         content = content if isinstance(rows, np.ndarray) else torch.as_tensor(content)
@@ -404,7 +404,7 @@ class Networks(nn.Module):
 
 
 def in_numpy(networks: Networks) -> Callable[[np.ndarray], np.ndarray]:
-    """The first of networks of the CPU in numpy, which is several times as fast for a few observations.
+    """The first of the networks, on the CPU, in numpy: several times as fast for a few observations.
 
     It reads the parameters where they are, and so learns with them.
     """
@@ -421,7 +421,7 @@ def in_numpy(networks: Networks) -> Callable[[np.ndarray], np.ndarray]:
 
 
 class Agent(nn.Module):
-    """A Gaussian policy, squashed by tanh, two critics, the logarithm of the entropy coefficient, and the scales."""
+    """A Gaussian policy, squashed by tanh, two critics, the log of the entropy coefficient, and the normaliser."""
 
     def __init__(self, args: Args, observation_shape: tuple[int, ...], low: np.ndarray, high: np.ndarray):
         super().__init__()
@@ -435,12 +435,12 @@ class Agent(nn.Module):
         self.centre, self.half_range, self.bounds = low / 2 + high / 2, high / 2 - low / 2, (low, high)
 
     def sample(self, outputs: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """Actions in [-1, 1], of what the actor says."""
+        """Actions in [-1, 1] from the actor's outputs and standard normal noise."""
         mean, log_std = np.split(outputs, 2, -1)
         return np.tanh(mean + np.exp(log_std.clip(-20, 2)) * noise)
 
     def for_environment(self, actions: np.ndarray) -> np.ndarray:
-        """(N, A) of the policy's to the environment's shape and bounds."""
+        """The policy's actions (N, A) in the environment's shape and bounds."""
         low, high = self.bounds
         actions = self.centre + self.half_range * actions.reshape(-1, *low.shape)
         return np.minimum(np.maximum(actions, low), high).astype(low.dtype, copy=False)
@@ -477,7 +477,7 @@ def parameters_of(module: nn.Module, theta: Tensor) -> dict[str, Tensor]:
 class Learner(NamedTuple):
     """The parameters as one vector, of which the agent's are views, and the state of Adam.
 
-    All learn, whatever their `requires_grad`: what shall not is a buffer, or stands behind `.detach()` in the loss.
+    All of them learn, whatever their `requires_grad`: what must not is a buffer, or is detached in the loss.
     """
 
     theta: Tensor
@@ -497,7 +497,7 @@ class Learner(NamedTuple):
 
     @torch.no_grad()
     def adam_step(self, gradient: Tensor, eps: float, beta1: float = 0.9, beta2: float = 0.999) -> None:
-        self.first_decay.mul_(beta1)  # a power would be taken anew for every 16 parameters in compiled code
+        self.first_decay.mul_(beta1)  # compiled code would compute a power again for every 16 parameters
         self.second_decay.mul_(beta2)
         self.first_moment.lerp_(gradient, 1 - beta1)
         self.second_moment.lerp_(gradient**2, 1 - beta2)
@@ -534,7 +534,7 @@ def update(
     improves: bool,
     follows: bool,
 ) -> Tensor:
-    """The critics learn from the transitions in `slots`, so does the actor if it `improves`, and the target `follows`.
+    """The critics learn from the transitions in `slots`, the actor if it `improves`; the target moves if it `follows`.
 
     Returns what was measured.
     """
@@ -609,10 +609,10 @@ def collect(
     environment_actions = agent.for_environment(actions)
     watch.lap("acting")
     if not np.isfinite(environment_actions).all():
-        raise FloatingPointError(f"not finite at step {step + N:,}: what the policy does")
+        raise FloatingPointError(f"the policy's actions are not finite at step {step + N:,}")
     true_next, rewards, terminated, truncated, finished = envs.step(environment_actions)
     if not all((np.abs(numbers) < 3e38).all() for numbers in (rewards, true_next, envs.observations)):  # as float32
-        raise FloatingPointError(f"not finite at step {step + N:,}: what the environment pays or shows")
+        raise FloatingPointError(f"the environment's rewards or observations are not finite at step {step + N:,}")
     ended = terminated | truncated
     shown = np.concatenate((true_next[ended], envs.observations)) if finished else envs.observations
     buffer.add(actions, rewards, terminated, ended, shown)
@@ -651,7 +651,7 @@ def improve(
 
 
 class Stopwatch:
-    """Books the time since the last lap."""
+    """Books the time since the last lap under a name."""
 
     def __init__(self, seconds: dict[str, float]):
         self.seconds, self.last = seconds, time.perf_counter()
@@ -666,7 +666,7 @@ class Stopwatch:
 
 
 def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
-    """Returns the run directory. Once `interrupts` holds a signal's number, it stops where it can be resumed."""
+    """Trains; returns the run directory. Once `interrupts` holds a signal's number, stops where it can be resumed."""
     args, envs, actions = prepare(args)
     N = args.num_envs
     total, interval = args.total_timesteps // N * N, max(1, 1000 // N) * N
@@ -740,7 +740,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
 
 class Policy:
-    """What is deployed, as it is now: one observation to an action, a batch of them to a batch of actions.
+    """The policy to deploy, as it is now: it maps one observation to an action, a batch of them to a batch of actions.
 
     Every row is computed alone, so that an action does not depend on what else is in the batch, to the last bit.
     Deterministic, unless asked for a `sample` of the actions as in training.
@@ -755,7 +755,7 @@ class Policy:
         if np.shape(observations) == self.shape:
             return self._choose(observations, sample)
         if np.shape(observations)[1:] != self.shape:
-            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
+            raise ValueError(f"observations of shape {np.shape(observations)}: must be {self.shape}, or a batch")
         actions = [self._choose(observation, sample) for observation in observations]
         return np.array(actions).reshape(-1, *self.agent.low.shape)
 
@@ -792,7 +792,7 @@ def play(policy: Policy, env: gym.Env, seed: int) -> tuple[float, int]:
 
 
 def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) -> None:
-    """Plays the policy in fresh environments, and keeps it: among the others, and as the best if it is that."""
+    """Plays the policy in fresh environments, and saves it: in `policies/`, and as `best.pt` if the best so far."""
     policy, rows = Policy(args, agent), []
     for episode, seed in enumerate(range(10_000, 10_000 + args.eval_episodes)):
         with closing(make_eval_env(args)) as env:
@@ -832,17 +832,17 @@ def compile_update(args: Args, agent: Agent, learners: Learners, buffer: ReplayB
 
 
 def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run") -> Callable:
-    """The function, compiled by calls on copies of what changes; as it is, where that is impossible."""
+    """The function, compiled by `calls` on copies of what it changes; the function itself where that fails."""
     started, random = time.perf_counter(), torch.get_rng_state()
     torch.compiler.reset()  # what another run compiled in this process would be taken for this one's
 
     def compared(guards: Sequence) -> list[bool]:
-        """At every call: flags and shapes. Settings and the agent stay, and would take a fifth of the time."""
+        """What a call checks: flags and shapes. Settings and agent never change, and would take a fifth of the time."""
         return [g.name.isidentifier() or g.guard_type == "TENSOR_MATCH" and "agent" not in g.name for g in guards]
 
     config = {"guard_filter_fn": compared}
     if device.type == "cpu":
-        # Compiling is quicker without a test of the vector instructions, a header for later, the debugger's lines.
+        # Compiling is quicker without testing vector instructions, precompiling a header and writing debug lines.
         config |= {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
         config |= {"aot_inductor.enable_line_tables": False, "cpp_wrapper": True}  # no kernel is called from Python
     run.say("compiling the update …")
@@ -856,13 +856,13 @@ def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device,
         return function
     finally:
         gc.enable()
-        torch.set_rng_state(random)  # what a fork draws in its function is drawn by the run alone
+        torch.set_rng_state(random)  # compiling draws nothing, even if a fork's function does
     run.say(f"compiled in {time.perf_counter() - started:.1f} s")
     return fast
 
 
 class Captured:
-    """A function as one CUDA graph: the same kernels in the same order, for a call instead of thousands.
+    """A function as one CUDA graph: the same kernels in the same order, by one call instead of thousands.
 
     It changes `state` in place and nothing else; its inputs are copied to where the graph reads them.
     """
@@ -891,7 +891,7 @@ class Captured:
 
 
 def capture_networks(networks: Networks, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
-    """The first of the networks, as `in_numpy`."""
+    """The first of the networks as a CUDA graph, from array to array as `in_numpy`."""
     captured = Captured(networks, ())
     return lambda inputs: captured(torch.tensor(inputs, device=device))[0].cpu().numpy()
 
@@ -919,7 +919,7 @@ def write_atomically(path: Path, content: dict | str) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """On the CPU; a ValueError says in one line what is wrong with a torn or foreign file."""
+    """The checkpoint, on the CPU; a ValueError says in one line what is wrong with a damaged or foreign file."""
     try:
         with zipfile.ZipFile(path) as records:
             if records.testzip():  # torch reads on over damaged numbers
@@ -927,12 +927,12 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["args"]["env_id"], checkpoint["script"], checkpoint["agent"]
     except Exception as error:
-        raise ValueError(f"{path.name} is missing, torn or not a checkpoint ({type(error).__name__})") from None
+        raise ValueError(f"{path.name} is missing, damaged or not a checkpoint ({type(error).__name__})") from None
     return checkpoint
 
 
 def create_run(args: Args, state: dict) -> Path:
-    """Filled under another name and then renamed: a run directory is never half there, nor without a checkpoint."""
+    """Makes a run directory under another name, then renames it: it is never half there, nor without a checkpoint."""
     runs, source = Path(args.runs_dir), Path(__file__).resolve()
     command = "git rev-parse HEAD && git status --short"
     git = subprocess.run(command, shell=True, cwd=source.parent, capture_output=True, text=True)
@@ -978,7 +978,7 @@ class Run(ExitStack):
         """All that training depends on from here."""
         state = {"script": SCRIPT, "args": asdict(self.args), "step": step, "agent": self.agent.state_dict()}
         state |= {"learner": self.learners.tensors(), "environments": self.envs.state(), "progress": self.progress}
-        # Without it, a buffer that the steps left would not fill is kept all the same.
+        # Even with --no-checkpoint-buffer it is kept where too few steps are left to fill a new one.
         needed = self.args.checkpoint_buffer or self.args.num_envs <= self.args.total_timesteps - step <= self.wait
         state |= {"buffer": self.buffer.state() if needed else {}}
         device = self.buffer.rings.rewards.device
@@ -986,15 +986,15 @@ class Run(ExitStack):
         return state | {"random": torch.get_rng_state(), "cuda_random": random}
 
     def begin(self) -> None:
-        """Goes on from the last good checkpoint; nothing is touched before that is known to be of this run."""
+        """Continues from the last good checkpoint; nothing is touched until that is known to be this run's."""
         try:
             self.log = self.enter_context((self.directory / "run.log").open("a"))
             fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             saved = self.load()
             self.agent.load_state_dict(saved["agent"])
         except BlockingIOError:
-            refuse(f"--resume {self.directory}: another process trains this run")
-        except (OSError, ValueError, RuntimeError) as error:  # the last where the networks are others
+            refuse(f"--resume {self.directory}: another process is training this run")
+        except (OSError, ValueError, RuntimeError) as error:  # the last where the networks differ
             refuse(f"--resume {self.directory}: {error}")
         for tensor, value in zip(self.learners.tensors(), saved["learner"], strict=True):
             tensor.copy_(value)
@@ -1029,7 +1029,7 @@ class Run(ExitStack):
         self.announce(exact)
 
     def cut_back(self) -> None:
-        """To what there was when the checkpoint was written: the rest will be made again, or other."""
+        """Cuts the files back to the checkpoint: what came after it is made again, perhaps differently."""
         (self.directory / "result.json").unlink(missing_ok=True)
         for path in (self.directory / f"{table}.csv" for table in ("episodes", "progress", "evaluations")):
             if path.exists():
@@ -1047,9 +1047,9 @@ class Run(ExitStack):
                 saved = load_checkpoint(path)
                 break
         else:
-            raise ValueError("its checkpoints are torn or missing; start a new run")
+            raise ValueError("its checkpoints are damaged or missing; start a new run")
         if "environments" not in saved:
-            raise ValueError(f"{path.name} is a policy, from which no training goes on")
+            raise ValueError(f"{path.name} is a policy without the state of training; it cannot be resumed")
         was = saved["args"] | {"script": saved["script"]}
         for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
             if name not in FREE and value != was.get(name):
@@ -1057,17 +1057,17 @@ class Run(ExitStack):
         if (self.directory / f"{SCRIPT}.py").read_bytes() != Path(__file__).read_bytes():
             print(f"{self.directory}: goes on with another {SCRIPT}.py than it began with", file=sys.stderr)
         if path.name != "checkpoint.pt":
-            print(f"{self.directory}: checkpoint.pt is torn or missing; going on from {path.name}", file=sys.stderr)
+            print(f"{self.directory}: checkpoint.pt is damaged or missing; using {path.name}", file=sys.stderr)
             path.replace(self.directory / "checkpoint.pt")
         return saved
 
     def announce(self, exact: bool) -> None:
-        """What is trained, and what one may not expect of it."""
+        """Says what is trained, and what not to expect of it."""
         args, agent, N, starts = self.args, self.agent, self.args.num_envs, self.progress["learn_from"]
         D, A, size = agent.moments.mean.numel(), agent.low.numel(), sum(p.numel() for p in agent.parameters())
         self.say(
-            f"{SCRIPT}  {args.env_id}  {D} observations, {A} actions in {agent.low.min():g} to {agent.high.max():g}\n"
-            f"{args.total_timesteps // N * N:,} steps of {N} environments ({args.vec}), from step {starts:,} on"
+            f"{SCRIPT}  {args.env_id}  {D} observations, {A} actions from {agent.low.min():g} to {agent.high.max():g}\n"
+            f"{args.total_timesteps // N * N:,} steps of {N} environments ({args.vec}); after step {starts:,},"
             f" {args.updates_per_step:g} updates of {args.batch_size} per step\n"
             f"{size:,} parameters, {args.precision}, {self.buffer.rings.rewards.device}\n{self.directory}"
         )
@@ -1077,7 +1077,7 @@ class Run(ExitStack):
             self.say(f"the checkpoint holds no replay buffer; a new one is filled until step {starts:,}")
 
     def write(self, table: str, rows: list[dict]) -> None:
-        """In CSV, and in TensorBoard by CleanRL's names."""
+        """Adds rows to the CSV file, and to TensorBoard under CleanRL's names."""
         if rows:
             with (self.directory / f"{table}.csv").open("a+") as file:
                 file.seek(0)
@@ -1095,9 +1095,9 @@ class Run(ExitStack):
                 self.tensorboard.add_scalar(kind + name.replace("sps", "SPS"), row[name], row["step"])
 
     def save(self, step: int) -> None:
-        """The checkpoint before this one stays as `checkpoint.previous.pt`. Of networks that diverged there is none."""
+        """Writes a checkpoint, unless the networks diverged; the one before stays as `checkpoint.previous.pt`."""
         if not all(parameter.isfinite().all() for parameter in self.agent.parameters()):
-            raise FloatingPointError(f"not finite at step {step:,}: the parameters")
+            raise FloatingPointError(f"parameters are not finite at step {step:,}")
         for path in self.directory.glob("*.csv"):  # a checkpoint that outlives a power cut has its rows
             with path.open("a") as file:
                 os.fsync(file.fileno())
@@ -1151,7 +1151,7 @@ class Run(ExitStack):
         with suppress(OSError):  # a full disk has been noticed before
             super().__exit__(None, None, None)
         if isinstance(error, OSError | EOFError | FloatingPointError | KeyboardInterrupt):
-            problem = f"{type(error).__name__} {error}; the last checkpoint is of step {self.saved:,}"
+            problem = f"{type(error).__name__} {error}; the last checkpoint is of step {self.saved:,}; resume with"
             print(f"{SCRIPT}.py: {problem}\n  {self.resume_command}", file=sys.stderr)
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
@@ -1168,7 +1168,7 @@ def flag(name: str) -> str:
 
 
 def refuse(problem: str) -> NoReturn:
-    """A user's mistake: one line, whatever lines a library's error has, and exit status 2."""
+    """Reports a user's mistake in one line, however many a library's error has; exit status 2."""
     print(f"{Path(__file__).name}: {' '.join(problem.split())}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -1189,7 +1189,7 @@ RANGES = {
 
 
 def check(args: Args) -> None:
-    """Of a tuple every value counts, and None is a setting that is off."""
+    """Raises a ValueError for a value out of its range, alone or in a tuple; None, a setting left open, passes."""
     for rule, (low, high, names) in RANGES.items():
         for name in names.split():
             value = getattr(args, name)
@@ -1203,7 +1203,7 @@ def check(args: Args) -> None:
         try:
             dict(**json.loads(getattr(args, name)))
         except (ValueError, TypeError):
-            raise ValueError(f"{flag(name)} {getattr(args, name)}: must be JSON such as '{{\"g\": 9.81}}'") from None
+            raise ValueError(f"{flag(name)} {getattr(args, name)}: must be a JSON object like '{{\"g\":9}}'") from None
 
 
 class EnvPool(Environments):
@@ -1212,7 +1212,7 @@ class EnvPool(Environments):
     def _make(self, args: Args) -> gym.Env:
         import envpool
 
-        seeds = self.random.integers(2**31, size=args.num_envs).tolist()  # given one, it counts on into other runs'
+        seeds = self.random.integers(2**31, size=args.num_envs).tolist()  # from one seed it counts on into other runs'
         kwargs = json.loads(args.env_kwargs)
         return envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=seeds, **kwargs)
 
@@ -1231,7 +1231,7 @@ class EnvPool(Environments):
 
 
 def resolve_precision(args: Args) -> Args:
-    """With a precision instead of `auto`."""
+    """The arguments with a precision instead of `auto`."""
     if args.device != "cpu" and torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -1240,20 +1240,20 @@ def resolve_precision(args: Args) -> Args:
 
 
 def memory_of(args: Args) -> int:
-    """In bytes, where the replay buffer is."""
+    """Bytes of memory in all, where the replay buffer is."""
     if args.device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
-    """The environments, and the arguments with `precision`; what cannot work is refused before anything is written."""
+    """The arguments with a precision, environments and action space; refuses what cannot work, and writes nothing."""
     for name, package in (("vec", "envpool"), ("track", "wandb")):
         if getattr(args, name) in (package, True) and not find_spec(package):
             refuse(f"{flag(name)}: {package} is not installed; pip install {package}")
     online = args.track and os.environ.get("WANDB_MODE", "online") == "online"
     if online and not importlib.import_module("wandb").login(prompt=False):
-        refuse("--track: W&B knows no key here; run `wandb login`, or set WANDB_MODE=offline")
+        refuse("--track: not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: torch finds no CUDA device here; use cpu")
     if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
@@ -1263,7 +1263,7 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
     if args.total_timesteps < starts + N:
         refuse(f"--total-timesteps {args.total_timesteps}: must be at least {starts + N}, after --learning-starts")
     if 0 < (risen := args.lr_warmup * args.total_timesteps) <= starts:
-        refuse(f"--lr-warmup {args.lr_warmup:g}: ends at step {risen:,.0f}, before --learning-starts {starts}")
+        refuse(f"--lr-warmup {args.lr_warmup:g}: ends at step {risen:,.0f}; must end after --learning-starts {starts}")
     if args.buffer_size < 4 * N:
         refuse(f"--buffer-size {args.buffer_size}: must be at least 4 x --num-envs, {4 * N}")
     try:
@@ -1271,18 +1271,18 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
             with closing(make(args)) as env:
                 actions = env.action_space
                 if not isinstance(actions, gym.spaces.Box) or not np.issubdtype(actions.dtype, np.floating):
-                    raise TypeError(f"acts in {actions}, no Box of real numbers; ppo_discrete.py is for Discrete")
+                    raise TypeError(f"acts in {actions}, not a Box of real numbers; ppo_discrete.py is for Discrete")
                 if not actions.is_bounded():
                     raise TypeError(f"acts in {actions}, which has infinite bounds; ppo_continuous.py is for those")
                 spaces.append((env.observation_space.shape, actions))
                 env.reset(seed=0)
-                env.step(actions.sample())  # some values are no problem before
+                env.step(actions.sample())  # some mistakes show only in a step
                 if args.capture_video and make is not TrainEnv and (not env.render_mode or env.render() is None):
                     raise TypeError("draws no images, which --capture-video needs")
         seen = np.empty((1, *env.observation_space.shape), env.observation_space.dtype)
         taken = sum(ring.nbytes for ring in Rings.of(args.buffer_size, seen, actions, "meta"))
         if taken > (memory := memory_of(args)):
-            refuse(f"--buffer-size {args.buffer_size}: takes {taken:,} bytes, of {memory:,} that there are")
+            refuse(f"--buffer-size {args.buffer_size}: takes {taken:,} bytes, of {memory:,} in all; make it smaller")
         envs = (EnvPool if args.vec == "envpool" else Environments)(args)
         if spaces != [(envs.observations.shape[1:], actions)] * 2:
             envs.close()
@@ -1299,14 +1299,14 @@ def parse(argv: list[str]) -> Args:
     """The defaults, then the file of `--config` or the run of `--resume`, then the command line: the last one wins."""
     args = tyro.cli(Args, args=argv, description=__doc__)
     if args.resume and not all(any(Path(args.resume).glob(name)) for name in (f"{SCRIPT}.py", "checkpoint*.pt")):
-        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py, or has no checkpoint")
+        refuse(f"--resume {args.resume}: is not a run of {SCRIPT}.py, or has no checkpoint")
     if args.resume and args.config:
         refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
     path = f"{args.resume}/config.yaml" if args.resume else args.config
     try:
         settings = yaml.safe_load(Path(path).read_text()).items() if path else ()
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        refuse(f"{path}: is no file of arguments: {error}")
+        refuse(f"{path}: is not a file of arguments: {error}")
     words = []
     for name, value in settings:
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]

@@ -115,7 +115,7 @@ SCRIPTS = {
             "--target-kl 0": "--target-kl",
             "--log-std-init nan": "--log-std-init",
             "--log-std-init -3": "--log-std-init -3.0: must be at least --log-std-min -1.5",
-            "--num-envs 4 --num-steps 16": "in parts > 1",
+            "--num-envs 4 --num-steps 16": "into parts of 2 or more",
             '--env-id Ant-v4 --eval-env-kwargs {"use_contact_forces":true}': "the spaces of training",
             "--env-id tests.envs:Forgetful-v0 --capture-video": "draws no images, which --capture-video needs",
             "--env-id tests.envs:Unseen-v0 --capture-video": "--capture-video True: NotImplemented",
@@ -208,7 +208,7 @@ SCRIPTS = {
             "--target-network-frequency 0": "--target-network-frequency 0",
             "--learning-starts -1": "--learning-starts -1",
             "--total-timesteps 100": "--total-timesteps 100: must be at least 10001, after --learning-starts",
-            "--lr-warmup 0.01": "--lr-warmup 0.01: ends at step 10,000, before --learning-starts 10000",
+            "--lr-warmup 0.01": "--lr-warmup 0.01: ends at step 10,000; must end after --learning-starts 10000",
             "--critic-sizes 64 0": "--critic-sizes",
         },
     ),
@@ -251,7 +251,7 @@ SCRIPTS = {
             "--buffer-size 100000000000": "--buffer-size 100000000000: takes 10,500,000,000,000 bytes, of ",
             "--learning-starts -1": "--learning-starts -1",
             "--total-timesteps 100": "--total-timesteps 100: must be at least 10001, after --learning-starts",
-            "--lr-warmup 0.01": "--lr-warmup 0.01: ends at step 10,000, before --learning-starts 10000",
+            "--lr-warmup 0.01": "--lr-warmup 0.01: ends at step 10,000; must end after --learning-starts 10000",
             "--critic-sizes 64 0": "--critic-sizes",
         },
     ),
@@ -285,7 +285,7 @@ SCRIPTS = {
             "--env-id tests.envs:Filmed-v0 --action-repeat 0": "--action-repeat 0",
             "--env-id Pendulum-v1 --frame-stack 4": "observes no images, which --frame-stack is for",
             "--env-id Pendulum-v1 --precision bf16": "--precision is for",
-            "--num-envs 4 --num-steps 16": "in parts > 1",
+            "--num-envs 4 --num-steps 16": "into parts of 2 or more",
             '--env-id Ant-v4 --eval-env-kwargs {"use_contact_forces":true}': "the spaces of training",
             "--num-minibatches 7 --num-steps 16": "--num-minibatches 7",
             "--total-timesteps 100": "--total-timesteps 100: must be at least one rollout, 4096 steps",
@@ -419,7 +419,7 @@ SCRIPTS = {
             "--learning-starts -1": "--learning-starts -1",
             "--total-timesteps 100": "--total-timesteps 100: must be at least 1008, after --learning-starts",
             "--total-timesteps 2e9": "--total-timesteps 2000000000.0: must be between 1 and 1e9",
-            "--lr-warmup 0.001": "--lr-warmup 0.001: ends at step 300, before --learning-starts 1000",
+            "--lr-warmup 0.001": "--lr-warmup 0.001: ends at step 300; must end after --learning-starts 1000",
         },
     ),
 }
@@ -428,8 +428,8 @@ MISTAKES = {
     "--env-id HalfCheeta-v4": "--env-id HalfCheeta-v4",
     "--env-id HalfCheetah-v9": "`v9`",
     "--env-id nowhere:Thing-v0": "--env-id nowhere:Thing-v0",
-    "--env-kwargs [1]": "--env-kwargs [1]: must be JSON",
-    "--env-kwargs {'a':1}": "--env-kwargs {'a':1}: must be JSON",
+    "--env-kwargs [1]": "--env-kwargs [1]: must be a JSON object",
+    "--env-kwargs {'a':1}": "--env-kwargs {'a':1}: must be a JSON object",
     '--env-kwargs {"wings":2}': '--env-kwargs {"wings":2}',
     '--eval-env-kwargs {"wings":2}': '--eval-env-kwargs {"wings":2}',
     "--seed 3000000000": "--seed 3000000000: must be between 0 and 2147483647",
@@ -450,7 +450,7 @@ MISTAKES = {
     "--vec envpool": "--vec: envpool is not installed; pip install envpool",
     "--track": "--track: wandb is not installed; pip install wandb",
     "--runs-dir /dev/null/runs": "--runs-dir /dev/null/runs",
-    "--resume .": "--resume .: is no run of",
+    "--resume .": "--resume .: is not a run of",
     "--config nowhere.yaml": "nowhere.yaml",
 }
 
@@ -1144,7 +1144,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(script, finished, dama
         checkpoint.write_bytes(DAMAGES[damage](good))
     script.train("--resume", str(finished))
     error = capsys.readouterr().err
-    assert "checkpoint.pt is torn or missing" in error and error.count("\n") == 1
+    assert "checkpoint.pt is damaged or missing" in error and error.count("\n") == 1
     assert same(undisturbed, finished) and (finished / "result.json").exists()
     assert rows(undisturbed, "evaluations") == rows(finished, "evaluations")
 
@@ -1176,17 +1176,17 @@ def each(pattern: str, change):
 
 # What makes a run one that cannot be resumed, and what has to be said of it.
 SPOILT = {
-    "both checkpoints torn": (each("checkpoint*.pt", lambda path: path.write_bytes(b"PK")), "torn or missing"),
+    "both checkpoints torn": (each("checkpoint*.pt", lambda path: path.write_bytes(b"PK")), "damaged or missing"),
     "both checkpoints gone": (each("checkpoint*.pt", Path.unlink), "has no checkpoint"),
     "neither checkpoint nor log": (each("*[tg]", Path.unlink), "has no checkpoint"),
     "a policy in its place": (lambda run: shutil.copy(run / "best.pt", run / "checkpoint.pt"), "is a policy"),
     "another seed": (edit_config(seed=7), "--seed is 1 in checkpoint.pt and cannot become 7"),
     "another rate": (edit_config(learning_rate=0.5), "cannot become 0.5"),
-    "no arguments": (each("config.yaml", lambda path: path.write_text("")), "is no file of arguments"),
-    "no YAML": (each("config.yaml", lambda path: path.write_text("{")), "is no file of arguments"),
+    "no arguments": (each("config.yaml", lambda path: path.write_text("")), "is not a file of arguments"),
+    "no YAML": (each("config.yaml", lambda path: path.write_text("{")), "is not a file of arguments"),
     "an unknown argument": (edit_config(wings=2), "--wings"),
     "a wrong value": (edit_config(learning_rate="quick"), "--learning-rate"),
-    "no script": (each("*.py", Path.unlink), "is no run of"),
+    "no script": (each("*.py", Path.unlink), "is not a run of"),
     "other networks": (
         edit_checkpoint(lambda state: state["agent"].update({min(state["agent"]): torch.zeros(9, 9, 9)})),
         "size mismatch",
@@ -1550,7 +1550,7 @@ def test_mistakes_in_a_file_of_arguments(script, tmp_path, capsys):
     for text, told in {
         "learning_rat: 1": "--learning-rat",
         "learning_rate: quick": "--learning-rate",
-        "[1]": "is no file of arguments",
+        "[1]": "is not a file of arguments",
         "env_id: --seed": "would be read as a flag",
         "env_id: ''": "--env-id: is empty",
     }.items():
