@@ -33,6 +33,7 @@ import copy
 import csv
 import fcntl
 import gc
+import hashlib
 import importlib
 import json
 import math
@@ -53,7 +54,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from multiprocessing import parent_process
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
@@ -110,7 +111,7 @@ class Args:
     ent_coef: float = 0.0  # weight of the entropy bonus
     kl_coef: float = 0.0  # weight of the KL divergence from the reference policy; at the start, with a `target_kl`
     kl_estimator: Literal["closed", "k3"] = "closed"  # its closed form, or the estimate from the actions taken
-    ref_update_every: int = 1  # iterations between two reference policies, each the policy of its time
+    ref_update_every: int = 1  # iterations after which the current policy becomes the reference
     target_kl: float | None = None  # divergence from the reference after an iteration that `kl_coef` is adapted to
     stop_kl: float | None = None  # end an iteration's update once a minibatch's KL from its policy exceeds it
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
@@ -155,30 +156,32 @@ def make_eval_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 class TrainEnv(gym.Wrapper):
     def __init__(self, args: Args):
-        if args.vec == "async" and parent_process():  # a worker, which ends when the trainer says so
+        if args.vec == "async" and current_process().daemon:  # a worker, which ends when the trainer says so
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        self.make, self.worn = partial(make_env, args.env_id, json.loads(args.env_kwargs)), False
+            torch.set_flush_denormal(True)  # as in the trainer
+        self.make = partial(make_env, args.env_id, json.loads(args.env_kwargs))
         super().__init__(self.make())
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        if self.worn:
+        if type(getattr(self.unwrapped, "world", None)).__module__.startswith("Box2D"):  # it keeps traces of its past
             self.env.close()
             self.env = self.make()
-        world = getattr(self.unwrapped, "world", None)
         observation, _ = self.env.reset(seed=seed)
-        self.worn = world is not None and self.unwrapped.world is world  # a Box2D world keeps traces of its past
         return observation, {}
 
     def step(self, action: np.ndarray) -> tuple:
-        return *self.env.step(action)[:4], {}  # infos are not read, and collecting them takes a tenth of the time
+        observation, reward, terminated, truncated, _ = self.env.step(action)
+        return observation, float(reward), bool(terminated), bool(truncated), {}  # collecting infos takes a tenth
 
 
 class Environments:
     """N environments, any of which begin an episode or step while the others rest."""
 
     def __init__(self, args: Args):
-        self.args, self.envs, self.random = args, self._make(args), np.random.default_rng(args.seed)
+        self.args, self.random = args, np.random.default_rng(args.seed)
+        self.envs = self._make(args)
+        self.witness = {}  # how an episode began
         self.observations = np.zeros((args.num_envs, *self.envs.single_observation_space.shape))  # what to act on
 
     def _make(self, args: Args) -> gym.vector.VectorEnv:
@@ -191,6 +194,7 @@ class Environments:
         mask, every = np.zeros(self.args.num_envs, bool), np.zeros(self.args.num_envs, int)
         mask[which], every[which] = True, seeds
         self.observations[which] = self.envs.reset(seed=every.tolist(), options={"reset_mask": mask})[0][which]
+        self.witness = {"seed": int(seeds[0]), "observation": torch.tensor(self.observations[which[0]])}
 
     def step(self, which: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rewards, terminated, truncated."""
@@ -204,12 +208,16 @@ class Environments:
         return tuple(results)
 
     def state(self) -> dict:
-        return {"random": self.random.bit_generator.state}  # no episode is running when a checkpoint is written
+        """No episode is running when a checkpoint is written."""
+        return {"random": self.random.bit_generator.state, "witness": self.witness}
 
     def restore(self, state: dict) -> bool:
-        """Whether the same episodes follow."""
+        """Whether the same episodes follow, as far as one that begins again can tell."""
         self.random.bit_generator.state = state["random"]
-        return True
+        if not (witness := state["witness"]):
+            return True
+        self.begin(np.arange(self.args.num_envs), np.full(self.args.num_envs, witness["seed"]))
+        return np.array_equal(self.observations[0], witness["observation"])
 
     def close(self) -> None:
         workers = getattr(self.envs, "processes", [])  # of --vec async; one that hangs would never answer
@@ -234,8 +242,9 @@ class RunningMoments(nn.Module):
 
     def update(self, batch: np.ndarray) -> None:
         seen, count = self.count.item(), len(batch)
-        total, delta = seen + count, torch.as_tensor(batch.mean(0)) - self.mean
-        squares = self.var * seen + torch.as_tensor(batch.var(0)) * count + delta**2 * seen * count / total
+        mean, var = (torch.as_tensor(moment(batch, 0, dtype=np.float64)) for moment in (np.mean, np.var))
+        total, delta = seen + count, mean - self.mean
+        squares = self.var * seen + var * count + delta**2 * seen * count / total
         self.var.copy_(squares / total)
         self.mean.add_(delta * count / total)
         self.count.fill_(total)
@@ -250,8 +259,10 @@ class RunningMoments(nn.Module):
 
     def normaliser(self) -> Callable[[np.ndarray], np.ndarray]:
         """Of batches, with the moments as they are now."""
-        mean, deviation, limit = self.mean.numpy() * self.enabled, self.deviation(), 10 if self.enabled else np.inf
-        return lambda batch: np.minimum(np.maximum((batch - mean) / deviation, -limit), limit).astype(np.float32)
+        if not self.enabled:
+            return lambda batch: np.asarray(batch, np.float32)
+        mean, deviation = self.mean.numpy().copy(), self.deviation()
+        return lambda batch: np.minimum(np.maximum((batch - mean) / deviation, -10), 10).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------- algorithm
@@ -419,8 +430,8 @@ class Agent(nn.Module):
         self.register_buffer("low", torch.as_tensor(low))
         self.register_buffer("high", torch.as_tensor(high))
         bounded = np.isfinite(low) & np.isfinite(high)  # to the policy, such bounds are -1 and 1
-        self.centre = np.where(bounded, low / 2 + high / 2, 0).astype(low.dtype)
         self.half_range = np.where(bounded, high / 2 - low / 2, 1).astype(low.dtype)
+        self.centre = np.where(bounded, high - self.half_range, np.clip(0, low, high)).astype(low.dtype)
         self.bounds = low, high
 
     def forward(self, observations: Tensor) -> Tensor:
@@ -442,7 +453,7 @@ class Agent(nn.Module):
             return low + actions
         actions = 2 * actions - 1 if self.kind is Beta else actions
         actions = self.centre + self.half_range * actions.reshape(-1, *low.shape)
-        return np.minimum(np.maximum(actions, low), high)
+        return np.minimum(np.maximum(actions, low), high).astype(low.dtype, copy=False)
 
 
 def rewards_to_go(rewards: np.ndarray, gamma: float) -> np.ndarray:
@@ -540,13 +551,13 @@ def grpo_loss(
     clipped = ratio.clamp(1 - args.clip_coef, 1 + high)
     policy_loss = -mean(torch.min(ratio * batch.advantages, clipped * batch.advantages))
 
-    if args.kl_estimator == "closed":
-        penalty = policy.kl(reference)
-    else:  # r - ln r - 1, r = π_ref / π, http://joschu.net/blog/kl-approx.html
-        log_r = reference.log_prob(batch.actions) - logprobs
-        penalty = log_r.exp() - log_r - 1
     entropy = policy.entropy()
-    loss = policy_loss + kl_coef * mean(penalty) - args.ent_coef * mean(entropy)
+    loss = policy_loss - args.ent_coef * mean(entropy)
+    if args.kl_coef and args.kl_estimator == "closed":
+        loss = loss + kl_coef * mean(policy.kl(reference))
+    elif args.kl_coef:  # r - ln r - 1, r = π_ref / π, http://joschu.net/blog/kl-approx.html
+        log_r = reference.log_prob(batch.actions) - logprobs
+        loss = loss + kl_coef * mean(log_r.exp() - log_r - 1)
     used = (batch.weights > 0).float() / rows
     kl = (used * (ratio - 1 - logratio)).sum()
     clip_fraction = (used * (ratio != clipped)).sum()
@@ -565,7 +576,10 @@ def parameters_of(module: nn.Module, theta: Tensor) -> dict[str, Tensor]:
 
 
 class Learner(NamedTuple):
-    """The parameters as one vector, of which the agent's are views, and the state of Adam."""
+    """The parameters as one vector, of which the agent's are views, and the state of Adam.
+
+    All learn, whatever their `requires_grad`: what shall not is a buffer, or stands behind `.detach()` in the loss.
+    """
 
     theta: Tensor
     first_moment: Tensor
@@ -763,7 +777,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     progress |= {"recent": [], "evaluation": {}, "best": {}, "seconds": dict.fromkeys(SECONDS, 0.0)}
     with closing(envs), Run(args, agent, learner, envs, progress) as run:
         run.begin()
-        fast_update = compile_update(args, agent, learner, run, interrupts) if args.compile else update
+        fast_update = compile_update(args, agent, learner, run) if args.compile else update
         if device.type == "cuda":
             fast_update = capture_update(args, agent, learner, fast_update)
         watch, booked, step = Stopwatch(progress["seconds"]), dict(progress["seconds"]), run.saved
@@ -786,14 +800,18 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             measures |= compare(args, rollout, bare)
             agent.moments.update(rollout.observations)
             watch.lap("updating")
-            measured = [measures[name] for name in (*MEASURES, "reference_kl")]
-            if not np.isfinite([*measured, advantages.sum(), *agent.moments.var.flatten()]).all():
+            squares = np.square(rollout.rewards).sum()  # whose overflow would make every advantage 0
+            sums = squares, advantages.sum(), agent.moments.var.sum(), learner.theta.sum().cpu()
+            if not np.isfinite([*(measures[name] for name in (*MEASURES, "reference_kl")), *sums]).all():
                 raise FloatingPointError(f"not finite in the iteration that ended at step {step:,}: {measures}")
 
             if progress["iteration"] == 1 and measures["degenerate_groups"] < 1 and not advantages.any():
                 run.say(f"every {args.advantage} advantage is 0, though returns differ: try --advantage rtg or outcome")
             progress["updates"] += measures["updates"]
             progress["recent"] = [*progress["recent"], *(e["return"] for e in rollout.episodes)][-100:]
+            if min(step, total) * args.num_evals // total > (step - B) * args.num_evals // total:
+                evaluate(args, run, agent, step, progress)
+                watch.lap("evaluating")
             row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(step / watch.elapsed())}
             row |= measures | {"updates": progress["updates"]}
             row |= {f"seconds_{name}": round(watch.seconds[name] - booked[name], 4) for name in SECONDS}
@@ -804,9 +822,6 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
             if args.target_kl:
                 progress["kl_coef"] = next_kl_coef(progress["kl_coef"], row["reference_kl"], args.target_kl)
-            if min(step, total) * args.num_evals // total > (step - B) * args.num_evals // total:
-                evaluate(args, run, agent, step, progress)
-                watch.lap("evaluating")
             if step // args.checkpoint_every > (step - B) // args.checkpoint_every or step >= total:
                 run.save(step)
                 watch.lap("saving")
@@ -826,8 +841,8 @@ class Policy:
     """
 
     def __init__(self, args: Args, agent: Agent):
-        self.agent, self.discount, self.bootstraps = agent, args.gamma, ()
-        self.shape = tuple(agent.moments.mean.shape)
+        self.agent, self.shape = agent, tuple(agent.moments.mean.shape)
+        self.discount, self.bootstraps = args.gamma, ()
         self._act, self._normalise = agent.acting(), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
@@ -875,9 +890,7 @@ def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) ->
     run.tensorboard.add_scalar("charts/evaluation_return", evaluation["mean"], step)
     state = {"script": SCRIPT, "args": asdict(args), "step": step, "agent": agent.state_dict()}
     write_atomically(run.directory / "policies" / f"step-{step:09d}.pt", state)
-    if math.isnan(evaluation["mean"]):
-        run.say(f"the evaluation at step {step:,} has returns that are not numbers: {returns}")
-    elif evaluation["mean"] > progress["best"].get("mean", -math.inf):
+    if evaluation["mean"] > progress["best"].get("mean", -math.inf):
         progress["best"] = evaluation
         write_atomically(run.directory / "best.pt", state)
     run.say(f"{step:>11,}  evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}")
@@ -892,21 +905,19 @@ def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) ->
             run.tracker.log({"videos": importlib.import_module("wandb").Video(str(path))})
 
 
-def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run", interrupts: Sequence[int]) -> Callable:
+def compile_update(args: Args, agent: Agent, learner: Learner, run: "Run") -> Callable:
     device, size, D = learner.theta.device, args.minibatch_size, agent.moments.mean.numel()
     observations, *columns = (torch.zeros(shape, device=device) for shape in ((size, D), size, size, size))
     outputs = agent(observations)
     actions = torch.tensor(agent.kind.best(outputs.cpu().numpy()), device=device)
     batch, kl_coef = Batch(observations, actions, *columns, outputs), torch.zeros((), device=device)
-    return compile_by([(agent, args, copy.deepcopy(learner), batch, kl_coef)], update, device, run, interrupts)
+    return compile_by([(agent, args, copy.deepcopy(learner), batch, kl_coef)], update, device, run)
 
 
-def compile_by(
-    calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run", interrupts: Sequence[int]
-) -> Callable:
+def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run") -> Callable:
     """The function, compiled by calls on copies of what changes; as it is, where that is impossible."""
-    started = time.perf_counter()
-    torch.compiler.reset()
+    started, random = time.perf_counter(), torch.get_rng_state()
+    torch.compiler.reset()  # what another run compiled in this process would be taken for this one's
 
     def compared(guards: Sequence) -> list[bool]:
         """At every call: flags and shapes. Settings and the agent stay, and would take a fifth of the time."""
@@ -924,11 +935,11 @@ def compile_by(
         for call in calls:
             fast(*call)
     except Exception as error:
-        if not interrupts:  # which the compiler hears too
-            run.say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
+        run.say(f"the update is not compiled, so the run is slower: {' '.join(str(error).split())[:100]}")
         return function
     finally:
         gc.enable()
+        torch.set_rng_state(random)  # what a fork draws in its function is drawn by the run alone
     run.say(f"compiled in {time.perf_counter() - started:.1f} s")
     return fast
 
@@ -1008,6 +1019,7 @@ def create_run(args: Args, state: dict) -> Path:
             shutil.copy(source, new)
             (new / "config.yaml").write_text(yaml.safe_dump(asdict(args), sort_keys=False))
             (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+            (new / "episodes.csv").write_text("step,wall_time,return,length\n")  # an episode may never end
             torch.save(state, new / "checkpoint.pt")
             new.chmod(0o755)
             name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}"
@@ -1024,7 +1036,7 @@ class Run(ExitStack):
     def __init__(self, args: Args, agent: Agent, learner: Learner, envs: Environments, progress: dict):
         super().__init__()
         self.args, self.agent, self.learner, self.envs, self.progress = args, agent, learner, envs, progress
-        self.directory = Path(args.resume) if args.resume else create_run(args, self.state(0) | {"sizes": {}})
+        self.directory = Path(args.resume) if args.resume else create_run(args, self.state(0))
         self.resume_command = shlex.join(["python", sys.argv[0], "--resume", str(self.directory)])
         self.live, self.said, self.tracker, self.saved = sys.stdout.isatty(), time.monotonic(), None, 0
 
@@ -1052,16 +1064,14 @@ class Run(ExitStack):
         torch.set_rng_state(saved["random"])
         self.saved = saved["step"]
 
-        (self.directory / "result.json").unlink(missing_ok=True)
-        for path in self.directory.glob("*.csv"):  # the rows after the checkpoint will be written again
-            os.truncate(path, saved["sizes"].get(path.name, 0))
-        if not saved["sizes"]:  # an episode may never end
-            (self.directory / "episodes.csv").write_text("step,wall_time,return,length\n")
+        self.cut_back()
         args, name = self.args, self.directory.name
         if args.track:
             import wandb
 
-            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": name}
+            own = hashlib.sha256((self.directory / "meta.json").read_bytes()).hexdigest()[:8]  # names may repeat
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name}
+            names["id"] = f"{name}-{own}"
             self.tracker = wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True)
             self.tracker.log_code(str(self.directory))
             self.callback(self.tracker.finish)
@@ -1071,6 +1081,19 @@ class Run(ExitStack):
         self.tensorboard.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
         self.announce(exact)
 
+    def cut_back(self) -> None:
+        """To what there was when the checkpoint was written: the rest will be made again, or other."""
+        (self.directory / "result.json").unlink(missing_ok=True)
+        for path in (self.directory / f"{table}.csv" for table in ("episodes", "progress", "evaluations")):
+            if path.exists():
+                *rows, _ = path.read_text().split("\n")  # the last is empty, or torn
+                kept = [row for row in rows if row.startswith("step,") or int(row.split(",")[0]) <= self.saved]
+                write_atomically(path, "\n".join([*kept, ""]))
+        best = self.directory / "policies" / f"step-{self.progress['best'].get('step', 0):09d}.pt"
+        if best.exists():  # best.pt may be of an evaluation that is not made again
+            shutil.copy(best, self.directory / "best.pt.unfinished")
+            (self.directory / "best.pt.unfinished").replace(self.directory / "best.pt")
+
     def load(self) -> dict:
         for path in (self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"):
             with suppress(ValueError):
@@ -1078,13 +1101,14 @@ class Run(ExitStack):
                 break
         else:
             raise ValueError("its checkpoints are torn or missing; start a new run")
+        if "environments" not in saved:
+            raise ValueError(f"{path.name} is a policy, from which no training goes on")
         was = saved["args"] | {"script": saved["script"]}
         for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
             if name not in FREE and value != was.get(name):
                 raise ValueError(f"{flag(name)} is {was.get(name)} in {path.name} and cannot become {value}")
-        for name, size in saved["sizes"].items():
-            if not (self.directory / name).is_file() or (self.directory / name).stat().st_size < size:
-                raise ValueError(f"{name} is shorter than when {path.name} was written; start a new run")
+        if (self.directory / f"{SCRIPT}.py").read_bytes() != Path(__file__).read_bytes():
+            print(f"{self.directory}: goes on with another {SCRIPT}.py than it began with", file=sys.stderr)
         if path.name != "checkpoint.pt":
             print(f"{self.directory}: checkpoint.pt is torn or missing; going on from {path.name}", file=sys.stderr)
             path.replace(self.directory / "checkpoint.pt")
@@ -1104,33 +1128,40 @@ class Run(ExitStack):
         if slow := {type(layer).__name__ for layer in agent.actor if type(layer) not in IN_NUMPY}:
             self.say(f"acting is slower for {', '.join(sorted(slow))}, which in_numpy does not know")
         if not exact:
-            self.say("--vec envpool cannot repeat its episodes; other ones follow, all else continues")
+            self.say("the environments cannot be restored exactly; other episodes follow, all else continues")
 
     def write(self, table: str, rows: list[dict]) -> None:
         """In CSV, and in TensorBoard by CleanRL's names."""
         if rows:
-            with (self.directory / f"{table}.csv").open("a", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                if not file.tell():
+            with (self.directory / f"{table}.csv").open("a+") as file:
+                file.seek(0)
+                header, own = file.readline().strip(), ",".join(rows[0])
+                if header not in ("", own):
+                    refuse(f"{file.name}: has the columns {header}, not {own}; resume with the {SCRIPT}.py beside it")
+                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+                if not header:
                     writer.writeheader()
                 writer.writerows(rows)
         losses = {*MEASURES, "explained_variance"}
         for row in rows if table != "evaluations" else ():
-            for name in row.keys() - {"step", "wall_time"}:
+            for name in (name for name in row.keys() - {"step", "wall_time"} if not math.isnan(row[name])):
                 kind = "charts/episodic_" if table == "episodes" else "losses/" if name in losses else "charts/"
                 self.tensorboard.add_scalar(kind + name.replace("sps", "SPS"), row[name], row["step"])
 
     def save(self, step: int) -> None:
-        """The checkpoint before this one stays as `checkpoint.previous.pt`."""
-        sizes = {}
-        for path in self.directory.glob("*.csv"):
+        """The checkpoint before this one stays as `checkpoint.previous.pt`. Of networks that diverged there is none."""
+        if not all(parameter.isfinite().all() for parameter in self.agent.parameters()):
+            raise FloatingPointError(f"not finite at step {step:,}: the parameters")
+        for path in self.directory.glob("*.csv"):  # a checkpoint that outlives a power cut has its rows
             with path.open("a") as file:
                 os.fsync(file.fileno())
-                sizes[path.name] = file.tell()
         last, previous = self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"
         previous.unlink(missing_ok=True)
-        os.link(last, previous)
-        write_atomically(last, self.state(step) | {"sizes": sizes})
+        try:
+            os.link(last, previous)
+        except OSError:  # not every file system has links
+            shutil.copy(last, previous)
+        write_atomically(last, self.state(step))
         self.saved = step
 
     def say(self, text: str) -> None:
@@ -1214,8 +1245,7 @@ def check(args: Args) -> None:
     for rule, (low, high, names) in RANGES.items():
         for name in names.split():
             value = getattr(args, name)
-            values = value if isinstance(value, tuple | list) else () if value is None else (value,)
-            if not all(low <= each <= high for each in values):
+            if value is not None and not all(low <= each <= high for each in np.atleast_1d(value)):
                 raise ValueError(f"{flag(name)} {value}: must be {rule}")
     args.total_timesteps, args.checkpoint_every = int(args.total_timesteps), int(args.checkpoint_every)  # of 1e6
     for name in ("env_id", "runs_dir", "resume", "config"):
@@ -1234,17 +1264,18 @@ class EnvPool(Environments):
     def _make(self, args: Args) -> gym.Env:
         import envpool
 
+        seeds = self.random.integers(2**31, size=args.num_envs).tolist()  # given one, it counts on into other runs'
         kwargs = json.loads(args.env_kwargs)
-        return envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=args.seed, **kwargs)
+        return envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=seeds, **kwargs)
 
     def begin(self, which: np.ndarray, seeds: np.ndarray) -> None:
         self.observations[which] = self.envs.reset(which)[0]
 
     def state(self) -> dict:
-        return {"seed": self.args.seed}
+        return {"seed": self.random.integers(2**31).item()}  # from which other episodes follow
 
     def restore(self, state: dict) -> bool:
-        self.__init__(replace(self.args, seed=(state["seed"] + 1) % 2**31))  # with other episodes than the first time
+        self.__init__(replace(self.args, seed=state["seed"]))
         return False
 
 
@@ -1269,8 +1300,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
         refuse(f"--num-envs {args.num_envs}: must be at most {M}, the episodes of an iteration")
     if args.log_std_init < args.log_std_min:
         refuse(f"--log-std-init {args.log_std_init}: must be at least --log-std-min {args.log_std_min}")
-    if args.target_kl and not args.kl_coef:
-        refuse("--target-kl: there is no penalty to adapt; set --kl-coef to what it begins with")
+    if args.target_kl and not 1e-4 <= args.kl_coef <= 100:
+        refuse("--target-kl: adapts --kl-coef, which must begin between 1e-4 and 100")
     if args.vec == "envpool" and args.identical_start:
         refuse("--vec envpool: it cannot begin episodes alike; use sync, or --no-identical-start")
     try:
@@ -1289,8 +1320,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
                     raise TypeError("has no limit of its own; set --max-episode-steps, as whole episodes are played")
                 env.reset(seed=0)
                 env.step(env.action_space.sample())  # some values are no problem before
-                if env.render_mode:
-                    env.render()
+                if args.capture_video and make is not TrainEnv and (not env.render_mode or env.render() is None):
+                    raise TypeError("draws no images, which --capture-video needs")
         limit = min(steps for steps in limits[:2] if steps)
         args = replace(args, num_envs=args.num_envs or min(M, 64), max_episode_steps=limit)
         envs = (EnvPool if args.vec == "envpool" else Environments)(args)
@@ -1300,23 +1331,21 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
     except Exception as error:
         names = ("env_kwargs", "eval_env_kwargs", "vec", "capture_video")
         given = ["env_id", *(name for name in names if getattr(args, name) != getattr(Args, name))]
-        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {error}")
+        told = error if " " in str(error) else repr(error)
+        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {told}")
     return args, envs, actions
 
 
-def parse(argv: list[str] | None = None) -> Args:
+def parse(argv: list[str]) -> Args:
     """The defaults, then the file of `--config` or the run of `--resume`, then the command line: the last one wins."""
-    argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=argv, description=__doc__)
-    if args.resume and not (Path(args.resume) / f"{SCRIPT}.py").is_file():
-        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py")
+    if args.resume and not all(any(Path(args.resume).glob(name)) for name in (f"{SCRIPT}.py", "checkpoint*.pt")):
+        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py, or has no checkpoint")
     if args.resume and args.config:
         refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
     path = f"{args.resume}/config.yaml" if args.resume else args.config
-    if not path:
-        return args
     try:
-        settings = yaml.safe_load(Path(path).read_text()).items()
+        settings = yaml.safe_load(Path(path).read_text()).items() if path else ()
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         refuse(f"{path}: is no file of arguments: {error}")
     words = []
@@ -1347,4 +1376,4 @@ def catch_interrupts() -> list[int]:
 
 if __name__ == "__main__":
     sys.path.append(os.getcwd())  # where a `module:Id-v0` of the user's may lie
-    train(interrupts=catch_interrupts(), args=parse())
+    train(interrupts=catch_interrupts(), args=parse(sys.argv[1:]))

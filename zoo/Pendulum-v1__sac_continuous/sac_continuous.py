@@ -26,6 +26,7 @@ import copy
 import csv
 import fcntl
 import gc
+import hashlib
 import importlib
 import itertools
 import json
@@ -47,7 +48,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from multiprocessing import parent_process
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
@@ -138,25 +139,25 @@ class TrainEnv(gym.Wrapper):
     """Remembers its episode: the seed and the actions since, which are all it takes to play it again."""
 
     def __init__(self, args: Args):
-        if args.vec == "async" and parent_process():  # a worker, which ends when the trainer says so
+        if args.vec == "async" and current_process().daemon:  # a worker, which ends when the trainer says so
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        self.make, self.worn = partial(make_env, args.env_id, json.loads(args.env_kwargs)), False
+            torch.set_flush_denormal(True)  # as in the trainer
+        self.make = partial(make_env, args.env_id, json.loads(args.env_kwargs))
         super().__init__(self.make())
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        if self.worn:
+        if type(getattr(self.unwrapped, "world", None)).__module__.startswith("Box2D"):  # it keeps traces of its past
             self.env.close()
             self.env = self.make()
-        world = getattr(self.unwrapped, "world", None)
         observation, _ = self.env.reset(seed=seed)
-        self.worn = world is not None and self.unwrapped.world is world  # a Box2D world keeps traces of its past
         self.episode = [seed]
         return observation, {}
 
     def step(self, action: np.ndarray) -> tuple:
         self.episode.append(np.array(action))
-        return *self.env.step(action)[:4], {}  # infos are not read, and collecting them takes a tenth of the time
+        observation, reward, terminated, truncated, _ = self.env.step(action)
+        return observation, float(reward), bool(terminated), bool(truncated), {}  # collecting infos takes a tenth
 
     def replay(self) -> tuple[np.ndarray, float]:
         """Its last observation and its return so far."""
@@ -166,8 +167,8 @@ class TrainEnv(gym.Wrapper):
             observation, reward, terminated, truncated, _ = self.step(action)
             total += float(reward)
             if terminated or truncated:
-                return observation, math.nan  # which is no running episode
-        return observation, total
+                return observation, math.nan  # of no running episode
+        return np.asarray(observation, self.observation_space.dtype), total  # as the environments together give it
 
 
 class Environments:
@@ -176,8 +177,8 @@ class Environments:
     running = ("observations", "returns", "lengths", "discounted")  # of the running episodes
 
     def __init__(self, args: Args):
-        self.args, self.envs, self.random = args, self._make(args), np.random.default_rng(args.seed)
-        N = args.num_envs
+        self.args, self.random, N = args, np.random.default_rng(args.seed), args.num_envs
+        self.envs = self._make(args)
         self.returns, self.lengths, self.discounted = np.zeros(N), np.zeros(N, int), np.zeros(N)
         self.observations = self._reset(np.ones(N, bool))
 
@@ -249,8 +250,9 @@ class RunningMoments(nn.Module):
 
     def update(self, batch: np.ndarray) -> None:
         seen, count = self.count.item(), len(batch)
-        total, delta = seen + count, torch.as_tensor(batch.mean(0)) - self.mean
-        squares = self.var * seen + torch.as_tensor(batch.var(0)) * count + delta**2 * seen * count / total
+        mean, var = (torch.as_tensor(moment(batch, 0, dtype=np.float64)) for moment in (np.mean, np.var))
+        total, delta = seen + count, mean - self.mean
+        squares = self.var * seen + var * count + delta**2 * seen * count / total
         self.var.copy_(squares / total)
         self.mean.add_(delta * count / total)
         self.count.fill_(total)
@@ -265,8 +267,10 @@ class RunningMoments(nn.Module):
 
     def normaliser(self) -> Callable[[np.ndarray], np.ndarray]:
         """Of batches, with the moments as they are now."""
-        mean, deviation, limit = self.mean.numpy() * self.enabled, self.deviation(), 10 if self.enabled else np.inf
-        return lambda batch: np.minimum(np.maximum((batch - mean) / deviation, -limit), limit).astype(np.float32)
+        if not self.enabled:
+            return lambda batch: np.asarray(batch, np.float32)
+        mean, deviation = self.mean.numpy().copy(), self.deviation()
+        return lambda batch: np.minimum(np.maximum((batch - mean) / deviation, -10), 10).astype(np.float32)
 
 
 # --------------------------------------------------------------------------------------------------- replay buffer
@@ -305,7 +309,9 @@ class ReplayBuffer:
 
     def __init__(self, rings: Rings, num_envs: int):
         self.rings, self.size, self.num_envs = rings, len(rings.rewards), num_envs
-        self.before = self.rings.between[:, 0].cpu().numpy()  # the same memory, or a copy for which no GPU is waited
+        # Numpy writes a few rows in a fraction of torch's time; to a GPU only torch does.
+        self.writable = Rings(*(ring.numpy() if ring.is_cpu else ring for ring in rings))
+        self.before = rings.between[:, 0].cpu().numpy()  # the same memory, or a copy for which no GPU is waited
         self.seen, self.first, self.end = 0, 0, 0  # observations so far; transitions from `first` up to `end` are held
 
     def __len__(self) -> int:
@@ -313,31 +319,27 @@ class ReplayBuffer:
 
     def begin(self, observations: np.ndarray) -> None:
         """What the environments see now (N, ...), without a transition that led there."""
-        self._put(self.rings.observations, self.seen, observations.reshape(len(observations), -1))
+        self._put(self.writable.observations, self.seen, observations.reshape(len(observations), -1))
         self.seen += len(observations)
         while self.first < self.end and self.before[self.first % self.size] < self.seen - self.size:
             self.first += 1
 
     def add(
-        self,
-        actions: Tensor,
-        rewards: np.ndarray,
-        terminated: np.ndarray,
-        ended: np.ndarray,
-        true_next: np.ndarray,
-        now: np.ndarray,
+        self, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, ended: np.ndarray, shown: np.ndarray
     ) -> None:
-        """A step of every environment, where some episodes `ended`, and what all see `now`, after resets."""
-        N, K = self.num_envs, ended.sum()
+        """A step of every environment, where K episodes `ended`.
+
+        What those saw last, and what all see now, is `shown` (K + N, ...).
+        """
+        N, K = self.num_envs, len(shown) - self.num_envs
         before = np.arange(self.seen - N, self.seen)
         after = before + N + K
         after[ended] = self.seen + np.arange(K)
-        done = actions, rewards, terminated, np.stack((before, after), 1)
-        for ring, content in zip(self.rings[1:], done, strict=True):
-            self._put(ring, self.end, content)
-        self.before[np.arange(self.end, self.end + N) % self.size] = before
+        done = actions, rewards, terminated, np.array((before, after)).T, before
+        for rows, content in zip((*self.writable[1:], self.before), done, strict=True):
+            self._put(rows, self.end, content)
         self.end += N
-        self.begin(np.concatenate((true_next[ended], now)))
+        self.begin(shown)
 
     def draw(self, count: int) -> Tensor:
         """Slots of transitions, uniformly and with replacement."""
@@ -355,12 +357,14 @@ class ReplayBuffer:
         self.before[:] = self.rings.between[:, 0].cpu()
         self.seen, self.first, self.end = state["seen"], state["first"], state["end"]
 
-    def _put(self, ring: Tensor, number: int, content: np.ndarray | Tensor) -> None:
+    def _put(self, rows: np.ndarray | Tensor, number: int, content: np.ndarray) -> None:
         """From this number on; after its last row a ring goes on in its first."""
-        start, content = number % self.size, torch.as_tensor(content).to(ring.dtype)
-        before_end = min(len(content), self.size - start)
-        ring[start : start + before_end].copy_(content[:before_end], non_blocking=True)
-        ring[: len(content) - before_end].copy_(content[before_end:], non_blocking=True)
+        start = number % self.size
+        before_end = self.size - start
+        content = content if isinstance(rows, np.ndarray) else torch.as_tensor(content)
+        rows[start : start + len(content)] = content[:before_end]
+        if len(content) > before_end:
+            rows[: len(content) - before_end] = content[before_end:]
 
 
 def gather(args: Args, rings: Rings, scale: Tensor, slots: Tensor) -> Transitions:
@@ -381,7 +385,6 @@ class Networks(nn.Module):
 
     def __init__(self, count: int, sizes: tuple[int, ...]):
         super().__init__()
-        self.count = count
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for inputs, outputs in itertools.pairwise(sizes):
             bound = inputs**-0.5  # as in torch's linear layers
@@ -390,7 +393,7 @@ class Networks(nn.Module):
 
     def forward(self, inputs: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """(B, inputs) to (count, B, outputs); what lies between the first and the last layer is computed in `dtype`."""
-        x = inputs.expand(self.count, *inputs.shape)
+        x = inputs.expand(len(self.weights[0]), *inputs.shape)
         *hidden, (weight, bias) = zip(self.weights, self.biases, strict=True)
         for n, (hidden_weight, hidden_bias) in enumerate(hidden):
             kind = dtype if n else torch.float32  # observations need all of their digits
@@ -401,8 +404,10 @@ class Networks(nn.Module):
 
 
 def in_numpy(networks: Networks) -> Callable[[np.ndarray], np.ndarray]:
-    """The first of the networks as it is now: several times as fast in numpy for one observation."""
-    networks = copy.deepcopy(networks).cpu()
+    """The first of networks of the CPU in numpy, which is several times as fast for a few observations.
+
+    It reads the parameters where they are, and so learns with them.
+    """
     *hidden, (last_weight, last_bias) = (
         (weight[0].numpy(), bias[0, 0].numpy()) for weight, bias in zip(networks.weights, networks.biases, strict=True)
     )
@@ -429,11 +434,16 @@ class Agent(nn.Module):
         self.register_buffer("high", torch.as_tensor(high))
         self.centre, self.half_range, self.bounds = low / 2 + high / 2, high / 2 - low / 2, (low, high)
 
+    def sample(self, outputs: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """Actions in [-1, 1], of what the actor says."""
+        mean, log_std = np.split(outputs, 2, -1)
+        return np.tanh(mean + np.exp(log_std.clip(-20, 2)) * noise)
+
     def for_environment(self, actions: np.ndarray) -> np.ndarray:
         """(N, A) of the policy's to the environment's shape and bounds."""
         low, high = self.bounds
         actions = self.centre + self.half_range * actions.reshape(-1, *low.shape)
-        return np.minimum(np.maximum(actions, low), high)
+        return np.minimum(np.maximum(actions, low), high).astype(low.dtype, copy=False)
 
 
 def gaussian(outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -465,7 +475,10 @@ def parameters_of(module: nn.Module, theta: Tensor) -> dict[str, Tensor]:
 
 
 class Learner(NamedTuple):
-    """The parameters as one vector, of which the agent's are views, and the state of Adam."""
+    """The parameters as one vector, of which the agent's are views, and the state of Adam.
+
+    All learn, whatever their `requires_grad`: what shall not is a buffer, or stands behind `.detach()` in the loss.
+    """
 
     theta: Tensor
     first_moment: Tensor
@@ -583,30 +596,28 @@ def lr_factor(args: Args, iteration: int, iterations: int) -> float:
     return decay[args.lr_schedule] * min(1.0, rise)
 
 
-def sample_actions(agent: Agent, inputs: Tensor, noise: Tensor) -> Tensor:
-    mean, log_std = gaussian(agent.actor(inputs))
-    return (mean + log_std.exp() * noise).tanh()
-
-
 def collect(
     args: Args, agent: Agent, act: Callable, buffer: ReplayBuffer, envs: Environments, step: int, watch: "Stopwatch"
 ) -> list[dict]:
     """A step of every environment from `step` on, into the buffer; the rows of episodes.csv."""
-    N, A, device = args.num_envs, agent.low.numel(), agent.log_alpha[0].device
+    N, A = args.num_envs, agent.low.numel()
     if step < args.learning_starts:
-        actions = 2 * torch.rand((N, A), device=device) - 1
+        actions = 2 * torch.rand((N, A)).numpy() - 1
     else:
-        inputs = torch.tensor(agent.moments.normaliser()(envs.observations).reshape(N, -1), device=device)
-        actions = act(inputs, torch.randn((N, A), device=device))
-    environment_actions = agent.for_environment(actions.cpu().numpy())
+        outputs = act(agent.moments.normaliser()(envs.observations).reshape(N, -1))
+        actions = agent.sample(outputs, torch.randn((N, A)).numpy())
+    environment_actions = agent.for_environment(actions)
     watch.lap("acting")
+    if not np.isfinite(environment_actions).all():
+        raise FloatingPointError(f"not finite at step {step + N:,}: what the policy does")
     true_next, rewards, terminated, truncated, finished = envs.step(environment_actions)
-    if not (np.isfinite(rewards).all() and np.isfinite(true_next).all()):
+    if not all((np.abs(numbers) < 3e38).all() for numbers in (rewards, true_next, envs.observations)):  # as float32
         raise FloatingPointError(f"not finite at step {step + N:,}: what the environment pays or shows")
     ended = terminated | truncated
-    buffer.add(actions, rewards, terminated, ended, true_next, envs.observations)
+    shown = np.concatenate((true_next[ended], envs.observations)) if finished else envs.observations
+    buffer.add(actions, rewards, terminated, ended, shown)
     if args.norm_obs:
-        agent.moments.update(np.concatenate((true_next[ended], envs.observations)))
+        agent.moments.update(shown)
     watch.lap("stepping")
     when = {"step": step + N, "wall_time": round(watch.elapsed(), 3)}
     return [when | {"return": total, "length": length} for total, length in finished]
@@ -622,14 +633,15 @@ def improve(
     optimise: Callable,
 ) -> list[Tensor]:
     """The updates that follow the N steps up to `step`; what each has measured."""
-    N, B, A, device = args.num_envs, args.batch_size, agent.low.numel(), agent.log_alpha[0].device
+    N, B, A, device = args.num_envs, args.batch_size, agent.low.numel(), buffer.rings.rewards.device
     factor = lr_factor(args, step // N, args.total_timesteps // N)
     for learner, rate in zip(learners[:3], (args.policy_lr, args.q_lr, None), strict=True):
         learner.learning_rate.fill_(factor * (rate or args.learning_rate))
     if step <= progress["learn_from"]:
         return []
-    scale = np.stack((agent.moments.mean.flatten(), agent.moments.deviation().ravel()))
-    scale, measured = torch.tensor(scale, dtype=torch.float32, device=device), []
+    scale, measured = torch.ones((2, agent.moments.mean.numel()), device=device), []
+    if args.norm_obs:
+        scale.copy_(torch.tensor(np.stack((agent.moments.mean.flatten(), agent.moments.deviation().ravel()))))
     for _ in range(int(step * args.updates_per_step) - int((step - N) * args.updates_per_step)):
         slots = buffer.draw(B)
         noise = torch.randn((1 + args.policy_frequency, B, A), device=device)
@@ -675,10 +687,12 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
     progress["learn_from"] = args.learning_starts
     with closing(envs), Run(args, agent, learners, buffer, envs, progress) as run:
         run.begin()
-        fast_update = compile_update(args, agent, learners, buffer, run, interrupts) if args.compile else update
-        act, optimise = partial(sample_actions, agent), partial(fast_update, agent, args, learners, buffer.rings)
+        fast_update = compile_update(args, agent, learners, buffer, run) if args.compile else update
+        optimise = partial(fast_update, agent, args, learners, buffer.rings)
         if device.type == "cuda":
-            act, optimise = Captured(act, ()), capture_updates(optimise, learners)
+            act, optimise = capture_networks(agent.actor, device), capture_updates(optimise, learners)
+        else:
+            act = in_numpy(agent.actor)
         watch, booked, measured, shown = Stopwatch(progress["seconds"]), dict(progress["seconds"]), [], run.saved
 
         for step in range(run.saved + N, total + 1, N):
@@ -692,13 +706,17 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
 
             evaluates = step * args.num_evals // total > (step - N) * args.num_evals // total
             saves = step // args.checkpoint_every > (step - N) // args.checkpoint_every or step == total
+            saves = saves or len(interrupts) > 0  # so that a row says what was measured until then
             if not (evaluates or saves or step % interval == 0):
                 continue
             means = torch.stack(measured).nanmean(0).tolist() if measured else [math.nan] * len(MEASURES)
             measures, measured = dict(zip(MEASURES, means, strict=True)), []
-            if not all(learner.theta.isfinite().all() for learner in learners[:3]):
+            if math.inf in map(abs, means) or not all(learner.theta.isfinite().all() for learner in learners[:3]):
                 raise FloatingPointError(f"not finite at step {step:,}: {measures}")
             watch.lap("updating")
+            if evaluates:
+                evaluate(args, run, agent, step, progress)
+                watch.lap("evaluating")
             seconds = {name: spent - booked[name] for name, spent in watch.seconds.items()}
             pace = (step - shown) / sum(seconds[name] for name in ("stepping", "acting", "updating"))
             row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(pace, 3)}
@@ -709,9 +727,6 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             run.write("progress", [row])
             watch.lap("saving")
 
-            if evaluates:
-                evaluate(args, run, agent, step, progress)
-                watch.lap("evaluating")
             if saves:
                 run.save(step)
                 watch.lap("saving")
@@ -732,35 +747,29 @@ class Policy:
     """
 
     def __init__(self, args: Args, agent: Agent):
-        self.agent, self.discount, self.bootstraps = agent, args.gamma, ("truncated",)
-        self.shape = tuple(agent.moments.mean.shape)
-        self._act, self._normalise = in_numpy(agent.actor), agent.moments.normaliser()
+        self.agent, self.shape = agent, tuple(agent.moments.mean.shape)
+        self.discount, self.bootstraps = args.gamma, ("truncated",)
+        self._act, self._normalise = in_numpy(copy.deepcopy(agent.actor).cpu()), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False) -> np.ndarray:
         if np.shape(observations) == self.shape:
             return self._choose(observations, sample)
-        actions = [self._choose(observation, sample) for observation in self._batch(observations)]
+        if np.shape(observations)[1:] != self.shape:
+            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
+        actions = [self._choose(observation, sample) for observation in observations]
         return np.array(actions).reshape(-1, *self.agent.low.shape)
 
     def _choose(self, observation: np.ndarray, sample: bool) -> np.ndarray:
-        u, log_std = np.split(self._act(self._normalise(observation).reshape(-1)), 2)
-        if sample:
-            u = u + np.exp(log_std.clip(-20, 2)) * torch.randn(len(u)).numpy()
-        return self.agent.for_environment(np.tanh(u))[0]
+        noise = torch.randn(self.agent.low.numel()).numpy() if sample else np.float32(0)
+        action = self.agent.sample(self._act(self._normalise(observation).reshape(-1)), noise)
+        return self.agent.for_environment(action)[0]
 
     def value(self, observations: np.ndarray) -> np.ndarray:
-        """The lower of the critics' values of the deterministic action; entropy, times alpha, counts as a reward."""
-        if np.shape(observations) == self.shape:
-            return self.value(np.asarray(observations)[None])[0]
-        rows = self._normalise(self._batch(observations)).reshape(len(observations), -1)
+        """The lower of the critics' values of the deterministic actions; entropy, times alpha, counts as a reward."""
+        rows = self._normalise(observations).reshape(len(observations), -1)
         inputs = torch.tensor(rows, device=self.agent.log_alpha[0].device)
         mean, _ = gaussian(self.agent.actor(inputs))
         return self.agent.critics(torch.cat((inputs, mean.tanh()), -1)).amin(0).squeeze(-1).cpu().numpy()
-
-    def _batch(self, observations: np.ndarray) -> np.ndarray:
-        if np.shape(observations)[1:] != self.shape:
-            raise ValueError(f"observations {np.shape(observations)}: must be {self.shape}, or a batch of those")
-        return np.asarray(observations)
 
 
 def load_policy(checkpoint_path: str | Path, device: str = "cpu") -> Policy:
@@ -795,9 +804,7 @@ def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) ->
     run.tensorboard.add_scalar("charts/evaluation_return", evaluation["mean"], step)
     state = {"script": SCRIPT, "args": asdict(args), "step": step, "agent": agent.state_dict()}
     write_atomically(run.directory / "policies" / f"step-{step:09d}.pt", state)
-    if math.isnan(evaluation["mean"]):
-        run.say(f"the evaluation at step {step:,} has returns that are not numbers: {returns}")
-    elif evaluation["mean"] > progress["best"].get("mean", -math.inf):
+    if evaluation["mean"] > progress["best"].get("mean", -math.inf):
         progress["best"] = evaluation
         write_atomically(run.directory / "best.pt", state)
     run.say(f"{step:>11,}  evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}")
@@ -812,10 +819,8 @@ def evaluate(args: Args, run: "Run", agent: Agent, step: int, progress: dict) ->
             run.tracker.log({"videos": importlib.import_module("wandb").Video(str(path))})
 
 
-def compile_update(
-    args: Args, agent: Agent, learners: Learners, buffer: ReplayBuffer, run: "Run", interrupts: Sequence[int]
-) -> Callable:
-    device, D, A, B = learners.target.device, agent.moments.mean.numel(), agent.low.numel(), args.batch_size
+def compile_update(args: Args, agent: Agent, learners: Learners, buffer: ReplayBuffer, run: "Run") -> Callable:
+    device, D, A, B = buffer.rings.rewards.device, agent.moments.mean.numel(), agent.low.numel(), args.batch_size
     scale, noise = (torch.ones(size, device=device) for size in ((2, D), (1 + args.policy_frequency, B, A)))
     slots = torch.zeros(B, dtype=torch.int64, device=device)
     numbers = 1, args.policy_frequency, args.target_network_frequency
@@ -823,15 +828,13 @@ def compile_update(
         (agent, args, copy.deepcopy(learners), buffer.rings, scale, slots, noise, *parts)
         for parts in {parts_of(args, number) for number in (*numbers, math.lcm(*numbers))}
     ]
-    return compile_by(calls, update, device, run, interrupts)
+    return compile_by(calls, update, device, run)
 
 
-def compile_by(
-    calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run", interrupts: Sequence[int]
-) -> Callable:
+def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device, run: "Run") -> Callable:
     """The function, compiled by calls on copies of what changes; as it is, where that is impossible."""
-    started = time.perf_counter()
-    torch.compiler.reset()
+    started, random = time.perf_counter(), torch.get_rng_state()
+    torch.compiler.reset()  # what another run compiled in this process would be taken for this one's
 
     def compared(guards: Sequence) -> list[bool]:
         """At every call: flags and shapes. Settings and the agent stay, and would take a fifth of the time."""
@@ -849,11 +852,11 @@ def compile_by(
         for call in calls:
             fast(*call)
     except Exception as error:
-        if not interrupts:  # which the compiler hears too
-            run.say(f"compiling is impossible here, so the run is slower: {' '.join(str(error).split())[:100]}")
+        run.say(f"the update is not compiled, so the run is slower: {' '.join(str(error).split())[:100]}")
         return function
     finally:
         gc.enable()
+        torch.set_rng_state(random)  # what a fork draws in its function is drawn by the run alone
     run.say(f"compiled in {time.perf_counter() - started:.1f} s")
     return fast
 
@@ -885,6 +888,12 @@ class Captured:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream):
             self.output = self.function(*inputs)
+
+
+def capture_networks(networks: Networks, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
+    """The first of the networks, as `in_numpy`."""
+    captured = Captured(networks, ())
+    return lambda inputs: captured(torch.tensor(inputs, device=device))[0].cpu().numpy()
 
 
 def capture_updates(optimise: Callable, learners: Learners) -> Callable:
@@ -940,6 +949,7 @@ def create_run(args: Args, state: dict) -> Path:
             shutil.copy(source, new)
             (new / "config.yaml").write_text(yaml.safe_dump(asdict(args), sort_keys=False))
             (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+            (new / "episodes.csv").write_text("step,wall_time,return,length\n")  # an episode may never end
             torch.save(state, new / "checkpoint.pt")
             new.chmod(0o755)
             name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}"
@@ -959,7 +969,8 @@ class Run(ExitStack):
         super().__init__()
         self.args, self.agent, self.learners, self.buffer = args, agent, learners, buffer
         self.envs, self.progress = envs, progress
-        self.directory = Path(args.resume) if args.resume else create_run(args, self.state(0) | {"sizes": {}})
+        self.wait = max(args.learning_starts, args.batch_size)  # steps that fill a new buffer
+        self.directory = Path(args.resume) if args.resume else create_run(args, self.state(0))
         self.resume_command = shlex.join(["python", sys.argv[0], "--resume", str(self.directory)])
         self.live, self.said, self.tracker, self.saved = sys.stdout.isatty(), time.monotonic(), None, 0
 
@@ -967,8 +978,10 @@ class Run(ExitStack):
         """All that training depends on from here."""
         state = {"script": SCRIPT, "args": asdict(self.args), "step": step, "agent": self.agent.state_dict()}
         state |= {"learner": self.learners.tensors(), "environments": self.envs.state(), "progress": self.progress}
-        state |= {"buffer": self.buffer.state() if self.args.checkpoint_buffer else {}}
-        device = self.learners.target.device
+        # Without it, a buffer that the steps left would not fill is kept all the same.
+        needed = self.args.checkpoint_buffer or self.args.num_envs <= self.args.total_timesteps - step <= self.wait
+        state |= {"buffer": self.buffer.state() if needed else {}}
+        device = self.buffer.rings.rewards.device
         random = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return state | {"random": torch.get_rng_state(), "cuda_random": random}
 
@@ -991,23 +1004,21 @@ class Run(ExitStack):
         if saved["buffer"]:
             self.buffer.restore(saved["buffer"])
         elif self.args.resume:
-            self.progress["learn_from"] = self.saved + max(self.args.learning_starts, self.args.batch_size)
+            self.progress["learn_from"] = self.saved + self.wait
         if not exact or not self.buffer.seen:
             self.buffer.begin(self.envs.observations)
         torch.set_rng_state(saved["random"])
-        if self.learners.target.device.type == "cuda" and saved["cuda_random"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_random"], self.learners.target.device)
+        if self.buffer.rings.rewards.device.type == "cuda" and saved["cuda_random"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_random"], self.buffer.rings.rewards.device)
 
-        (self.directory / "result.json").unlink(missing_ok=True)
-        for path in self.directory.glob("*.csv"):  # the rows after the checkpoint will be written again
-            os.truncate(path, saved["sizes"].get(path.name, 0))
-        if not saved["sizes"]:  # an episode may never end
-            (self.directory / "episodes.csv").write_text("step,wall_time,return,length\n")
+        self.cut_back()
         args, name = self.args, self.directory.name
         if args.track:
             import wandb
 
-            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": name}
+            own = hashlib.sha256((self.directory / "meta.json").read_bytes()).hexdigest()[:8]  # names may repeat
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name}
+            names["id"] = f"{name}-{own}"
             self.tracker = wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True)
             self.tracker.log_code(str(self.directory))
             self.callback(self.tracker.finish)
@@ -1017,6 +1028,19 @@ class Run(ExitStack):
         self.tensorboard.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
         self.announce(exact)
 
+    def cut_back(self) -> None:
+        """To what there was when the checkpoint was written: the rest will be made again, or other."""
+        (self.directory / "result.json").unlink(missing_ok=True)
+        for path in (self.directory / f"{table}.csv" for table in ("episodes", "progress", "evaluations")):
+            if path.exists():
+                *rows, _ = path.read_text().split("\n")  # the last is empty, or torn
+                kept = [row for row in rows if row.startswith("step,") or int(row.split(",")[0]) <= self.saved]
+                write_atomically(path, "\n".join([*kept, ""]))
+        best = self.directory / "policies" / f"step-{self.progress['best'].get('step', 0):09d}.pt"
+        if best.exists():  # best.pt may be of an evaluation that is not made again
+            shutil.copy(best, self.directory / "best.pt.unfinished")
+            (self.directory / "best.pt.unfinished").replace(self.directory / "best.pt")
+
     def load(self) -> dict:
         for path in (self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"):
             with suppress(ValueError):
@@ -1024,13 +1048,14 @@ class Run(ExitStack):
                 break
         else:
             raise ValueError("its checkpoints are torn or missing; start a new run")
+        if "environments" not in saved:
+            raise ValueError(f"{path.name} is a policy, from which no training goes on")
         was = saved["args"] | {"script": saved["script"]}
         for name, value in (asdict(self.args) | {"script": SCRIPT}).items():
             if name not in FREE and value != was.get(name):
                 raise ValueError(f"{flag(name)} is {was.get(name)} in {path.name} and cannot become {value}")
-        for name, size in saved["sizes"].items():
-            if not (self.directory / name).is_file() or (self.directory / name).stat().st_size < size:
-                raise ValueError(f"{name} is shorter than when {path.name} was written; start a new run")
+        if (self.directory / f"{SCRIPT}.py").read_bytes() != Path(__file__).read_bytes():
+            print(f"{self.directory}: goes on with another {SCRIPT}.py than it began with", file=sys.stderr)
         if path.name != "checkpoint.pt":
             print(f"{self.directory}: checkpoint.pt is torn or missing; going on from {path.name}", file=sys.stderr)
             path.replace(self.directory / "checkpoint.pt")
@@ -1044,19 +1069,23 @@ class Run(ExitStack):
             f"{SCRIPT}  {args.env_id}  {D} observations, {A} actions in {agent.low.min():g} to {agent.high.max():g}\n"
             f"{args.total_timesteps // N * N:,} steps of {N} environments ({args.vec}), from step {starts:,} on"
             f" {args.updates_per_step:g} updates of {args.batch_size} per step\n"
-            f"{size:,} parameters, {args.precision}, {agent.log_alpha[0].device}\n{self.directory}"
+            f"{size:,} parameters, {args.precision}, {self.buffer.rings.rewards.device}\n{self.directory}"
         )
         if not exact:
             self.say("the running episodes could not be restored exactly; they begin anew, all else continues")
-        if args.resume and not args.checkpoint_buffer:
+        if args.resume and self.saved and not len(self.buffer):
             self.say(f"the checkpoint holds no replay buffer; a new one is filled until step {starts:,}")
 
     def write(self, table: str, rows: list[dict]) -> None:
         """In CSV, and in TensorBoard by CleanRL's names."""
         if rows:
-            with (self.directory / f"{table}.csv").open("a", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                if not file.tell():
+            with (self.directory / f"{table}.csv").open("a+") as file:
+                file.seek(0)
+                header, own = file.readline().strip(), ",".join(rows[0])
+                if header not in ("", own):
+                    refuse(f"{file.name}: has the columns {header}, not {own}; resume with the {SCRIPT}.py beside it")
+                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+                if not header:
                     writer.writeheader()
                 writer.writerows(rows)
         losses = {*MEASURES, "explained_variance"}
@@ -1066,16 +1095,19 @@ class Run(ExitStack):
                 self.tensorboard.add_scalar(kind + name.replace("sps", "SPS"), row[name], row["step"])
 
     def save(self, step: int) -> None:
-        """The checkpoint before this one stays as `checkpoint.previous.pt`."""
-        sizes = {}
-        for path in self.directory.glob("*.csv"):
+        """The checkpoint before this one stays as `checkpoint.previous.pt`. Of networks that diverged there is none."""
+        if not all(parameter.isfinite().all() for parameter in self.agent.parameters()):
+            raise FloatingPointError(f"not finite at step {step:,}: the parameters")
+        for path in self.directory.glob("*.csv"):  # a checkpoint that outlives a power cut has its rows
             with path.open("a") as file:
                 os.fsync(file.fileno())
-                sizes[path.name] = file.tell()
         last, previous = self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"
         previous.unlink(missing_ok=True)
-        os.link(last, previous)
-        write_atomically(last, self.state(step) | {"sizes": sizes})
+        try:
+            os.link(last, previous)
+        except OSError:  # not every file system has links
+            shutil.copy(last, previous)
+        write_atomically(last, self.state(step))
         self.saved = step
 
     def say(self, text: str) -> None:
@@ -1142,7 +1174,8 @@ def refuse(problem: str) -> NoReturn:
 
 
 RANGES = {
-    "between 1 and 1e15": (1, 1e15, "total_timesteps checkpoint_every num_envs eval_episodes"),
+    "between 1 and 1e9": (1, 1e9, "total_timesteps"),  # observations are numbered in 32 bits
+    "between 1 and 1e15": (1, 1e15, "checkpoint_every num_envs eval_episodes"),
     "between 1 and 1e12": (1, 1e12, "buffer_size"),
     "between 1 and 65536": (1, 65536, "batch_size target_network_frequency actor_sizes critic_sizes"),
     "between 1 and 100": (1, 100, "policy_frequency"),  # so many steps of the actor are compiled
@@ -1160,8 +1193,7 @@ def check(args: Args) -> None:
     for rule, (low, high, names) in RANGES.items():
         for name in names.split():
             value = getattr(args, name)
-            values = value if isinstance(value, tuple | list) else () if value is None else (value,)
-            if not all(low <= each <= high for each in values):
+            if value is not None and not all(low <= each <= high for each in np.atleast_1d(value)):
                 raise ValueError(f"{flag(name)} {value}: must be {rule}")
     args.total_timesteps, args.checkpoint_every = int(args.total_timesteps), int(args.checkpoint_every)  # of 1e6
     for name in ("env_id", "runs_dir", "resume", "config"):
@@ -1180,8 +1212,9 @@ class EnvPool(Environments):
     def _make(self, args: Args) -> gym.Env:
         import envpool
 
+        seeds = self.random.integers(2**31, size=args.num_envs).tolist()  # given one, it counts on into other runs'
         kwargs = json.loads(args.env_kwargs)
-        return envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=args.seed, **kwargs)
+        return envpool.make(args.env_id, "gymnasium", num_envs=args.num_envs, seed=seeds, **kwargs)
 
     def _reset(self, which: np.ndarray) -> np.ndarray:
         first = self.envs.reset(np.flatnonzero(which))[0]
@@ -1190,10 +1223,10 @@ class EnvPool(Environments):
         return observations
 
     def state(self) -> dict:
-        return {"seed": self.args.seed}
+        return {"seed": self.random.integers(2**31).item()}  # from which other episodes follow
 
     def restore(self, state: dict) -> bool:
-        self.__init__(replace(self.args, seed=(state["seed"] + 1) % 2**31))  # with other episodes than the first time
+        self.__init__(replace(self.args, seed=state["seed"]))
         return False
 
 
@@ -1228,7 +1261,7 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # which Gymnasium's pygame environments draw with
     N, starts, spaces = args.num_envs, args.learning_starts, []
     if args.total_timesteps < starts + N:
-        refuse(f"--total-timesteps {args.total_timesteps}: must be above --learning-starts {starts}")
+        refuse(f"--total-timesteps {args.total_timesteps}: must be at least {starts + N}, after --learning-starts")
     if 0 < (risen := args.lr_warmup * args.total_timesteps) <= starts:
         refuse(f"--lr-warmup {args.lr_warmup:g}: ends at step {risen:,.0f}, before --learning-starts {starts}")
     if args.buffer_size < 4 * N:
@@ -1244,8 +1277,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
                 spaces.append((env.observation_space.shape, actions))
                 env.reset(seed=0)
                 env.step(actions.sample())  # some values are no problem before
-                if env.render_mode:
-                    env.render()
+                if args.capture_video and make is not TrainEnv and (not env.render_mode or env.render() is None):
+                    raise TypeError("draws no images, which --capture-video needs")
         seen = np.empty((1, *env.observation_space.shape), env.observation_space.dtype)
         taken = sum(ring.nbytes for ring in Rings.of(args.buffer_size, seen, actions, "meta"))
         if taken > (memory := memory_of(args)):
@@ -1257,23 +1290,21 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
     except Exception as error:
         names = ("env_kwargs", "eval_env_kwargs", "vec", "capture_video")
         given = ["env_id", *(name for name in names if getattr(args, name) != getattr(Args, name))]
-        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {error}")
+        told = error if " " in str(error) else repr(error)
+        refuse(f"{' '.join(f'{flag(name)} {getattr(args, name)}' for name in given)}: {told}")
     return resolve_precision(args), envs, actions
 
 
-def parse(argv: list[str] | None = None) -> Args:
+def parse(argv: list[str]) -> Args:
     """The defaults, then the file of `--config` or the run of `--resume`, then the command line: the last one wins."""
-    argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=argv, description=__doc__)
-    if args.resume and not (Path(args.resume) / f"{SCRIPT}.py").is_file():
-        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py")
+    if args.resume and not all(any(Path(args.resume).glob(name)) for name in (f"{SCRIPT}.py", "checkpoint*.pt")):
+        refuse(f"--resume {args.resume}: is no run of {SCRIPT}.py, or has no checkpoint")
     if args.resume and args.config:
         refuse(f"--config {args.config}: a run that is resumed has its own arguments; leave it out")
     path = f"{args.resume}/config.yaml" if args.resume else args.config
-    if not path:
-        return args
     try:
-        settings = yaml.safe_load(Path(path).read_text()).items()
+        settings = yaml.safe_load(Path(path).read_text()).items() if path else ()
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         refuse(f"{path}: is no file of arguments: {error}")
     words = []
@@ -1304,4 +1335,4 @@ def catch_interrupts() -> list[int]:
 
 if __name__ == "__main__":
     sys.path.append(os.getcwd())  # where a `module:Id-v0` of the user's may lie
-    train(interrupts=catch_interrupts(), args=parse())
+    train(interrupts=catch_interrupts(), args=parse(sys.argv[1:]))
