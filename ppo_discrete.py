@@ -354,6 +354,16 @@ class Agent(nn.Module):
     def forward(self, observations: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         return self.logits(observations, masks), self.critic(observations).squeeze(-1)
 
+    def acting(self) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+        """The policy as it is now, in numpy: actions from inputs (N, D), masks, Gumbel noise (N, A, K) or 0."""
+        logits = in_numpy(self.actor)
+
+        def act(inputs: np.ndarray, masks: np.ndarray, noise: np.ndarray) -> np.ndarray:
+            scores = logits(inputs).reshape(-1, *self.shape) + noise
+            return np.where(masks, scores, -np.inf).argmax(-1)
+
+        return act
+
     def for_environment(self, actions: np.ndarray) -> np.ndarray:
         """Choices (N, A), counted from 0, in the environment's shape and numbers."""
         low = self.low.numpy()
@@ -522,7 +532,7 @@ class Rollout(NamedTuple):
 def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Stopwatch") -> Rollout:
     """A rollout from `step` on, with the policy and the normaliser as they are."""
     T, N, D, A = args.num_steps, args.num_envs, agent.moments.mean.numel(), agent.low.numel()
-    act, normalise, device = in_numpy(agent.actor), agent.moments.normaliser(), next(agent.parameters()).device
+    act, normalise, device = agent.acting(), agent.moments.normaliser(), next(agent.parameters()).device
     noise = gumbel((T, N, *agent.shape)).numpy()
     observations = np.empty((T, *envs.observations.shape))
     inputs, actions = np.empty((T + 1, N, D), np.float32), np.empty((T, N, A), np.int64)
@@ -532,11 +542,9 @@ def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Sto
     for t in range(T):
         observations[t] = envs.observations
         inputs[t] = normalise(envs.observations).reshape(N, D)
-        logits = act(inputs[t]).reshape(noise[t].shape)
         if args.action_masks:
             masks[t] = allowed(args, agent.exist, envs.envs.get_attr("mask"))
-            logits = np.where(masks[t], logits, -np.inf)
-        actions[t] = (logits + noise[t]).argmax(-1)
+        actions[t] = act(inputs[t], masks[t] if args.action_masks else agent.exist, noise[t])
         environment_actions = agent.for_environment(actions[t])
         watch.lap("acting")
         true_next, rewards[t], terminated[t], truncated[t], finished = envs.step(environment_actions)
@@ -697,7 +705,7 @@ class Policy:
         self.args, self.agent, self.shape = args, agent, tuple(agent.moments.mean.shape)
         self.discount, self.bootstraps = args.gamma, ("truncated",)
         self.masked = args.action_masks
-        self._act, self._normalise = in_numpy(agent.actor), agent.moments.normaliser()
+        self._act, self._normalise = agent.acting(), agent.moments.normaliser()
 
     def __call__(self, observations: np.ndarray, sample: bool = False, mask: Sequence | None = None) -> np.ndarray:
         if np.shape(observations) == self.shape:
@@ -709,12 +717,10 @@ class Policy:
         return np.array(actions).reshape(-1, *self.agent.low.shape)
 
     def _choose(self, observation: np.ndarray, mask: Sequence | None, sample: bool) -> np.ndarray:
-        logits = self._act(self._normalise(observation).reshape(-1)).reshape(self.agent.shape)
+        masks, noise = self.agent.exist, gumbel(self.agent.shape).numpy() if sample else np.float32(0)
         if mask is not None or self.masked:
-            logits = np.where(allowed(self.args, self.agent.exist, [mask])[0], logits, -np.inf)
-        if sample:
-            logits = logits + gumbel(self.agent.shape).numpy()
-        return self.agent.for_environment(logits.argmax(-1))[0]
+            masks = allowed(self.args, self.agent.exist, [mask])
+        return self.agent.for_environment(self._act(self._normalise(observation).reshape(-1), masks, noise))[0]
 
     def value(self, observations: np.ndarray) -> np.ndarray:
         """The discounted returns that the critic expects of a batch, in the environment's own rewards."""
