@@ -1295,9 +1295,8 @@ def test_a_policy_takes_an_observation_or_a_batch_and_nothing_else(script, finis
             policy(wrong)
 
 
-@pytest.mark.parametrize(
-    "script", [name for name in SCRIPTS if name != "ppo_atari_cnn"], indirect=True
-)  # acts in torch
+# ppo_atari_cnn acts by its network itself.
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "ppo_atari_cnn"], indirect=True)
 def test_a_policy_stays_what_it_was_when_the_network_learns_on(script, finished):
     args = script.module.Args(**load(finished / "checkpoint.pt")["args"])
     policy = script.module.load_policy(finished / "checkpoint.pt")
