@@ -341,8 +341,12 @@ class Agent(nn.Module):
         self.centre = np.where(bounded, high - self.half_range, np.clip(0, low, high)).astype(low.dtype)
         self.bounds = low, high
 
+    def distribution(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (..., A) and log of the deviation (A,) of the policy's actions."""
+        return self.actor(observations), self.log_std
+
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.actor(observations), self.log_std, self.critic(observations).squeeze(-1)
+        return *self.distribution(observations), self.critic(observations).squeeze(-1)
 
     def acting(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         """The policy as it is now, in numpy: actions from inputs (N, D) and normal noise (N, A); 0 gives the means."""
@@ -542,9 +546,9 @@ def estimate(args: Args, agent: Agent, rollout: Rollout, rewards: Tensor) -> tup
 def batch_of(agent: Agent, rollout: Rollout, advantages: Tensor, values: Tensor) -> Batch:
     """The rollout's steps in one row, with log-probabilities and values by policy and critic as they are now."""
     observations, actions = rollout.inputs[:-1].flatten(0, 1), rollout.actions.flatten(0, 1)
-    mean, log_std, _ = agent(observations)
+    logprobs = log_prob(*agent.distribution(observations), actions)
     columns = (column.flatten() for column in (values, advantages, advantages + values))
-    return Batch(observations, actions, log_prob(mean, log_std, actions), *columns)
+    return Batch(observations, actions, logprobs, *columns)
 
 
 def run_epoch(args: Args, agent: Agent, learner: Learner, update: Callable, batch: Batch, rows: Tensor) -> Tensor:
