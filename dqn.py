@@ -18,7 +18,7 @@ What may surprise:
 - Only termination stops bootstrapping; an episode cut by a time limit bootstraps from its true last observation.
 - Returns of n steps are summed when drawn; they end early at the end of an episode, or at its newest step so far.
 - The replay buffer holds each observation once, and is part of the checkpoint.
-- What an environment forbids by `info["action_mask"]` is never done, and never counts in a target.
+- What an environment forbids by `info["action_mask"]` is never done, and does not count in a target.
 - The parameters are views of one vector, `theta`; numpy reads the same memory to act, torch to learn.
 """
 
@@ -1148,9 +1148,8 @@ def refuse(problem: str) -> NoReturn:
 
 
 RANGES = {
-    "between 1 and 1e9": (1, 1e9, "total_timesteps"),  # observations are numbered in 32 bits
+    "between 1 and 1e9": (1, 1e9, "total_timesteps buffer_size"),  # observations are numbered in 32 bits
     "between 1 and 1e15": (1, 1e15, "checkpoint_every num_envs eval_episodes"),
-    "between 1 and 1e12": (1, 1e12, "buffer_size"),
     "between 1 and 65536": (1, 65536, "batch_size target_network_frequency hidden_sizes"),
     "between 1 and 100": (1, 100, "n_step"),  # so many steps are compiled
     "between 1e-6 and 1000": (1e-6, 1000, "updates_per_step"),
@@ -1181,7 +1180,7 @@ def check(args: Args) -> None:
 
 
 class EnvPool(Environments):
-    """EnvPool seeds its episodes itself, so that they cannot be played again."""
+    """EnvPool seeds its episodes itself, so they cannot be played again; an end at the time limit counts as a cut."""
 
     def _make(self, args: Args) -> gym.Env:
         import envpool

@@ -1067,7 +1067,7 @@ def check(args: Args) -> None:
 
 
 class EnvPool(Environments):
-    """EnvPool seeds its games itself, so that they cannot be played again."""
+    """EnvPool seeds its games itself, so they cannot be played again; an end at the time limit counts as a cut."""
 
     def _make(self, args: Args) -> gym.Env:
         import envpool

@@ -1142,7 +1142,7 @@ def check(args: Args) -> None:
 
 
 class EnvPool(Environments):
-    """EnvPool seeds its episodes itself, so that they cannot be played again."""
+    """EnvPool seeds its episodes itself, so they cannot be played again; an end at the time limit counts as a cut."""
 
     def _make(self, args: Args) -> gym.Env:
         import envpool

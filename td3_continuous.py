@@ -1139,9 +1139,8 @@ def refuse(problem: str) -> NoReturn:
 
 
 RANGES = {
-    "between 1 and 1e9": (1, 1e9, "total_timesteps"),  # observations are numbered in 32 bits
+    "between 1 and 1e9": (1, 1e9, "total_timesteps buffer_size"),  # observations are numbered in 32 bits
     "between 1 and 1e15": (1, 1e15, "checkpoint_every num_envs eval_episodes"),
-    "between 1 and 1e12": (1, 1e12, "buffer_size"),
     "between 1 and 65536": (1, 65536, "batch_size policy_frequency actor_sizes critic_sizes"),
     "between 1e-6 and 1000": (1e-6, 1000, "updates_per_step"),
     "at least 0": (0, math.inf, "noise_clip"),
@@ -1172,7 +1171,7 @@ def check(args: Args) -> None:
 
 
 class EnvPool(Environments):
-    """EnvPool seeds its episodes itself, so that they cannot be played again."""
+    """EnvPool seeds its episodes itself, so they cannot be played again; an end at the time limit counts as a cut."""
 
     def _make(self, args: Args) -> gym.Env:
         import envpool
