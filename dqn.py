@@ -1215,6 +1215,13 @@ def memory_of(args: Args) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def check_observation(observation: np.ndarray, space: gym.spaces.Box) -> None:
+    """Raises a TypeError unless it is what the space says; some ways of stepping would repeat or cut it to fit."""
+    seen = np.asarray(observation)
+    if not seen.size or seen.shape != space.shape or not np.can_cast(seen.dtype, space.dtype, "same_kind"):
+        raise TypeError(f"observes {seen.dtype} {seen.shape}, where its space says {space.dtype} {space.shape}")
+
+
 def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete]:
     """The arguments with `action_masks`, environments, action space; refuses what cannot work, and writes nothing."""
     for name, package in (("vec", "envpool"), ("track", "wandb")):
@@ -1247,7 +1254,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete]:
                 mask = info.get("action_mask", getattr(env, "mask", None)) if args.action_masks else None
                 spaces.append((env.observation_space.shape, actions, mask is not None))
                 first = 0 if mask is None else allowed(args, int(actions.n), [mask]).argmax()
-                _, _, *over, info = env.step(actions.start + first)  # some mistakes show only in a step
+                observation, _, *over, info = env.step(actions.start + first)  # some mistakes show only in a step
+                check_observation(observation, env.observation_space)
                 if mask is not None and not any(over):
                     allowed(args, int(actions.n), [info.get("action_mask", getattr(env, "mask", None))])
                 if args.capture_video and make is not TrainEnv and (not env.render_mode or env.render() is None):

@@ -1279,6 +1279,13 @@ class EnvPool(Environments):
         return False
 
 
+def check_observation(observation: np.ndarray, space: gym.spaces.Box) -> None:
+    """Raises a TypeError unless it is what the space says; some ways of stepping would repeat or cut it to fit."""
+    seen = np.asarray(observation)
+    if not seen.size or seen.shape != space.shape or not np.can_cast(seen.dtype, space.dtype, "same_kind"):
+        raise TypeError(f"observes {seen.dtype} {seen.shape}, where its space says {space.dtype} {space.shape}")
+
+
 def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
     """The arguments with `num_envs` and `max_episode_steps`, the environments, the action space (of Discrete, a Box).
 
@@ -1319,7 +1326,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
                 if not any(limits):
                     raise TypeError("has no time limit, and whole episodes are played; set --max-episode-steps")
                 env.reset(seed=0)
-                env.step(env.action_space.sample())  # some mistakes show only in a step
+                observation, *_ = env.step(env.action_space.sample())  # some mistakes show only in a step
+                check_observation(observation, env.observation_space)
                 if args.capture_video and make is not TrainEnv and (not env.render_mode or env.render() is None):
                     raise TypeError("draws no images, which --capture-video needs")
         limit = min(steps for steps in limits[:2] if steps)

@@ -1172,6 +1172,13 @@ def bounds_of(actions: gym.spaces.Discrete | gym.spaces.MultiDiscrete) -> tuple[
     return low, (low + (sizes - 1)).astype(actions.dtype)
 
 
+def check_observation(observation: np.ndarray, space: gym.spaces.Box) -> None:
+    """Raises a TypeError unless it is what the space says; some ways of stepping would repeat or cut it to fit."""
+    seen = np.asarray(observation)
+    if not seen.size or seen.shape != space.shape or not np.can_cast(seen.dtype, space.dtype, "same_kind"):
+        raise TypeError(f"observes {seen.dtype} {seen.shape}, where its space says {space.dtype} {space.shape}")
+
+
 def prepare(args: Args) -> tuple[Args, Environments, gym.Space]:
     """The arguments with `num_steps`, environments and action space; refuses what cannot work, and writes nothing."""
     for name, package in (("vec", "envpool"), ("track", "wandb")):
@@ -1201,7 +1208,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.Space]:
                 else:
                     first = allowed(args, choices_of(low, high), [mask]).argmax(-1)
                     action = (low + first.reshape(low.shape)).astype(low.dtype)
-                _, _, *over, info = env.step(action)  # some mistakes show only in a step
+                observation, _, *over, info = env.step(action)  # some mistakes show only in a step
+                check_observation(observation, env.observation_space)
                 if mask is not None and not any(over):
                     allowed(args, choices_of(low, high), [info.get("action_mask", getattr(env, "mask", None))])
                 if args.capture_video and make is not TrainEnv and (not env.render_mode or env.render() is None):

@@ -1210,6 +1210,13 @@ def memory_of(args: Args) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def check_observation(observation: np.ndarray, space: gym.spaces.Box) -> None:
+    """Raises a TypeError unless it is what the space says; some ways of stepping would repeat or cut it to fit."""
+    seen = np.asarray(observation)
+    if not seen.size or seen.shape != space.shape or not np.can_cast(seen.dtype, space.dtype, "same_kind"):
+        raise TypeError(f"observes {seen.dtype} {seen.shape}, where its space says {space.dtype} {space.shape}")
+
+
 def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
     """The arguments with a precision, environments and action space; refuses what cannot work, and writes nothing."""
     for name, package in (("vec", "envpool"), ("track", "wandb")):
@@ -1240,7 +1247,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
                     raise TypeError(f"acts in {actions}, which has infinite bounds; ppo_continuous.py is for those")
                 spaces.append((env.observation_space.shape, actions))
                 env.reset(seed=0)
-                env.step(actions.sample())  # some mistakes show only in a step
+                observation, *_ = env.step(actions.sample())  # some mistakes show only in a step
+                check_observation(observation, env.observation_space)
                 if args.capture_video and make is not TrainEnv and (not env.render_mode or env.render() is None):
                     raise TypeError("draws no images, which --capture-video needs")
         seen = np.empty((1, *env.observation_space.shape), env.observation_space.dtype)

@@ -348,6 +348,23 @@ class Loose(gym.Env):
         return self.seen, float(np.sum(action)) * self.seen[0], False, False, {}
 
 
+class Misshapen(gym.Env):
+    """Begins with three numbers, as its space says, and goes on in another shape or kind."""
+
+    observation_space = gym.spaces.Box(-9, 9, (3,), np.int64)
+
+    def __init__(self, shape: tuple[int, ...], kind: str = "int64", discrete: bool = False, render_mode=None):
+        self.later = np.ones(shape, kind)
+        self.action_space = gym.spaces.Discrete(2) if discrete else gym.spaces.Box(-1, 1, (2,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.ones(3, np.int64), {}
+
+    def step(self, action):
+        return self.later, 1.0, False, False, {}
+
+
 class Halves(Clock):
     """Pays 1 as long as what is half of what it was, each time, is not 0."""
 
@@ -440,6 +457,7 @@ gym.register("Stacked-v0", Stacked)
 gym.register("Deep-v0", Deep)
 gym.register("Luck-v0", Luck, max_episode_steps=40)
 gym.register("Loose-v0", Loose, max_episode_steps=10)
+gym.register("Misshapen-v0", Misshapen, max_episode_steps=10)
 gym.register("Halves-v0", Halves, max_episode_steps=200)
 gym.register("Unseen-v0", Unseen)
 gym.register("Forgetful-v0", Forgetful)

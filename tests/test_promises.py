@@ -917,6 +917,18 @@ def test_an_environment_that_shows_other_numbers_than_its_space_has_resumes_exac
     assert "could not be restored" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "ppo_atari_cnn"], indirect=True)
+def test_observations_of_another_shape_or_kind_than_the_space_are_refused(script, capsys):
+    for later, told in (
+        ({"shape": [3, 1]}, "observes int64 (3, 1), where its space says int64 (3,)"),
+        ({"shape": [1]}, "observes int64 (1,), where its space says int64 (3,)"),  # would be repeated to fit
+        ({"shape": [3], "kind": "float64"}, "observes float64 (3,), where its space says int64 (3,)"),  # would be cut
+    ):
+        kwargs = json.dumps(later | {"discrete": script.name in ("ppo_discrete", "dqn")})
+        assert told in script.refuse(capsys, "--env-id", "tests.envs:Misshapen-v0", "--env-kwargs", kwargs)
+    assert not list(script.runs.glob("*"))
+
+
 @pytest.mark.parametrize("script", ["ppo_continuous", "grpo", "sac_continuous"], indirect=True)
 def test_an_observation_may_be_a_number(script):
     run = script.train(env_id="tests.envs:Scalar-v0", runs_dir=str(script.runs / "undisturbed"))
