@@ -17,6 +17,7 @@ MOST_METHODS = 8  # in one figure: there are as many colours
 ABOUT = (
     "Final evaluation: the mean over seeds of the deterministic evaluation after the last step. Best evaluation: of"
     " each seed's best, which flatters. Training return: of the last 100 training episodes. IQM: interquartile mean."
+    " Minutes: of our scripts with evaluation, which the curves over time leave out, and without compiling."
     f" In brackets the 95% interval of a bootstrap over seeds, where there are at least {stats.FEWEST}."
 )
 TABLES = "results", "seeds", "provenance", "improvements", "thresholds"

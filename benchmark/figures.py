@@ -176,6 +176,11 @@ def losses(here: list[Group], colour: Colours) -> Figure:
     return figure
 
 
+def places_of(groups: list[Group], share: float) -> str:
+    """Where in the run the evaluations nearest to a share of it are, in each method's order if they differ."""
+    return " / ".join(dict.fromkeys(f"{group.share_near(share):.0%}" for group in groups))
+
+
 def checkpoints(groups: list[Group], baselines: Baselines, colour: Colours) -> Figure:
     """Mean return at shares of the run with its interval, and beside it every seed as a dot."""
 
@@ -193,7 +198,7 @@ def checkpoints(groups: list[Group], baselines: Baselines, colour: Colours) -> F
                 if len(returns) > 1:
                     beside = np.full(len(returns), x + min(0.12, width / 3))
                     axis.plot(beside, returns[:, 0], ".", color=shade, ms=4, alpha=0.55, mew=0)
-        axis.set_xticks(range(len(SHARES)), [f"{here[0].share_near(share):.0%}" for share in SHARES])
+        axis.set_xticks(range(len(SHARES)), [places_of(here, share) for share in SHARES])
         axis.set_xlim(-0.5, len(SHARES) - 0.5)
         axis.set_xlabel("share of the run")
         axis.set_ylabel("evaluation return")
@@ -211,7 +216,7 @@ def boxes(groups: list[Group], baselines: Baselines, colour: Colours) -> Figure:
             for patch in axis.boxplot(returns, positions=places, widths=min(0.4, width), **look)["boxes"]:
                 patch.set(facecolor=shade, alpha=0.7)
 
-        ticks = {1 + k: f"{here[0].share_near(share):.0%}" for k, share in enumerate(SHARES)}
+        ticks = {1 + k: places_of(here, share) for k, share in enumerate(SHARES)}
         width = 0.8 / len(here)
         if env_id in baselines:
             ticks[-0.3] = "random"

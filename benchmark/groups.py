@@ -4,6 +4,7 @@ import csv
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
@@ -147,6 +148,11 @@ def read(run: Run) -> str:
         ):
             if not needed <= table.keys() or not (len(table["step"]) or name == "episodes"):
                 return f"{name}.csv has no rows of {', '.join(sorted(needed))}"
+        last = result["evaluation"]["step"], result["evaluation"]["mean"]
+        if not np.allclose([*run.means.items()][-1], last, 1e-9):
+            return "evaluations.csv does not end with the evaluation of result.json"
+        if run.progress["step"][-1] != result["steps"]:
+            return f"progress.csv ends at step {run.progress['step'][-1]:,.0f} of {result['steps']:,}"
     except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error, yaml.YAMLError) as error:
         return f"{type(error).__name__}: {shorten(str(error), 120, placeholder=' …')}"
     return "finished"
@@ -185,8 +191,10 @@ def number(value: float) -> str:
 def in_words(name: str, value: object) -> str:
     """A setting as a label says it: "lr 1e-3", "100k steps", "no norm obs"."""
     flag = SHORT.get(name, name.replace("_", " "))
-    if isinstance(value, bool) or value is None:
+    if isinstance(value, bool):
         return flag if value else f"no {flag}"
+    if value is None:
+        return f"{flag} none"
     if name == "total_timesteps":
         return f"{number(value)} steps"
     values = value if isinstance(value, list | tuple) else [value]
@@ -223,11 +231,20 @@ def is_decided(name: str, found: dict[Run, dict[str, object]]) -> bool:
     return one_each and any(len(set.union(*here.values())) > 1 for here in values.values())
 
 
-def rank(run: Run, own: dict[str, object], jobs: list[str]) -> tuple:
-    """Orders methods as their sweep did; what it does not know, by script and value."""
-    name = run.directory.parent.name
+def began(run: Run) -> float:
+    """When, wherever that was; 0 where it cannot be told."""
+    try:
+        return datetime.fromisoformat(str(run.meta.get("started"))).timestamp()
+    except ValueError:
+        return 0.0
+
+
+def rank(run: Run, own: dict[str, object], jobs: list[str], paths: list[Path]) -> tuple:
+    """Orders methods as the paths are given, and as their sweep did; what it does not know, by script and value."""
+    name, folder = run.directory.parent.name, run.directory.resolve()
+    given = [k for k, path in enumerate(paths) if folder.is_relative_to(path.resolve())]  # none through a link
     values = [(k, v if isinstance(v, int | float) else math.inf, str(v)) for k, v in sorted(own.items())]
-    return jobs.index(name) if name in jobs else math.inf, run.script, values
+    return min(given, default=0), jobs.index(name) if name in jobs else math.inf, run.script, values
 
 
 def gather(paths: list[Path]) -> Material:
@@ -240,11 +257,11 @@ def gather(paths: list[Path]) -> Material:
         script = [run.script] if several or not own else []
         labels[run] = ", ".join([*script, *(in_words(name, value) for name, value in own.items())])
     sweeps = {folder: jobs_in_order(folder) for folder in {run.directory.parent.parent for run in finished}}
-    ordered = sorted(finished, key=lambda run: rank(run, apart[run], sweeps[run.directory.parent.parent]))
+    ordered = sorted(finished, key=lambda run: rank(run, apart[run], sweeps[run.directory.parent.parent], paths))
     places = {label: k for k, label in enumerate(dict.fromkeys(labels[run] for run in ordered))}
 
     latest: dict[tuple[str, str, int], Run] = {}  # a seed that was run twice is no second seed
-    for run in sorted(finished, key=lambda run: str(run.meta.get("started"))):
+    for run in sorted(finished, key=began):
         latest[run.config["env_id"], labels[run], run.config["seed"]] = run
     grouped: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for (env_id, label, _), run in latest.items():

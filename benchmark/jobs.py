@@ -87,7 +87,7 @@ class Job:
         return {"reason": "its files cannot be written", "log": []} | (read_json(self.failure) or {})
 
     def description(self) -> dict:
-        described = asdict(self) | {"words": list(self.words)}
+        described = asdict(self) | {"words": list(self.words), "script": Path(self.script).stem}
         for name in ("directory", "threads", "started_in"):  # may change from one start to the next
             del described[name]
         return described
@@ -153,6 +153,11 @@ def run_job(job: Job, stopped: Callable[[], bool] = lambda: False, silence: floa
         return fail(job, f"could not be run: {error}")
 
 
+def hide(run: Run) -> None:
+    """It stays, where nothing looks for it."""
+    run.directory.rename(run.directory.with_name(f".{time.time_ns()}-{run.directory.name}"))
+
+
 def carry_out(job: Job, stopped: Callable[[], bool], silence: float, grace: float) -> str:
     """Runs of another version of its script get hidden: who begins the job has asked for that."""
     directory = Path(job.directory)
@@ -161,22 +166,26 @@ def carry_out(job: Job, stopped: Callable[[], bool], silence: float, grace: floa
     if held is None:
         return "interrupted"
     with held, job.log.open("ab") as log:
-        own = job.run()
+        told = {"version": job.version} | (job.describes_itself_as() or {})
+        own = job.run() if told["version"] == job.version else None  # else it may have been edited as it began
         if not own and fingerprint(Path(job.script)) != job.version:
             return fail(job, f"{job.script} is not what it was at the start")
         if not own and fingerprint_of_config(job.words, job.started_in) != job.config:
             return fail(job, "the file of --config is not what it was at the start")
         for run in find_runs([directory]):
             if not own or run.directory != own.directory:
-                run.directory.rename(run.directory.with_name(f".{time.time_ns()}-{run.directory.name}"))
+                hide(run)
         if job.state() == "done":
             return "done"
         job.failure.unlink(missing_ok=True)
-        write_atomically(directory / "job.json", json.dumps(job.description(), indent=2) + "\n")
+        begun_in = told.get("started_in") if own else None  # what its relative paths are meant from
+        started_in = begun_in if begun_in and Path(begun_in).is_dir() else job.started_in
+        described = job.description() | {"started_in": started_in}
+        write_atomically(directory / "job.json", json.dumps(described, indent=2) + "\n")
         started = time.monotonic()
         process = subprocess.Popen(
             job.command(),
-            cwd=job.started_in,
+            cwd=started_in,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -197,6 +206,9 @@ def carry_out(job: Job, stopped: Callable[[], bool], silence: float, grace: floa
                     end(process)
         finally:
             end(process)
+    if edited := [run for run in job.runs() if run.version != job.version]:
+        hide(edited[0])  # made by the source of before, it would pass for the new one's
+        return fail(job, f"{job.script} was edited while it began")
     if job.state() == "done":
         return "done"
     if stopped() and reason is None:

@@ -116,6 +116,7 @@ def previous_states(jobs: list[Job], retry_failed: bool, advice: str | None) -> 
     for job in jobs:
         described, earlier = job.description(), job.describes_itself_as()
         told = described | (earlier or {})
+        told["script"] = Path(told["script"]).stem
         differing = [name for name in described if name != "version" and told[name] != described[name]]
         if differing:
             names = ", ".join(differing).replace("words", "arguments").replace("config", "contents of --config")

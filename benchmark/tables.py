@@ -35,7 +35,8 @@ class Table:
 
     def markdown(self) -> str:
         rule = [":--" if name in self.textual() else "--:" for name in self.header]
-        return "".join("| " + " | ".join(line) + " |\n" for line in (self.header, rule, *self.cells()))
+        lines = (self.header, rule, *self.cells())
+        return "".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |\n" for line in lines)
 
     def html(self) -> str:
         return page.table(self.header, self.cells(), self.textual())

@@ -38,9 +38,19 @@ def make_run(folder: Path, env_id: str, seed: int, script: str = "ppo_x", evalua
     (run / "evaluations.csv").write_text("step,episode,seed,return,length\n" + "".join(f"{row}\n" for row in rows))
     (run / "progress.csv").write_text("step,wall_time,sps\n" + "".join(f"{s},{s * 6},100\n" for s in steps))
     (run / "episodes.csv").write_text("step,wall_time,return,length\n" + "".join(f"{s},{s},{s},7\n" for s in steps))
-    result = {"evaluation": {"mean": final}, "best": {"mean": final + 1}, "training_return": final - 1}
+    last = {"step": steps[-1], "mean": final}
+    result = {"evaluation": last, "best": {"mean": final + 1}, "training_return": final - 1}
     (run / "result.json").write_text(json.dumps(result | {"wall_time": 60.0, "steps": steps[-1]}))
     return run
+
+
+def evaluated(run: Path, earned: list[tuple[int, float]]) -> None:
+    """As if these had been its evaluations' steps and returns, an episode each or several."""
+    lines = "".join(f"{step},{n},{n},{value},7\n" for n, (step, value) in enumerate(earned))
+    (run / "evaluations.csv").write_text("step,episode,seed,return,length\n" + lines)
+    result, last = json.loads((run / "result.json").read_text()), earned[-1][0]
+    mean = np.mean([value for step, value in earned if step == last]).item()
+    (run / "result.json").write_text(json.dumps(result | {"evaluation": {"step": last, "mean": mean}}))
 
 
 def report(*arguments: object) -> int:
@@ -145,8 +155,7 @@ def test_what_a_grid_varies_sets_methods_apart_whatever_it_is(tmp_path):
 def test_a_threshold_is_reached_by_a_seeds_own_evaluations(tmp_path):
     for seed, steps in ((1, range(10, 101, 10)), (2, range(10, 101, 10)), (3, (25, 50, 75, 100))):
         run = make_run(tmp_path, "A-v0", seed)
-        earned = "".join(f"{step},0,0,{min(100, step * 10 / 3)},7\n" for step in steps)
-        (run / "evaluations.csv").write_text("step,episode,seed,return,length\n" + earned)
+        evaluated(run, [(step, min(100, step * 10 / 3)) for step in steps])
     (group,) = gather([tmp_path]).groups
     steps, seconds = group.reached(99)
     assert steps.tolist() == [30, 30, 50] and seconds.tolist() == [180, 180, 300]
@@ -206,6 +215,15 @@ def test_shares_of_the_run_are_those_of_the_evaluations_shown(tmp_path):
     for draw in (figures.checkpoints, figures.boxes):
         (axis,) = draw(groups, {}, figures.colours(methods_of(groups))).axes
         assert [label.get_text() for label in axis.get_xticklabels()] == ["20%", "50%", "100%"]
+    make_run(tmp_path, "A-v0", 1, script="sac_x", evaluations=2)
+    groups = gather([tmp_path]).groups
+    for draw in (figures.checkpoints, figures.boxes):
+        (axis,) = draw(groups, {}, figures.colours(methods_of(groups))).axes
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["20% / 50%", "50%", "100%"]
+
+
+def test_a_bar_in_a_name_parts_no_cells():
+    assert tables.Table(["method"], [["a|b"]]).markdown().splitlines()[-1] == r"| a\|b |"
 
 
 def test_labels_say_what_differs_in_words(tmp_path):
@@ -563,12 +581,51 @@ def test_seeds_stand_in_order_and_the_film_is_of_the_best(tmp_path, best):
     assert tables.provenance(groups).rows[0][2:4] == ["9 10", "abc (dirty)" if best == 9 else "abc"]
 
 
+@pytest.mark.parametrize(
+    ("table", "rows", "told"),
+    [
+        ("evaluations", 12, "evaluations.csv does not end with the evaluation of result.json"),
+        ("evaluations", 19, "evaluations.csv does not end with"),  # within the last evaluation
+        ("progress", 5, "progress.csv ends at step 50 of 100"),
+    ],
+)
+def test_a_table_that_was_cut_is_not_reported(tmp_path, table, rows, told):
+    for seed in (1, 2):
+        run = make_run(tmp_path, "A-v0", seed)
+    path = run / f"{table}.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[: 1 + rows]))
+    material = gather([tmp_path])
+    assert [len(group.runs) for group in material.groups] == [1] and told in material.left_out[run]
+
+
+def test_the_later_of_two_runs_of_a_seed_is_told_by_the_time_and_not_by_the_clock(tmp_path):
+    for final, started in ((20.0, "2026-11-29T12:00:00+02:00"), (30.0, "2026-11-29T11:00:00+00:00")):
+        run = make_run(tmp_path / str(final), "A-v0", 1, final=final)
+        meta = json.loads((run / "meta.json").read_text())
+        (run / "meta.json").write_text(json.dumps(meta | {"started": started}))
+    assert [group.final.tolist() for group in gather([tmp_path]).groups] == [[30.0]]
+
+
+def test_a_setting_left_open_is_not_one_that_is_off(tmp_path):
+    for seed in (1, 2):
+        for value in (None, False):
+            make_run(tmp_path, "A-v0", seed, settings={"shaped": value})
+    assert sorted(labels(tmp_path)) == ["no shaped", "shaped none"]
+
+
+def test_methods_stand_in_the_order_of_the_folders_named(tmp_path):
+    for script in ("ppo_x", "a_fork"):
+        make_run(tmp_path / script, "A-v0", 1, script=script)
+    assert methods_of(gather([tmp_path / "ppo_x", tmp_path / "a_fork"]).groups) == ["ppo_x", "a_fork"]
+    assert methods_of(gather([tmp_path / "a_fork", tmp_path / "ppo_x"]).groups) == ["a_fork", "ppo_x"]
+
+
 def test_seeds_evaluated_at_other_steps(tmp_path):
     """A group's curve is at the steps that its seeds share; runs of other lengths are other groups."""
     for seed in (1, 2):
         make_run(tmp_path / "runs", "A-v0", seed)
     run = make_run(tmp_path / "runs", "A-v0", 4)
-    (run / "evaluations.csv").write_text("step,episode,seed,return,length\n40,0,0,1,7\n70,0,0,1,7\n100,0,0,2,7\n")
+    evaluated(run, [(40, 1), (70, 1), (100, 2)])
     make_run(tmp_path / "runs", "A-v0", 3, evaluations=5, settings={"total_timesteps": 50})
     short, long = gather([tmp_path / "runs"]).groups
     assert (short.method, len(short.runs)) == ("50 steps", 1)
@@ -580,8 +637,7 @@ def test_seeds_evaluated_at_other_steps(tmp_path):
 def test_seeds_that_share_no_evaluation_are_compared_at_their_last(tmp_path):
     for seed, steps in ((1, (40, 100)), (2, (33, 66, 99))):
         run = make_run(tmp_path, "A-v0", seed)
-        earned = "".join(f"{step},0,0,{step + seed},7\n" for step in steps)
-        (run / "evaluations.csv").write_text("step,episode,seed,return,length\n" + earned)
+        evaluated(run, [(step, step + seed) for step in steps])
     (group,) = gather([tmp_path]).groups
     assert group.curves[0].tolist() == [99.5] and group.curves[1].tolist() == [[101], [101]]
 
@@ -590,15 +646,13 @@ def test_seeds_that_end_with_their_last_episodes_are_compared(tmp_path):
     """As grpo.py's do: at evaluations that lie beside each other, and at the mean of their steps."""
     for seed, late in ((1, 0), (2, 2), (3, 4)):
         run = make_run(tmp_path / "runs", "A-v0", seed)
-        steps = (("50", 1.0), ("100", 2.0))
-        lines = [f"{int(step) + late},{n},{n},{value + seed},7" for step, value in steps for n in range(3)]
-        (run / "evaluations.csv").write_text("\n".join(["step,episode,seed,return,length", *lines]) + "\n")
+        evaluated(run, [(step + late, value + seed) for step, value in ((50, 1.0), (100, 2.0)) for _ in range(3)])
     assert report(tmp_path / "runs", "-o", tmp_path / "out", "--no-random") == 0
     assert [(row["method"], row["seeds"], row["steps"]) for row in rows(tmp_path / "out" / "results.csv")] == [
         ("ppo_x", "3", "102")
     ]
     other = make_run(tmp_path / "others", "A-v0", 1, script="sac_x")  # another script's end does not part these
-    (other / "evaluations.csv").write_text("step,episode,seed,return,length\n93,0,0,1,7\n")
+    evaluated(other, [(93, 1)])
     (group, _) = gather([tmp_path / "runs", tmp_path / "others"]).groups
     steps, curves = group.curves
     assert steps.tolist() == [52, 102] and curves.tolist() == [[2, 3], [3, 4], [4, 5]]

@@ -215,6 +215,47 @@ def test_a_script_that_is_edited_while_its_sweep_runs_begins_no_more_jobs(tmp_pa
     assert final_returns(tmp_path) == pytest.approx([1000, 2000], abs=1)
 
 
+def test_a_script_that_is_edited_while_a_job_begins(tmp_path, capsys):
+    """What runs is the source of before, what its run keeps is that of after."""
+    script = fork(tmp_path)
+    later = tmp_path / "later.txt"
+    later.write_text(script.read_text())
+    edit(later)
+    copies = f'if __name__ == "__main__":\n    __import__("shutil").copyfile({str(later)!r}, __file__)\n'
+    script.write_text(copies + script.read_text())
+    command = [suite(tmp_path, scripts=[str(script)]), "-o", tmp_path / "out"]
+    assert sweep(*command) == 1 and "was edited while it began" in capsys.readouterr().out
+    assert not runs(tmp_path)
+    assert sweep(*command) == 2 and "--rerun runs them again" in capsys.readouterr().err
+    (hidden,) = tmp_path.glob("out/*/.*__*")
+    hidden.rename(hidden.with_name("left-by-a-sweep-that-was-killed"))
+    assert sweep(*command, "--rerun") == 0
+    assert final_returns(tmp_path) == pytest.approx([1000], abs=1)
+
+
+def test_a_sweep_goes_on_with_its_script_in_another_folder(tmp_path, capsys):
+    script = fork(tmp_path)
+    assert sweep(suite(tmp_path, scripts=[str(script)]), "-o", tmp_path / "out") == 0
+    moved = tmp_path / "elsewhere" / script.name
+    moved.parent.mkdir()
+    script.rename(moved)
+    assert sweep(suite(tmp_path, scripts=[str(moved)]), "-o", tmp_path / "out") == 0
+    assert "1 of them settled before" in capsys.readouterr().out
+
+
+def test_a_job_goes_on_in_the_folder_that_it_began_in(tmp_path, monkeypatch):
+    """Its relative paths are meant from there, wherever the sweep is started again."""
+    script, began = fork(tmp_path), tmp_path / "began.txt"
+    note = f'if __name__ == "__main__":\n    print(os.getcwd(), file=open({str(began)!r}, "a"))\n'
+    script.write_text(f"import os\n\n{note}{script.read_text()}")
+    command = [suite(tmp_path, scripts=[str(script)], args={"mood": "killed"}), "-o", tmp_path / "out"]
+    for name, status in (("first", 1), ("second", 0)):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        assert sweep(*command, "--retry-failed") == status
+    assert began.read_text().split() == [str(tmp_path / "first")] * 2
+
+
 def test_a_full_disk_does_not_break_a_sweep_for_good(tmp_path, capsys, monkeypatch):
     command = [suite(tmp_path, seeds=2), "-o", tmp_path / "out"]
 
