@@ -509,6 +509,7 @@ def group_advantages(args: Args, rewards: np.ndarray, alive: np.ndarray) -> tupl
     else:
         over = (1,) if args.process_norm == "timestep" else (1, 2)
         advantages = rewards_to_go(standardise(rewards, alive, over, loo), args.gamma)
+        advantages = np.where(np.abs(advantages) > 1e-9 * np.abs(advantages).max(), advantages, 0.0)  # as in `centre`
         if args.advantage == "hybrid":
             advantages = combine(args, standardise(returns, each, (1,), loo), advantages)
     normalised = advantages
@@ -1230,8 +1231,9 @@ RANGES = {
     "at least 1": (1, 1e15, "num_groups max_episode_steps minibatch_size update_epochs ref_update_every actor_sizes"),
     "at least 2, as episodes are compared within their group": (2, 1e15, "group_size"),
     "between 1 and 1e15": (1, 1e15, "total_timesteps checkpoint_every num_envs eval_episodes"),
-    "at least 0": (0, 1e15, "ent_coef kl_coef hybrid_alpha hybrid_beta num_evals"),
-    "above 0": (1e-300, 1e300, "learning_rate clip_coef clip_coef_high hybrid_clip target_kl stop_kl max_grad_norm"),
+    "at least 0": (0, 1e15, "ent_coef kl_coef num_evals"),
+    "above 0": (1e-300, 1e300, "learning_rate clip_coef clip_coef_high target_kl stop_kl max_grad_norm"),
+    "positive": (1e-300, 1e300, "hybrid_alpha hybrid_beta hybrid_clip"),
     "below 1; only --clip-coef-high may be above": (0, 1 - 1e-9, "clip_coef"),
     "a number": (-1e300, 1e300, "log_std_init log_std_min"),
     "between 0 and 1": (0, 1, "gamma lr_warmup"),

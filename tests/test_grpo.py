@@ -274,6 +274,15 @@ def test_the_hybrids_signs():
     assert grpo.combine(replace(args, hybrid_clip=100.0), outcome, step).tolist() == [18, -18, -18, -18, 0, 0]
 
 
+def test_rewards_whose_sum_cancels_leave_nothing_to_go():
+    """Two members whose normalised rewards are 1 and -1 by turns: rounding would decide what is positive."""
+    random, alive = np.random.default_rng(0), np.ones((500, 2, 4), bool)
+    args = replace(SMALL, advantage="process", process_norm="timestep", gamma=1.0, advantage_norm="none")
+    advantages, _ = grpo.group_advantages(args, random.normal(size=alive.shape), alive)
+    np.testing.assert_array_equal(advantages == 0, np.abs(advantages) < 0.5)  # they are whole numbers
+    assert 0.2 < (advantages == 0).mean() < 0.3
+
+
 @pytest.mark.parametrize("paid", [1.0, -0.3])
 def test_a_constant_reward_has_no_process(paid):
     """Nor what rounding makes of one, which normalising would bring to the size of everything else."""
