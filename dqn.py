@@ -577,7 +577,7 @@ def collect(
     actions = choose(values, torch.rand((N, 1 + A)).numpy(), epsilon_of(args, step), masks_of(args, agent, envs))
     watch.lap("acting")
     true_next, rewards, terminated, truncated, finished = envs.step(agent.for_environment(actions))
-    if not all((np.abs(numbers) < 3e38).all() for numbers in (rewards, true_next, envs.observations)):  # as float32
+    if not all(float(np.abs(x).max()) < 3e38 for x in (rewards, true_next, envs.observations)):  # as float32
         raise FloatingPointError(f"the environment's rewards or observations are not finite at step {step + N:,}")
     ended = terminated | truncated
     shown = np.concatenate((true_next[ended], envs.observations)) if finished else envs.observations
@@ -886,7 +886,10 @@ def write_atomically(path: Path, content: dict | str) -> None:
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     with unfinished.open("wb") as file:
-        torch.save(content, file) if isinstance(content, dict) else file.write(content.encode())
+        try:
+            torch.save(content, file) if isinstance(content, dict) else file.write(content.encode())
+        except RuntimeError:  # as torch's writer calls a full disk
+            raise OSError(f"{path} could not be written") from None
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
@@ -1254,12 +1257,15 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete]:
                 mask = info.get("action_mask", getattr(env, "mask", None)) if args.action_masks else None
                 spaces.append((env.observation_space.shape, actions, mask is not None))
                 first = 0 if mask is None else allowed(args, int(actions.n), [mask]).argmax()
-                observation, _, *over, info = env.step(actions.start + first)  # some mistakes show only in a step
+                action = actions.dtype.type(actions.start + first)
+                observation, _, *over, info = env.step(action)  # some mistakes show only in a step
                 check_observation(observation, env.observation_space)
                 if mask is not None and not any(over):
                     allowed(args, int(actions.n), [info.get("action_mask", getattr(env, "mask", None))])
-                if args.capture_video and make is not TrainEnv and (not env.render_mode or env.render() is None):
-                    raise TypeError("draws no images, which --capture-video needs")
+                if args.capture_video and make is not TrainEnv:
+                    image = np.asarray(env.render() if env.render_mode else None)
+                    if image.ndim != 3 or image.dtype != np.uint8:
+                        raise TypeError("draws no images of bytes (height, width, 3), which --capture-video needs")
         args = replace(args, action_masks=mask is not None)
         if args.action_masks and args.vec == "envpool":
             raise ValueError("EnvPool gives no action masks; use --vec sync, or --no-action-masks")

@@ -450,7 +450,7 @@ class Agent(nn.Module):
         """The policy's actions (N,) or (N, A) in the environment's shape and bounds."""
         low, high = self.bounds
         if self.kind is Categorical:
-            return low + actions
+            return (low + actions).astype(low.dtype)
         actions = 2 * actions - 1 if self.kind is Beta else actions
         actions = self.centre + self.half_range * actions.reshape(-1, *low.shape)
         return np.minimum(np.maximum(actions, low), high).astype(low.dtype, copy=False)
@@ -983,7 +983,10 @@ def write_atomically(path: Path, content: dict | str) -> None:
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     with unfinished.open("wb") as file:
-        torch.save(content, file) if isinstance(content, dict) else file.write(content.encode())
+        try:
+            torch.save(content, file) if isinstance(content, dict) else file.write(content.encode())
+        except RuntimeError:  # as torch's writer calls a full disk
+            raise OSError(f"{path} could not be written") from None
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
@@ -1120,7 +1123,7 @@ class Run(ExitStack):
         args, agent, theta = self.args, self.agent, self.learner.theta
         self.say(
             f"{SCRIPT}  {args.env_id}  {agent.moments.mean.numel()} observations,"
-            f" actions from {agent.low.min():g} to {agent.high.max():g}\n"
+            f" actions from {agent.bounds[0].min():g} to {agent.bounds[1].max():g}\n"
             f"{args.num_groups} groups of {args.group_size} episodes of at most {args.max_episode_steps} steps,"
             f" in {args.num_envs} environments ({args.vec})\n"
             f"{args.update_epochs} epochs of minibatches of {args.minibatch_size} at most,"
@@ -1330,8 +1333,10 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
                 env.reset(seed=0)
                 observation, *_ = env.step(env.action_space.sample())  # some mistakes show only in a step
                 check_observation(observation, env.observation_space)
-                if args.capture_video and make is not TrainEnv and (not env.render_mode or env.render() is None):
-                    raise TypeError("draws no images, which --capture-video needs")
+                if args.capture_video and make is not TrainEnv:
+                    image = np.asarray(env.render() if env.render_mode else None)
+                    if image.ndim != 3 or image.dtype != np.uint8:
+                        raise TypeError("draws no images of bytes (height, width, 3), which --capture-video needs")
         limit = min(steps for steps in limits[:2] if steps)
         args = replace(args, num_envs=args.num_envs or min(M, 64), max_episode_steps=limit)
         envs = (EnvPool if args.vec == "envpool" else Environments)(args)

@@ -796,7 +796,10 @@ def write_atomically(path: Path, content: dict | str) -> None:
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     with unfinished.open("wb") as file:
-        torch.save(content, file) if isinstance(content, dict) else file.write(content.encode())
+        try:
+            torch.save(content, file) if isinstance(content, dict) else file.write(content.encode())
+        except RuntimeError:  # as torch's writer calls a full disk
+            raise OSError(f"{path} could not be written") from None
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)

@@ -458,7 +458,7 @@ class Agent(nn.Module):
         """Actions (N, A) of the unit cube in the environment's shape and bounds; 0 and 1 are exactly the bounds."""
         low, high = self.bounds
         actions = actions.astype(np.float64).reshape(-1, *low.shape)
-        return (low * (1 - actions) + high * actions).astype(low.dtype)
+        return np.clip(low * (1 - actions) + high * actions, low, high).astype(low.dtype)
 
 
 def draw(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
@@ -970,7 +970,10 @@ def write_atomically(path: Path, content: dict | str) -> None:
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     with unfinished.open("wb") as file:
-        torch.save(content, file) if isinstance(content, dict) else file.write(content.encode())
+        try:
+            torch.save(content, file) if isinstance(content, dict) else file.write(content.encode())
+        except RuntimeError:  # as torch's writer calls a full disk
+            raise OSError(f"{path} could not be written") from None
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
@@ -1326,8 +1329,10 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
                 env.reset(seed=0)
                 observation, *_ = env.step(actions.sample())  # some mistakes show only in a step
                 check_observation(observation, env.observation_space)
-                if args.capture_video and make is not TrainEnv and (not env.render_mode or env.render() is None):
-                    raise TypeError("draws no images, which --capture-video needs")
+                if args.capture_video and make is not TrainEnv:
+                    image = np.asarray(env.render() if env.render_mode else None)
+                    if image.ndim != 3 or image.dtype != np.uint8:
+                        raise TypeError("draws no images of bytes (height, width, 3), which --capture-video needs")
         if args.num_steps is None:  # the more actions, the more samples it takes to tell which of them were good
             rollout, unit = min(1024 + 512 * math.prod(actions.shape), 4096), M // math.gcd(N, M)
             args = replace(args, num_steps=max(1, round(rollout / N / unit)) * unit)

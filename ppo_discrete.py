@@ -341,8 +341,8 @@ class Agent(nn.Module):
         self.actor[-1].bias.data[~self.exist.flatten()] = -1e9  # is never drawn, has no gradient, and stays
         self.moments = RunningMoments(observation_shape, args.norm_obs)
         self.return_moments = RunningMoments((), args.norm_reward)
-        self.register_buffer("low", torch.as_tensor(low))
-        self.register_buffer("high", torch.as_tensor(high))
+        self.register_buffer("low", torch.as_tensor(np.asarray(low)))
+        self.register_buffer("high", torch.as_tensor(np.asarray(high)))
 
     def logits(self, observations: Tensor, masks: Tensor) -> Tensor:
         """The logarithms of the choices' probabilities, (…, A, K)."""
@@ -867,7 +867,10 @@ def write_atomically(path: Path, content: dict | str) -> None:
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     with unfinished.open("wb") as file:
-        torch.save(content, file) if isinstance(content, dict) else file.write(content.encode())
+        try:
+            torch.save(content, file) if isinstance(content, dict) else file.write(content.encode())
+        except RuntimeError:  # as torch's writer calls a full disk
+            raise OSError(f"{path} could not be written") from None
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
@@ -1212,8 +1215,10 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.Space]:
                 check_observation(observation, env.observation_space)
                 if mask is not None and not any(over):
                     allowed(args, choices_of(low, high), [info.get("action_mask", getattr(env, "mask", None))])
-                if args.capture_video and make is not TrainEnv and (not env.render_mode or env.render() is None):
-                    raise TypeError("draws no images, which --capture-video needs")
+                if args.capture_video and make is not TrainEnv:
+                    image = np.asarray(env.render() if env.render_mode else None)
+                    if image.ndim != 3 or image.dtype != np.uint8:
+                        raise TypeError("draws no images of bytes (height, width, 3), which --capture-video needs")
         args = replace(args, action_masks=mask is not None)
         if args.action_masks and args.vec == "envpool":
             raise ValueError("EnvPool gives no action masks; use --vec sync, or --no-action-masks")

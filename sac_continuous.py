@@ -611,7 +611,7 @@ def collect(
     if not np.isfinite(environment_actions).all():
         raise FloatingPointError(f"the policy's actions are not finite at step {step + N:,}")
     true_next, rewards, terminated, truncated, finished = envs.step(environment_actions)
-    if not all((np.abs(numbers) < 3e38).all() for numbers in (rewards, true_next, envs.observations)):  # as float32
+    if not all(float(np.abs(x).max()) < 3e38 for x in (rewards, true_next, envs.observations)):  # as float32
         raise FloatingPointError(f"the environment's rewards or observations are not finite at step {step + N:,}")
     ended = terminated | truncated
     shown = np.concatenate((true_next[ended], envs.observations)) if finished else envs.observations
@@ -912,7 +912,10 @@ def write_atomically(path: Path, content: dict | str) -> None:
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     with unfinished.open("wb") as file:
-        torch.save(content, file) if isinstance(content, dict) else file.write(content.encode())
+        try:
+            torch.save(content, file) if isinstance(content, dict) else file.write(content.encode())
+        except RuntimeError:  # as torch's writer calls a full disk
+            raise OSError(f"{path} could not be written") from None
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
@@ -1284,8 +1287,10 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
                 env.reset(seed=0)
                 observation, *_ = env.step(actions.sample())  # some mistakes show only in a step
                 check_observation(observation, env.observation_space)
-                if args.capture_video and make is not TrainEnv and (not env.render_mode or env.render() is None):
-                    raise TypeError("draws no images, which --capture-video needs")
+                if args.capture_video and make is not TrainEnv:
+                    image = np.asarray(env.render() if env.render_mode else None)
+                    if image.ndim != 3 or image.dtype != np.uint8:
+                        raise TypeError("draws no images of bytes (height, width, 3), which --capture-video needs")
         seen = np.empty((1, *env.observation_space.shape), env.observation_space.dtype)
         taken = sum(ring.nbytes for ring in Rings.of(args.buffer_size, seen, actions, "meta"))
         if taken > (memory := memory_of(args)):

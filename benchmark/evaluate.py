@@ -43,9 +43,9 @@ def share_at_bounds(action: np.ndarray, space: gym.Space) -> float:
     """Of an action's components, those within a hundredth of their range of a bound; NaN where there is no range."""
     if not (isinstance(space, gym.spaces.Box) and space.is_bounded()):
         return float("nan")
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    place = (action - low) / (high - low)
-    return float(((place < 0.01) | (place > 0.99)).mean())
+    low, high, varies = space.low.astype(np.float64), space.high.astype(np.float64), space.high > space.low
+    place = (action - low)[varies] / (high - low)[varies]
+    return float(((place < 0.01) | (place > 0.99)).mean()) if varies.any() else float("nan")
 
 
 def choose(policy: Callable, observations: np.ndarray, infos: list[dict], sample: bool) -> np.ndarray:

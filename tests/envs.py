@@ -348,6 +348,41 @@ class Loose(gym.Env):
         return self.seen, float(np.sum(action)) * self.seen[0], False, False, {}
 
 
+class Strict(gym.Env):
+    """Takes only what its action space contains. Of a Box's two actions one may be only 1.3, which scaling may miss."""
+
+    def __init__(self, seen="float32", done="float64", masked: bool = False, render_mode: str | None = None):
+        self.observation_space = gym.spaces.Box(-9, 9, (3,), np.dtype(seen).type)
+        kind = np.dtype(done)
+        if kind.kind in "iu":
+            self.action_space = gym.spaces.Discrete(4, start=2, dtype=kind.type)
+        else:
+            self.action_space = gym.spaces.Box(np.array([-1, 1.3], kind), np.array([1, 1.3], kind), dtype=kind.type)
+        self.told = {"action_mask": np.array([0, 1, 1, 0])} if masked else {}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), self.told
+
+    def step(self, action):
+        assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
+        return self.observation_space.sample(), 1.0, False, False, self.told
+
+
+class Painted(Clock):
+    """Draws frames of this kind."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, shape: tuple[int, ...], kind: str, discrete: bool = False, render_mode: str | None = None):
+        super().__init__()
+        self.action_space = gym.spaces.Discrete(2) if discrete else Clock.action_space
+        self.frame, self.render_mode = np.ones(shape, kind), render_mode
+
+    def render(self):
+        return self.frame
+
+
 class Misshapen(gym.Env):
     """Begins with three numbers, as its space says, and goes on in another shape or kind."""
 
@@ -457,6 +492,8 @@ gym.register("Stacked-v0", Stacked)
 gym.register("Deep-v0", Deep)
 gym.register("Luck-v0", Luck, max_episode_steps=40)
 gym.register("Loose-v0", Loose, max_episode_steps=10)
+gym.register("Strict-v0", Strict, max_episode_steps=10)
+gym.register("Painted-v0", Painted, max_episode_steps=30)
 gym.register("Misshapen-v0", Misshapen, max_episode_steps=10)
 gym.register("Halves-v0", Halves, max_episode_steps=200)
 gym.register("Unseen-v0", Unseen)

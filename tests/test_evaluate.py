@@ -97,6 +97,8 @@ def test_share_at_bounds(run, tmp_path, capsys):
     assert share_at_bounds(np.float32([2.97, 0.2, 0.05]), space) == pytest.approx(2 / 3)
     assert np.isnan(share_at_bounds(np.float32([0]), gym.spaces.Box(0, np.inf, (1,))))
     assert np.isnan(share_at_bounds(1, gym.spaces.Discrete(2)))
+    half_fixed = gym.spaces.Box(np.float32([-1, 3]), np.float32([1, 3]))  # what has no choice does not count
+    assert share_at_bounds(np.float32([0, 3]), half_fixed) == 0 and share_at_bounds(np.float32([1, 3]), half_fixed) == 1
 
     assert evaluate(run.directory, "--episodes", 1, "-o", tmp_path) == 0
     policy, env = run.module().load_policy(run.last_checkpoint), gym.make("Pendulum-v1")

@@ -117,7 +117,7 @@ SCRIPTS = {
             "--log-std-init -3": "--log-std-init -3.0: must be at least --log-std-min -1.5",
             "--num-envs 4 --num-steps 16": "into parts of 2 or more",
             '--env-id Ant-v4 --eval-env-kwargs {"use_contact_forces":true}': "the spaces of training",
-            "--env-id tests.envs:Forgetful-v0 --capture-video": "draws no images, which --capture-video needs",
+            "--env-id tests.envs:Forgetful-v0 --capture-video": "draws no images of bytes (height, width, 3)",
             "--env-id tests.envs:Unseen-v0 --capture-video": "--capture-video True: NotImplemented",
             "--actor-sizes 64 0": "--actor-sizes",
         },
@@ -722,6 +722,8 @@ def test_what_is_not_finite_stops_the_run(script, capsys):
 
 
 REPLAYING = ["sac_continuous", "td3_continuous", "dqn"]
+DISCRETE = ["ppo_discrete", "dqn"]  # of vectors
+BOXED = ["ppo_continuous", "ppo_beta", "sac_continuous", "td3_continuous"]
 SPOILS = [(name, "shown") for name in SCRIPTS if name not in ("grpo", "ppo_atari_cnn")]
 SPOILS += [(name, what) for name in REPLAYING for what in ("last", "paid")]  # other scripts scale what is paid
 
@@ -755,7 +757,7 @@ def test_what_an_environment_spoils_is_in_no_checkpoint(script, spoilt, monkeypa
 
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "ppo_atari_cnn"], indirect=True)
 def test_a_reward_that_is_no_number_is_refused(script, capsys):
-    kwargs = json.dumps({"pays": "row", "discrete": script.name in ("ppo_discrete", "dqn")})
+    kwargs = json.dumps({"pays": "row", "discrete": script.name in DISCRETE})
     words = ["--max-episode-steps", "20"] if script.name == "grpo" else []
     told = script.refuse(capsys, "--env-id", "tests.envs:Kinds-v0", "--env-kwargs", kwargs, *words)
     assert "Python scalars" in told and not list(script.runs.glob("*"))
@@ -908,7 +910,7 @@ def test_a_run_that_is_stopped_twice_ends_as_if_it_were_not(script, way, capsys)
 
 @pytest.mark.parametrize("script", ["ppo_continuous", "td3_continuous", "dqn"], indirect=True)
 def test_an_environment_that_shows_other_numbers_than_its_space_has_resumes_exactly(script, capsys):
-    kwargs = json.dumps({"discrete": script.name == "dqn"})
+    kwargs = json.dumps({"discrete": script.name in DISCRETE})
     settings = {"env_id": "tests.envs:Loose-v0", "env_kwargs": kwargs, "norm_obs": False}
     undisturbed = script.train(**settings | {"runs_dir": str(script.runs / "undisturbed")})
     script.runs /= "stopped"
@@ -924,9 +926,39 @@ def test_observations_of_another_shape_or_kind_than_the_space_are_refused(script
         ({"shape": [1]}, "observes int64 (1,), where its space says int64 (3,)"),  # would be repeated to fit
         ({"shape": [3], "kind": "float64"}, "observes float64 (3,), where its space says int64 (3,)"),  # would be cut
     ):
-        kwargs = json.dumps(later | {"discrete": script.name in ("ppo_discrete", "dqn")})
+        kwargs = json.dumps(later | {"discrete": script.name in DISCRETE})
         assert told in script.refuse(capsys, "--env-id", "tests.envs:Misshapen-v0", "--env-kwargs", kwargs)
     assert not list(script.runs.glob("*"))
+
+
+KINDS = [(name, {"done": kind}) for name in (*BOXED, "grpo") for kind in ("float16", "float64")]
+KINDS += [(name, {"done": kind}) for name in (*DISCRETE, "grpo") for kind in ("int8", "uint16", "uint64")]
+KINDS += [(name, {"done": "int32", "masked": True}) for name in DISCRETE]
+KINDS += [(name, {"seen": "float16", "done": "int64" if name == "dqn" else "float32"}) for name in REPLAYING]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("script", "kinds"), KINDS, indirect=["script"])
+def test_actions_are_in_the_environments_space_whatever_its_numbers(script, kinds):
+    script.train(env_id="tests.envs:Strict-v0", env_kwargs=json.dumps(kinds))
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "ppo_atari_cnn"], indirect=True)
+@pytest.mark.parametrize("frames", [{"shape": [8, 8], "kind": "uint8"}, {"shape": [8, 8, 3], "kind": "float64"}])
+def test_what_cannot_be_filmed_is_refused(script, frames, capsys):
+    kwargs = json.dumps(frames | {"discrete": script.name in DISCRETE})
+    words = ["--env-id", "tests.envs:Painted-v0", "--env-kwargs", kwargs, "--capture-video"]
+    assert "draws no images of bytes (height, width, 3)" in script.refuse(capsys, *words)
+
+
+@about("write_atomically")
+def test_a_disk_that_fills_while_torch_writes_is_told_as_any_other(script, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise RuntimeError("unexpected pos 3328 vs 3224")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="best.pt could not be written"):
+        script.module.write_atomically(tmp_path / "best.pt", {})
 
 
 @pytest.mark.parametrize("script", ["ppo_continuous", "grpo", "sac_continuous"], indirect=True)
