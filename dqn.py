@@ -18,7 +18,7 @@ What may surprise:
 - Only termination stops bootstrapping; an episode cut by a time limit bootstraps from its true last observation.
 - Returns of n steps are summed when drawn; they end early at the end of an episode, or at its newest step so far.
 - The replay buffer holds each observation once, and is part of the checkpoint.
-- What an environment forbids by `info["action_mask"]` is never done, and does not count in a target.
+- What `info["action_mask"]` forbids is never done, nor counts in a target; a last observation without one allows all.
 - The parameters are views of one vector, `theta`; numpy reads the same memory to act, torch to learn.
 """
 
