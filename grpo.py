@@ -927,8 +927,9 @@ def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device,
     config = {"guard_filter_fn": compared}
     if device.type == "cpu":
         # Compiling is quicker without testing vector instructions, precompiling a header and writing debug lines.
-        config |= {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
-        config |= {"aot_inductor.enable_line_tables": False, "cpp_wrapper": True}  # no kernel is called from Python
+        options = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
+        options |= {"aot_inductor.enable_line_tables": False, "cpp_wrapper": True}  # no kernel is called from Python
+        config |= {name: options[name] for name in torch._inductor.list_options() if name in options}  # versions differ
     run.say("compiling the update …")
     gc.disable()  # the compiler makes many objects, and keeps them
     try:

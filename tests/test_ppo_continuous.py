@@ -351,6 +351,15 @@ def test_what_cannot_be_compiled_runs_as_it_is(works, monkeypatch):
     assert gc.isenabled() and torch.equal(torch.get_rng_state(), random)
 
 
+def test_the_compiler_gets_only_options_that_its_version_has(monkeypatch):
+    given, known = {}, ["cpp_wrapper", "cpp.vec_isa_ok"]
+    monkeypatch.setattr(torch._inductor, "list_options", lambda: known)
+    monkeypatch.setattr(torch, "compile", lambda function, options, **_: given.update(options) or (lambda *_: None))
+    agent = agent_of()
+    ppo.compile_update(SMALL, agent, learner_of(agent), SimpleNamespace(say=lambda _: None))
+    assert given.keys() == {"guard_filter_fn", *known}
+
+
 # ----------------------------------------------------------------------------------------------- from steps to batches
 
 FATES = replace(SMALL, env_id="tests.envs:Fates-v0", num_steps=40, gamma=0.9, gae_lambda=0.8, log_std_init=0.5)
