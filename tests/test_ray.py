@@ -15,8 +15,7 @@ from tests.test_promises import load
 pytest.importorskip("ray")
 ROOT = Path(__file__).parent.parent
 SETTINGS = ["--env-id", "Pendulum-v1", "--total-timesteps", "8192", "--num-envs", "4", "--num-steps", "64"]
-SETTINGS += ["--num-minibatches", "8", "--update-epochs", "4", "--num-evals", "0", "--checkpoint-every", "512"]
-SETTINGS += ["--no-compile"]
+SETTINGS += ["--num-minibatches", "8", "--num-evals", "0", "--checkpoint-every", "512", "--no-compile"]
 # A dead node is missed after seconds, and no processes wait for work that never comes.
 QUICK = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}
 QUICK |= {"enable_worker_prestart": False, "prestart_worker_first_driver": False}
