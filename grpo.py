@@ -36,6 +36,7 @@ import gc
 import hashlib
 import importlib
 import json
+import logging
 import math
 import os
 import shlex
@@ -930,6 +931,7 @@ def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device,
         options = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
         options |= {"aot_inductor.enable_line_tables": False, "cpp_wrapper": True}  # no kernel is called from Python
         config |= {name: options[name] for name in torch._inductor.list_options() if name in options}  # versions differ
+    logging.getLogger("torch._inductor.scheduler").disabled = True  # where it fails it prints all that it has read
     run.say("compiling the update …")
     gc.disable()  # the compiler makes many objects, and keeps them
     try:
@@ -1042,7 +1044,8 @@ class Run(ExitStack):
         super().__init__()
         self.args, self.agent, self.learner, self.envs, self.progress = args, agent, learner, envs, progress
         self.directory = Path(args.resume) if args.resume else create_run(args, self.state(0))
-        self.resume_command = shlex.join(["python", sys.argv[0], "--resume", str(self.directory)])
+        words, called = ["--resume", str(self.directory)], Path(sys.argv[0]).name == Path(__file__).name
+        self.resume_command = shlex.join(["python", sys.argv[0], *words]) if called else f"train(parse({words}))"
         self.live, self.said, self.tracker, self.saved = sys.stdout.isatty(), time.monotonic(), None, 0
 
     def state(self, step: int) -> dict:

@@ -30,6 +30,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import logging
 import math
 import os
 import shlex
@@ -75,7 +76,7 @@ class Args:
     eval_env_kwargs: str = "{}"  # arguments that evaluation changes or adds, as JSON
     num_envs: int = 1  # environments stepped together
     vec: Literal["sync", "async", "envpool"] = "sync"  # how they are stepped: in turn, in a process each, or by EnvPool
-    total_timesteps: int | float = 1_000_000  # steps over all environments
+    total_timesteps: int | float = 1_000_000  # steps over all environments; rounded down to a multiple of `num_envs`
     seed: int = 1  # seed of everything random
     device: Literal["cpu", "cuda", "auto"] = "auto"  # where the networks and the replay buffer are
     threads: int = 2  # torch threads
@@ -846,6 +847,7 @@ def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device,
         options = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
         options |= {"aot_inductor.enable_line_tables": False, "cpp_wrapper": True}  # no kernel is called from Python
         config |= {name: options[name] for name in torch._inductor.list_options() if name in options}  # versions differ
+    logging.getLogger("torch._inductor.scheduler").disabled = True  # where it fails it prints all that it has read
     run.say("compiling the update …")
     gc.disable()  # the compiler makes many objects, and keeps them
     try:
@@ -975,7 +977,8 @@ class Run(ExitStack):
         self.envs, self.progress = envs, progress
         self.wait = max(args.learning_starts, args.batch_size)  # steps that fill a new buffer
         self.directory = Path(args.resume) if args.resume else create_run(args, self.state(0))
-        self.resume_command = shlex.join(["python", sys.argv[0], "--resume", str(self.directory)])
+        words, called = ["--resume", str(self.directory)], Path(sys.argv[0]).name == Path(__file__).name
+        self.resume_command = shlex.join(["python", sys.argv[0], *words]) if called else f"train(parse({words}))"
         self.live, self.said, self.tracker, self.saved = sys.stdout.isatty(), time.monotonic(), None, 0
 
     def state(self, step: int) -> dict:

@@ -271,8 +271,8 @@ def tune(
             --space configs/search/ppo_continuous.yaml --workers 2 \
             -- --total-timesteps 30_000 --num-evals 4
 
-    A trial whose evaluations fall behind the median of those before it is ended early. Started again, the search goes
-    on. Several machines may share it, by the same storage and each its own output folder.
+    From the sixth on, a trial whose evaluations fall behind the median of those before it is ended early. Started
+    again, the search goes on. Several machines may share it, by the same storage and each its own output folder.
 
     Args:
         script: name of one of ours, or path of another

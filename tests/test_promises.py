@@ -1140,7 +1140,11 @@ def test_a_run_that_fails_says_from_which_step_it_can_go_on(script, error, statu
     with pytest.raises(SystemExit) as stop:
         script.train()
     told = capsys.readouterr().err
-    assert stop.value.code == status and "the last checkpoint is of step 0" in told and "--resume" in told
+    assert stop.value.code == status and "the last checkpoint is of step 0" in told
+    monkeypatch.undo()
+    command = told.splitlines()[-1].strip()  # of who has imported the script
+    assert command.startswith("train(parse(") and eval(command, vars(script.module)) == only(script.runs)
+    assert (only(script.runs) / "result.json").exists()
 
 
 @about("catch_interrupts")
