@@ -284,6 +284,13 @@ def test_numpy_computes_what_torch_does_and_learns_with_it(sizes):
     assert np.abs(forward(observations.numpy()) - before).max() > 0.1
 
 
+def test_a_fork_whose_network_numpy_does_not_compute_is_told():
+    agent = agent_of()
+    agent.q[1] = torch.nn.Tanh()
+    with pytest.raises(AssertionError, match="in_numpy must compute what the network does"):
+        dqn.in_numpy(agent.q)
+
+
 # ------------------------------------------------------------------------------------------------------- exploration
 
 
@@ -447,12 +454,15 @@ def test_a_row_is_of_the_updates_since_the_last(small, monkeypatch):
     """And of none, where nothing was learnt."""
     numbers = iter(range(10**6))
     monkeypatch.setattr(dqn, "update", lambda *_: torch.full((2,), float(next(numbers))))
-    run = train(replace(small, learning_starts=256, checkpoint_every=256, total_timesteps=768))
+    args = replace(small, exploration_fraction=1.0, epsilon_end=0.05)
+    run = train(replace(args, learning_starts=256, checkpoint_every=256, total_timesteps=768))
     table = rows(run, "progress")
     assert [row["td_loss"] for row in table] == ["nan", "31.5", "95.5"]
     assert [row["updates"] for row in table] == ["0", "64", "128"]
     assert [row["buffer"] for row in table] == ["256", "512", "768"]
-    assert [float(row["epsilon"]) for row in table] == [0.05] * 3
+    assert [float(row["epsilon"]) for row in table] == pytest.approx([0.05 + 0.95 * left / 3 for left in (2, 1, 0)])
+    rates = [small.learning_rate * (1 - (step - 4) / 768) for step in (256, 512, 768)]
+    assert [float(row["learning_rate"]) for row in table] == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("norm_obs", [False, True])

@@ -361,7 +361,7 @@ def gradient(agent: grpo.Agent, batch: grpo.Batch, kl_coef: float = 0.3) -> torc
 
 def test_without_a_penalty_a_distant_reference_spoils_no_gradient(monkeypatch):
     """The exponential of its log-ratio is infinite, and 0 times the gradient of that no number."""
-    monkeypatch.setattr(SMALL, "kl_estimator", "k3")
+    monkeypatch.setitem(globals(), "SMALL", replace(SMALL, kl_estimator="k3"))
     agent, batch = example()
     agent.actor[-1].bias += 200 * torch.arange(len(agent.actor[-1].bias))
     batch = batch._replace(logprobs=agent.kind(agent(batch.observations)).log_prob(batch.actions))
@@ -844,3 +844,11 @@ def test_files_of_settings_are_read(path):
     settings = yaml.safe_load(path.read_text())
     args = grpo.parse(["--config", str(path)])
     assert {name: getattr(args, name) for name in settings} == settings
+
+
+def test_the_penalty_follows_the_divergence_from_the_reference(small, monkeypatch):
+    given, follow = [], grpo.next_kl_coef
+    monkeypatch.setattr(grpo, "next_kl_coef", lambda *by: (given.append(by), follow(*by))[1])
+    args = replace(small, **PENDULUM, total_timesteps=1200, learning_rate=0.01, kl_coef=1.0, target_kl=0.02)
+    table = rows(train(args), "progress")
+    assert given == [(float(row["kl_coef"]), float(row["reference_kl"]), 0.02) for row in table]

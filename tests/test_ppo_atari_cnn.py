@@ -65,6 +65,7 @@ def test_evaluation_shows_what_training_shows(game):
             assert ended[0] == (terminated or info["lives"] < before)
             np.testing.assert_array_equal(seen, shown[0])
             paid.append(reward)
+            assert finished == [(sum(paid), len(paid))] if finished else envs.returns[0] == sum(paid)
             if terminated:
                 break
     assert len(paid) > 100 and np.any(paid)

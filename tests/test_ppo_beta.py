@@ -427,12 +427,12 @@ def test_a_loaded_policy_of_images_has_exactly_the_returns_of_its_evaluation(ima
 
 def test_frames_are_stacked_the_oldest_first():
     args = Args(frame_stack=3)
-    shown = [np.full((8, 8, 1), value, np.uint8) for value in range(4)]
+    shown = [np.full((8, 8, 1), value, np.uint8) for value in range(1, 5)]
     frames = ppo.stack(args, shown[0])
-    assert frames.shape == (8, 8, 3) and not frames.any()
+    assert frames.shape == (8, 8, 3) and (frames == 1).all()  # the first, three times
     for image in shown[1:]:
         frames = ppo.stack(args, image, frames)
-    assert frames[0, 0].tolist() == [1, 2, 3]
+    assert frames[0, 0].tolist() == [2, 3, 4]
 
 
 def test_grey_and_resizing():

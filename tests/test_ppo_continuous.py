@@ -326,6 +326,36 @@ def test_the_compiled_update_is_the_update(vf_coef):
         fast(agent, args, learner, batch, indices)
         with pytest.raises(RuntimeError):  # an array of another size is not read by code for this one
             fast(agent, args, learner, ppo.Batch(*(column[:60] for column in batch)), indices)
+        with pytest.raises(RuntimeError, match="vf_coef"):  # nor a number that a fork lets change
+            fast(agent, replace(args, vf_coef=1.0), learner, batch, indices)
+
+
+def test_compiling_leaves_the_agent_as_it_is(monkeypatch):
+    """A fork's update may change a buffer."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(ppo, "update", lambda agent, *_: agent.return_moments.mean.add_(1))
+    agent = agent_of()
+    ppo.compile_update(SMALL, agent, learner_of(agent), SimpleNamespace(say=print))
+    assert agent.return_moments.mean == 0
+
+
+def test_what_no_gradient_reaches_is_named(tmp_path, monkeypatch):
+    """As where a fork's loss calls a network of the agent's instead of functional_call."""
+
+    class Forked(ppo.Agent):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.model = torch.nn.Linear(2, 2)
+
+    monkeypatch.setattr(ppo, "Agent", Forked)
+    run = train(replace(SMALL, runs_dir=str(tmp_path), num_evals=0))
+    assert "not learnt so far: model.weight, model.bias;" in (run / "run.log").read_text()
+
+
+def test_acting_has_no_dropout():
+    network = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.Dropout(0.5)).requires_grad_(False)
+    x = np.ones((1, 3), np.float32)
+    np.testing.assert_allclose(ppo.in_numpy(network)(x), network[0](torch.tensor(x)), atol=1e-6)
 
 
 def test_learning_rate_schedules():
@@ -884,3 +914,18 @@ def test_files_of_settings_are_read(path):
     settings = yaml.safe_load(path.read_text())
     args = ppo.parse(["--config", str(path)])
     assert {name: getattr(args, name) for name in settings} == settings
+
+
+def test_networks_and_normalisers_are_as_they_are_set():
+    args = replace(SMALL, actor_sizes=(8,), critic_sizes=(32, 16), norm_obs=False)
+    agent = agent_of(args)
+    assert [layer.out_features for layer in agent.actor[::2]] == [8, 2]
+    assert [layer.out_features for layer in agent.critic[::2]] == [32, 16, 1]
+    assert (agent.moments.enabled, agent.return_moments.enabled) == (False, True)
+
+
+def test_what_is_left_is_told_by_the_pace_so_far():
+    said = []
+    run = SimpleNamespace(progress={"recent": [1.0, 3.0]}, said=-np.inf, say=said.append)
+    ppo.Run.show(run, {"step": 250_000, "sps": 5000, "wall_time": 50.0}, 1_000_000, "KL")
+    assert "250,000  25%  5,000 steps/s  ETA 0:02:30  return 2.0  KL" in said[0]

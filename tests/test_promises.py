@@ -1464,6 +1464,61 @@ def test_what_a_run_says_of_times_and_of_its_last_hundred_episodes(script, monke
     assert result["training_return"] == pytest.approx(np.mean(returns[-100:])) != pytest.approx(np.mean(returns))
 
 
+def test_all_that_is_random_comes_from_the_seed(script):
+    """What a run begins with: the networks, torch's random numbers, and the environments'."""
+    states = []
+    for seed in (1, 2):
+        runs = script.runs / str(seed)
+        with pytest.raises(SystemExit, match="130"):
+            script.train(seed=seed, runs_dir=str(runs), interrupts=[signal.SIGINT])
+        states.append(load(only(runs) / "checkpoint.pt"))
+    first, second = states
+    names = [name for name in first["agent"] if "weight" in name]
+    assert names and not any(torch.equal(first["agent"][name], second["agent"][name]) for name in names)
+    assert not torch.equal(first["random"], second["random"])
+    assert first["environments"]["random"] != second["environments"]["random"]
+
+
+def test_the_times_of_all_rows_add_up_after_a_resume_too(script, finished):
+    (finished / "checkpoint.previous.pt").replace(finished / "checkpoint.pt")
+    script.train("--resume", str(finished))
+    progress = numbers(finished, "progress")
+    spent = [sum(seconds for name, seconds in row.items() if name.startswith("seconds_")) for row in progress]
+    np.testing.assert_allclose([row["wall_time"] for row in progress], np.cumsum(spent), rtol=0.2)
+    if script.name not in REPLAYING:
+        paces = [row["step"] / row["wall_time"] for row in progress]
+        np.testing.assert_allclose([row["sps"] for row in progress], paces, rtol=0.05)
+
+
+def test_checkpoints_come_with_the_first_row_after_every_so_many_steps_and_at_the_end(script, monkeypatch):
+    saved, save = [], script.module.Run.save
+    monkeypatch.setattr(script.module.Run, "save", lambda run, step: (saved.append(step), save(run, step))[1])
+    run = script.train(num_evals=0, checkpoint_every=250)
+    steps = [int(row["step"]) for row in rows(run, "progress")]
+    every = script.args().num_envs if script.name in REPLAYING else steps[0]
+    assert saved == sorted({-(-n // every) * every for n in range(250, steps[-1] + 1, 250)} | {steps[-1]})
+
+
+def test_a_run_ends_with_its_last_whole_rollout_and_an_evaluation(script):
+    total = script.row.small["total_timesteps"] + 3 * script.args().num_envs - 1
+    run = script.train(total_timesteps=total, num_evals=3, eval_episodes=1)
+    last = int(rows(run, "progress")[-1]["step"])
+    assert json.loads((run / "result.json").read_text())["steps"] == last
+    assert (last > total) == (script.name == "grpo")  # whose last iteration reaches the total
+    steps = [int(row["step"]) for row in rows(run, "evaluations")]
+    assert len(steps) == 3 and steps[-1] == last
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name.startswith("ppo")], indirect=True)
+def test_rows_tell_rates_and_all_updates_and_the_normaliser_has_seen_every_step(script, original):
+    args, agent = script.args(), load(original / "checkpoint.pt")["agent"]
+    B, total = args.num_envs * args.num_steps, args.total_timesteps
+    for number, row in enumerate(numbers(original, "progress")):
+        assert row["learning_rate"] == pytest.approx(args.learning_rate * (1 - number * B / total))
+        assert row["updates"] == (number + 1) * args.update_epochs * args.num_minibatches
+    assert agent.get("moments.count", total) == total  # ppo_atari_cnn has none
+
+
 @about("Run.begin", "Run.write", "evaluate")
 def test_tensorboard_has_what_the_files_have(script, finished):
     """By CleanRL's names, and after a resume nothing twice."""
@@ -1567,6 +1622,12 @@ def test_files_of_arguments(script, tmp_path):
         args = script.module.parse(["--config", str(tmp_path / "file"), "--num-envs", "2"])
         assert (args.learning_rate, args.num_envs, args.compile, args.total_timesteps) == (1e-3, 2, False, 2_000_000)
         assert json.loads(args.env_kwargs) == {"a": 1} and all(getattr(args, name) == (32, 16) for name in lists)
+
+
+def test_settings_never_change(script):
+    """What is compiled has them built in, and a checkpoint is compared with them."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        script.module.Args().learning_rate = 1.0
 
 
 def test_every_number_among_the_arguments_has_a_range(script):

@@ -20,6 +20,7 @@ import yaml
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 import sac_continuous as sac
+import td3_continuous as td3
 from sac_continuous import Args, ReplayBuffer, Rings, RunningMoments, load_policy, parse, train
 from tests.envs import Fates
 from tests.marks import needs_compiler
@@ -130,6 +131,13 @@ def test_numpy_computes_what_torch_does(sizes):
     outputs = sac.in_numpy(networks)(observation.numpy())
     assert outputs.dtype == np.float32 and outputs.shape == (6,)
     np.testing.assert_allclose(outputs, networks(observation[None])[0, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("module", [sac, td3])
+def test_a_fork_whose_network_numpy_does_not_compute_is_told(module, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "relu", torch.Tensor.tanh)
+    with pytest.raises(AssertionError, match="in_numpy must compute what Networks.forward does"):
+        module.in_numpy(module.Networks(1, (17, 64, 6)).requires_grad_(False))
 
 
 def random_rings(rows: int = 32) -> Rings:
@@ -553,11 +561,18 @@ def test_evaluations_come_at_their_own_steps(small):
 def test_a_row_is_of_the_updates_since_the_last(small, monkeypatch):
     """And of none, where nothing was learnt."""
     numbers = iter(range(10**6))
-    measures = lambda *_: torch.full((len(sac.MEASURES),), float(next(numbers)))  # noqa: E731
-    monkeypatch.setattr(sac, "update", measures)
-    run = train(replace(small, learning_starts=256, checkpoint_every=256, total_timesteps=768))
-    table = rows(run, "progress")
+
+    def update(*arguments):
+        number, improves = float(next(numbers)), arguments[-2]
+        return torch.tensor([number] * 3 + [number if improves else torch.nan] + [number] * 2)
+
+    monkeypatch.setattr(sac, "update", update)
+    args = replace(small, policy_frequency=2, learning_starts=256, checkpoint_every=256, total_timesteps=768)
+    table = rows(train(args), "progress")
     assert [row["qf_loss"] for row in table] == ["nan", "31.5", "95.5"]
+    assert [row["actor_loss"] for row in table] == ["nan", "32.0", "96.0"]
+    rates = [small.learning_rate * (1 - (step - 4) / 768) for step in (256, 512, 768)]
+    assert [float(row["learning_rate"]) for row in table] == pytest.approx(rates)
     assert [row["updates"] for row in table] == ["0", "64", "128"]
     assert [row["buffer"] for row in table] == ["256", "512", "768"]
 

@@ -407,7 +407,10 @@ def test_a_row_is_of_the_updates_since_the_last(small, monkeypatch):
         return torch.tensor([number, number, number, number if arguments[-1] else torch.nan])
 
     monkeypatch.setattr(td3, "update", update)
-    table = rows(train(replace(small, learning_starts=256, checkpoint_every=256, total_timesteps=768)), "progress")
+    args = replace(small, lr_schedule="linear", learning_starts=256, checkpoint_every=256, total_timesteps=768)
+    table = rows(train(args), "progress")
+    rates = [small.learning_rate * (1 - (step - 4) / 768) for step in (256, 512, 768)]
+    assert [float(row["learning_rate"]) for row in table] == pytest.approx(rates)
     assert [row["qf_loss"] for row in table] == ["nan", "31.5", "95.5"]
     assert [row["actor_loss"] for row in table] == ["nan", "32.0", "96.0"]
     assert [row["updates"] for row in table] == ["0", "64", "128"]
