@@ -977,11 +977,11 @@ class Run(ExitStack):
             with path.open("a") as file:
                 os.fsync(file.fileno())
         last, previous = self.directory / "checkpoint.pt", self.directory / "checkpoint.previous.pt"
-        if not self.saved:  # the last is of the start
+        if not self.saved and last.exists():  # it is of the start
             start, named = load_checkpoint(last)["agent"], dict(self.agent.named_parameters())
             still = [name for name, parameter in named.items() if torch.equal(parameter.cpu(), start[name])]
             if 0 < len(still) < len(named):
-                self.say(f"not learnt so far: {', '.join(still)}; a gradient takes the way of functional_call")
+                self.say(f"learning has not changed {', '.join(still)}")
         previous.unlink(missing_ok=True)
         try:
             os.link(last, previous)

@@ -349,7 +349,7 @@ def test_what_no_gradient_reaches_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ppo, "Agent", Forked)
     run = train(replace(SMALL, runs_dir=str(tmp_path), num_evals=0))
-    assert "not learnt so far: model.weight, model.bias;" in (run / "run.log").read_text()
+    assert "learning has not changed model.weight, model.bias" in (run / "run.log").read_text()
 
 
 def test_acting_has_no_dropout():
