@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 SCRIPT ?= ppo_continuous.py
 ARGS ?= --env-id HalfCheetah-v4
+# Bytecode takes longer to make than packages to unpack; what is imported has it made then, where that is allowed.
+LAZILY = $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
 
 .PHONY: train test docs family
 train: $(VENV)/train
@@ -25,5 +27,5 @@ $(VENV)/docs: EXTRAS = [docs]
 $(VENV)/train $(VENV)/dev $(VENV)/docs: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)'
+	$(VENV)/bin/pip install $(LAZILY) --quiet --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)'
 	@touch $@

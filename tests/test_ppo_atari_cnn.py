@@ -117,8 +117,8 @@ def test_fire_is_pressed_after_a_lost_life_in_training_and_in_evaluation():
 
 def test_evaluation_waits_at_the_start_as_long_as_training_may():
     with closing(make_eval_env(Args())) as env:
-        waits = {env.reset(seed=seed)[1]["episode_frame_number"] for seed in range(40)}
-        assert min(waits) == 1 and max(waits) == 29
+        waits = [env.reset(seed=seed)[1]["episode_frame_number"] for seed in (4, 19)]  # which draw the extremes
+        assert waits == [1, 29]
 
 
 def test_a_new_game_waits_for_no_fire():

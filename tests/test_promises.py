@@ -98,7 +98,7 @@ SCRIPTS = {
         },
         played="Hopper-v4",
         filmed="Pendulum-v1",
-        kills=4,
+        kills=3,
         clock=PPO_CLOCK,
         mistakes={
             "--env-id CartPole-v1": "--env-id CartPole-v1: acts in Discrete(2)",
@@ -181,7 +181,7 @@ SCRIPTS = {
         filmed="Pendulum-v1",
         clock=Q_CLOCK | {"actor_sizes": (1,), "autotune": False, "alpha": 1e-6},
         compiled={"norm_obs": True},
-        kills=4,
+        kills=3,
         mistakes={
             "--env-id CartPole-v1": "--env-id CartPole-v1: acts in Discrete(2)",
             "--env-id tests.envs:Whole-v0": "real numbers",
@@ -399,7 +399,7 @@ SCRIPTS = {
         clock={name: value for name, value in Q_CLOCK.items() if name != "critic_sizes"}
         | {"env_id": "tests.envs:TickingEnds-v0", "hidden_sizes": (64, 64), "updates_per_step": 0.5},
         compiled={"norm_obs": True, "n_step": 3, "target_network_frequency": 2, "tau": 0.5},
-        kills=4,
+        kills=3,
         mistakes={
             "--env-id Pendulum-v1": "--env-id Pendulum-v1: acts in Box(-2.0, 2.0, (1,), float32)",
             "--env-id tests.envs:Several-v0": "ppo_discrete.py has MultiDiscrete",
