@@ -161,7 +161,7 @@ class TrainEnv(gym.Wrapper):
         self.episode.append(np.array(action))
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.mask = info.get("action_mask")
-        return observation, float(reward), bool(terminated), bool(truncated), {}  # infos would take a tenth of the time
+        return observation, float(reward), bool(terminated), bool(truncated), {}  # infos would cost a tenth of the time
 
     def replay(self) -> tuple[np.ndarray, float]:
         """Plays the episode again; its last observation and its return so far."""
@@ -293,10 +293,10 @@ class Rings(NamedTuple):
     @staticmethod
     def of(size: int, observations: np.ndarray, mask_size: int, device: torch.device | str) -> "Rings":
         zeros = partial(torch.zeros, device=device)
-        seen = zeros(size, observations[0].size, dtype=torch.uint8 if observations.dtype == np.uint8 else None)
+        observed = zeros(size, observations[0].size, dtype=torch.uint8 if observations.dtype == np.uint8 else None)
         allowed, terminated = zeros(size, mask_size, dtype=torch.bool), zeros(size, dtype=torch.bool)
         actions, between = zeros(size, dtype=torch.int64), zeros(size, 2, dtype=torch.int32)
-        return Rings(seen, allowed, actions, zeros(size), terminated, between)
+        return Rings(observed, allowed, actions, zeros(size), terminated, between)
 
 
 class Transitions(NamedTuple):
@@ -339,22 +339,22 @@ class ReplayBuffer:
         rewards: np.ndarray,
         terminated: np.ndarray,
         ended: np.ndarray,
-        shown: np.ndarray,
+        latest: np.ndarray,
         masks: np.ndarray,
     ) -> None:
         """Adds a step of every environment, in which K episodes `ended`.
 
-        What those saw last, and what all see now, is `shown` (K + N, ...); `masks` are of the same.
+        What those saw last, and what all see now, is `latest` (K + N, ...); `masks` are of the same.
         """
-        N, K = self.num_envs, len(shown) - self.num_envs
+        N, K = self.num_envs, len(latest) - self.num_envs
         before = np.arange(self.seen - N, self.seen)
         after = before + N + K
         after[ended] = self.seen + np.arange(K)
-        done = actions, rewards, terminated, np.array((before, after)).T, before
-        for rows, content in zip((*self.writable[2:], self.before), done, strict=True):
+        columns = actions, rewards, terminated, np.array((before, after)).T, before
+        for rows, content in zip((*self.writable[2:], self.before), columns, strict=True):
             self._put(rows, self.end, content)
         self.end += N
-        self.begin(shown, masks)
+        self.begin(latest, masks)
 
     def draw(self, count: int) -> Tensor:
         """Slots of transitions, uniformly and with replacement."""
@@ -584,10 +584,10 @@ def collect(
     if not all(float(np.abs(x).max()) < 3e38 for x in (rewards, true_next, envs.observations)):  # as float32
         raise FloatingPointError(f"the environment's rewards or observations are not finite at step {step + N:,}")
     ended = terminated | truncated
-    shown = np.concatenate((true_next[ended], envs.observations)) if finished else envs.observations
-    buffer.add(actions, rewards, terminated, ended, shown, masks_of(args, agent, envs, ended))
+    latest = np.concatenate((true_next[ended], envs.observations)) if finished else envs.observations
+    buffer.add(actions, rewards, terminated, ended, latest, masks_of(args, agent, envs, ended))
     if args.norm_obs:
-        agent.moments.update(shown)
+        agent.moments.update(latest)
     watch.lap("stepping")
     when = {"step": step + N, "wall_time": round(watch.elapsed(), 3)}
     return [when | {"return": total, "length": length} for total, length in finished]
@@ -673,7 +673,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             act, optimise = capture_network(agent.q, device), capture_updates(optimise, learners)
         else:
             act = in_numpy(agent.q)
-        watch, booked, measured, shown = Stopwatch(progress["seconds"]), dict(progress["seconds"]), [], run.saved
+        watch, booked, measured, logged = Stopwatch(progress["seconds"]), dict(progress["seconds"]), [], run.saved
 
         for step in range(run.saved + N, total + 1, N):
             if interrupts:
@@ -698,12 +698,12 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                 evaluate(args, run, agent, step, progress)
                 watch.lap("evaluating")
             seconds = {name: spent - booked[name] for name, spent in watch.seconds.items()}
-            pace = (step - shown) / sum(seconds[name] for name in ("stepping", "acting", "updating"))
+            pace = (step - logged) / sum(seconds[name] for name in ("stepping", "acting", "updating"))
             row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(pace, 3)}
             row |= measures | {"learning_rate": learners.q.learning_rate.item(), "epsilon": epsilon_of(args, step)}
             row |= {"updates": progress["updates"], "buffer": len(buffer)}
             row |= {f"seconds_{name}": round(spent, 4) for name, spent in seconds.items()}
-            booked, shown = dict(watch.seconds), step
+            booked, logged = dict(watch.seconds), step
             run.write("progress", [row])
             watch.lap("saving")
 
@@ -815,14 +815,14 @@ def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device,
     started, random = time.perf_counter(), torch.get_rng_state()
     torch.compiler.reset()  # what another run compiled in this process would be taken for this one's
 
-    def compared(guards: Sequence) -> list[bool]:
-        """What a call checks: shapes and numbers. What else the agent is made of would take a fifth of the time."""
+    def keep_guards(guards: Sequence) -> list[bool]:
+        """Those on shapes and numbers; checking all else that the agent is made of costs a fifth of a call."""
         numbers = {"CONSTANT_MATCH", "EQUALS_MATCH"}
         shapes = {"TENSOR_MATCH", "SEQUENCE_LENGTH", "TYPE_MATCH", "ID_MATCH"}
         kinds = [numbers if "agent." in g.name else numbers | shapes for g in guards]
         return [g.guard_type in kind and "__" not in g.name for g, kind in zip(guards, kinds, strict=True)]
 
-    config = {"guard_filter_fn": compared}
+    config = {"guard_filter_fn": keep_guards}
     if device.type == "cpu":
         # Compiling is quicker without testing vector instructions, precompiling a header and writing debug lines.
         options = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
@@ -1236,9 +1236,9 @@ def memory_of(args: Args) -> int:
 
 def check_observation(observation: np.ndarray, space: gym.spaces.Box) -> None:
     """Raises a TypeError unless it is what the space says; some ways of stepping would repeat or cut it to fit."""
-    seen = np.asarray(observation)
-    if not seen.size or seen.shape != space.shape or not np.can_cast(seen.dtype, space.dtype, "same_kind"):
-        raise TypeError(f"observes {seen.dtype} {seen.shape}, where its space says {space.dtype} {space.shape}")
+    array = np.asarray(observation)
+    if not array.size or array.shape != space.shape or not np.can_cast(array.dtype, space.dtype, "same_kind"):
+        raise TypeError(f"observes {array.dtype} {array.shape}, where its space says {space.dtype} {space.shape}")
 
 
 def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete]:
@@ -1285,8 +1285,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Discrete]:
         args = replace(args, action_masks=mask is not None)
         if args.action_masks and args.vec == "envpool":
             raise ValueError("EnvPool gives no action masks; use --vec sync, or --no-action-masks")
-        seen = np.empty((1, *env.observation_space.shape), env.observation_space.dtype)
-        taken = sum(ring.nbytes for ring in Rings.of(args.buffer_size, seen, actions.n * args.action_masks, "meta"))
+        observed = np.empty((1, *env.observation_space.shape), env.observation_space.dtype)
+        taken = sum(ring.nbytes for ring in Rings.of(args.buffer_size, observed, actions.n * args.action_masks, "meta"))
         if taken > (memory := memory_of(args)):
             refuse(f"--buffer-size {args.buffer_size}: takes {taken:,} bytes, of {memory:,} in all; make it smaller")
         envs = (EnvPool if args.vec == "envpool" else Environments)(args)

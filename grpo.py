@@ -173,7 +173,7 @@ class TrainEnv(gym.Wrapper):
 
     def step(self, action: np.ndarray) -> tuple:
         observation, reward, terminated, truncated, _ = self.env.step(action)
-        return observation, float(reward), bool(terminated), bool(truncated), {}  # infos would take a tenth of the time
+        return observation, float(reward), bool(terminated), bool(truncated), {}  # infos would cost a tenth of the time
 
 
 class Environments:
@@ -678,13 +678,13 @@ def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Sto
             envs.begin(free, seeds[playing[free]])
             watch.lap("stepping")
         busy = np.flatnonzero(playing >= 0)
-        episodes, seen = playing[busy], envs.observations[busy]
-        inputs = normalise(seen).reshape(len(busy), -1)
+        episodes, observations = playing[busy], envs.observations[busy]
+        inputs = normalise(observations).reshape(len(busy), -1)
         actions = agent.kind.sample(act(inputs))
         environment_actions = agent.for_environment(actions)
         watch.lap("acting")
         rewards, terminated, truncated = envs.step(busy, environment_actions)
-        parts.append((seen, inputs, actions, rewards, episodes, lengths[episodes]))
+        parts.append((observations, inputs, actions, rewards, episodes, lengths[episodes]))
         lengths[episodes] += 1
         steps += len(busy)
         over = terminated | truncated | (lengths[episodes] == args.max_episode_steps)
@@ -693,13 +693,13 @@ def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Sto
             playing[busy[over]] = -1
             when = {"step": step + steps, "wall_time": round(watch.elapsed(), 3)}
             ended += [(m, when) for m in np.sort(episodes[over])]
-    seen, inputs, actions, rewards, *places = (np.concatenate(part) for part in zip(*parts, strict=True))
+    observations, inputs, actions, rewards, *places = (np.concatenate(part) for part in zip(*parts, strict=True))
     table = np.zeros((P * G, lengths.max()))
     table[tuple(places)] = rewards
     returns = table.sum(1)
     rows = [when | {"return": returns[m].item(), "length": lengths[m].item()} for m, when in ended]
     tensors = (torch.tensor(array, device=device) for array in (inputs, actions))
-    return Rollout(seen, table, rows, lengths, tuple(places), *tensors)
+    return Rollout(observations, table, rows, lengths, tuple(places), *tensors)
 
 
 def estimate(args: Args, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
@@ -714,10 +714,10 @@ def batch_of(args: Args, agent: Agent, reference: Agent, rollout: Rollout, advan
     """The steps, with log-probabilities by the policy now and outputs of the reference, by its own normaliser."""
     logprobs = agent.kind(agent(rollout.inputs)).log_prob(rollout.actions)
     weights = step_weights(args, rollout.lengths)[rollout.places[0]]
-    seen = reference.moments.normaliser()(rollout.observations).reshape(rollout.inputs.shape)
-    arrays = advantages, weights, seen
-    *columns, seen = (torch.tensor(each, dtype=torch.float32, device=logprobs.device) for each in arrays)
-    return Batch(rollout.inputs, rollout.actions, logprobs, *columns, reference(seen))
+    reference_inputs = reference.moments.normaliser()(rollout.observations).reshape(rollout.inputs.shape)
+    arrays = advantages, weights, reference_inputs
+    *columns, reference_inputs = (torch.tensor(each, dtype=torch.float32, device=logprobs.device) for each in arrays)
+    return Batch(rollout.inputs, rollout.actions, logprobs, *columns, reference(reference_inputs))
 
 
 def improve(
@@ -814,9 +814,11 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             if min(step, total) * args.num_evals // total > (step - B) * args.num_evals // total:
                 evaluate(args, run, agent, step, progress)
                 watch.lap("evaluating")
-            row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(step / watch.elapsed())}
+            seconds = {name: spent - booked[name] for name, spent in watch.seconds.items()}
+            pace = B / sum(seconds[name] for name in ("stepping", "acting", "updating"))
+            row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(pace, 3)}
             row |= measures | {"updates": progress["updates"]}
-            row |= {f"seconds_{name}": round(watch.seconds[name] - booked[name], 4) for name in SECONDS}
+            row |= {f"seconds_{name}": round(spent, 4) for name, spent in seconds.items()}
             booked = dict(watch.seconds)
             run.write("episodes", rollout.episodes)
             run.write("progress", [row])
@@ -921,14 +923,14 @@ def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device,
     started, random = time.perf_counter(), torch.get_rng_state()
     torch.compiler.reset()  # what another run compiled in this process would be taken for this one's
 
-    def compared(guards: Sequence) -> list[bool]:
-        """What a call checks: shapes and numbers. What else the agent is made of would take a fifth of the time."""
+    def keep_guards(guards: Sequence) -> list[bool]:
+        """Those on shapes and numbers; checking all else that the agent is made of costs a fifth of a call."""
         numbers = {"CONSTANT_MATCH", "EQUALS_MATCH"}
         shapes = {"TENSOR_MATCH", "SEQUENCE_LENGTH", "TYPE_MATCH", "ID_MATCH"}
         kinds = [numbers if "agent." in g.name else numbers | shapes for g in guards]
         return [g.guard_type in kind and "__" not in g.name for g, kind in zip(guards, kinds, strict=True)]
 
-    config = {"guard_filter_fn": compared}
+    config = {"guard_filter_fn": keep_guards}
     if device.type == "cpu":
         # Compiling is quicker without testing vector instructions, precompiling a header and writing debug lines.
         options = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
@@ -1188,8 +1190,8 @@ class Run(ExitStack):
     def show(self, row: dict, total: int, learnt: str) -> None:
         """A live line on a terminal; elsewhere, and in the log, a line every half minute."""
         step, recent = row["step"], self.progress["recent"]
-        left = timedelta(seconds=round(row["wall_time"] / step * (total - step)))
-        text = f"{step:>11,} {step / total:4.0%}  {row['sps']:,} steps/s  ETA {left}"
+        left = timedelta(seconds=round((total - step) / row["sps"]))
+        text = f"{step:>11,} {step / total:4.0%}  {row['sps']:,.0f} steps/s  ETA {left}"
         text += f"  return {np.mean(recent):.1f}  {learnt}" if recent else f"  {learnt}"
         if time.monotonic() - self.said > 30:
             self.said = time.monotonic()
@@ -1299,9 +1301,9 @@ class EnvPool(Environments):
 
 def check_observation(observation: np.ndarray, space: gym.spaces.Box) -> None:
     """Raises a TypeError unless it is what the space says; some ways of stepping would repeat or cut it to fit."""
-    seen = np.asarray(observation)
-    if not seen.size or seen.shape != space.shape or not np.can_cast(seen.dtype, space.dtype, "same_kind"):
-        raise TypeError(f"observes {seen.dtype} {seen.shape}, where its space says {space.dtype} {space.shape}")
+    array = np.asarray(observation)
+    if not array.size or array.shape != space.shape or not np.can_cast(array.dtype, space.dtype, "same_kind"):
+        raise TypeError(f"observes {array.dtype} {array.shape}, where its space says {space.dtype} {space.shape}")
 
 
 def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:

@@ -163,7 +163,7 @@ class TrainEnv(gym.Wrapper):
         self.episode.append(np.array(action))
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.mask = info.get("action_mask")
-        return observation, float(reward), bool(terminated), bool(truncated), {}  # infos would take a tenth of the time
+        return observation, float(reward), bool(terminated), bool(truncated), {}  # infos would cost a tenth of the time
 
     def replay(self) -> tuple[np.ndarray, float]:
         """Plays the episode again; its last observation and its return so far."""
@@ -676,9 +676,11 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             if iteration * args.num_evals // iterations > (iteration - 1) * args.num_evals // iterations:
                 evaluate(args, run, agent, step, progress)
                 watch.lap("evaluating")
-            row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(step / watch.elapsed())}
+            seconds = {name: spent - booked[name] for name, spent in watch.seconds.items()}
+            pace = B / sum(seconds[name] for name in ("stepping", "acting", "updating"))
+            row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(pace, 3)}
             row |= measures | {"updates": progress["updates"]}
-            row |= {f"seconds_{name}": round(watch.seconds[name] - booked[name], 4) for name in SECONDS}
+            row |= {f"seconds_{name}": round(spent, 4) for name, spent in seconds.items()}
             booked = dict(watch.seconds)
             run.write("episodes", rollout.episodes)
             run.write("progress", [row])
@@ -793,14 +795,14 @@ def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device,
     started, random = time.perf_counter(), torch.get_rng_state()
     torch.compiler.reset()  # what another run compiled in this process would be taken for this one's
 
-    def compared(guards: Sequence) -> list[bool]:
-        """What a call checks: shapes and numbers. What else the agent is made of would take a fifth of the time."""
+    def keep_guards(guards: Sequence) -> list[bool]:
+        """Those on shapes and numbers; checking all else that the agent is made of costs a fifth of a call."""
         numbers = {"CONSTANT_MATCH", "EQUALS_MATCH"}
         shapes = {"TENSOR_MATCH", "SEQUENCE_LENGTH", "TYPE_MATCH", "ID_MATCH"}
         kinds = [numbers if "agent." in g.name else numbers | shapes for g in guards]
         return [g.guard_type in kind and "__" not in g.name for g, kind in zip(guards, kinds, strict=True)]
 
-    config = {"guard_filter_fn": compared}
+    config = {"guard_filter_fn": keep_guards}
     if device.type == "cpu":
         # Compiling is quicker without testing vector instructions, precompiling a header and writing debug lines.
         options = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
@@ -1073,8 +1075,8 @@ class Run(ExitStack):
     def show(self, row: dict, total: int, learnt: str) -> None:
         """A live line on a terminal; elsewhere, and in the log, a line every half minute."""
         step, recent = row["step"], self.progress["recent"]
-        left = timedelta(seconds=round(row["wall_time"] / step * (total - step)))
-        text = f"{step:>11,} {step / total:4.0%}  {row['sps']:,} steps/s  ETA {left}"
+        left = timedelta(seconds=round((total - step) / row["sps"]))
+        text = f"{step:>11,} {step / total:4.0%}  {row['sps']:,.0f} steps/s  ETA {left}"
         text += f"  return {np.mean(recent):.1f}  {learnt}" if recent else f"  {learnt}"
         if time.monotonic() - self.said > 30:
             self.said = time.monotonic()
@@ -1190,9 +1192,9 @@ def bounds_of(actions: gym.spaces.Discrete | gym.spaces.MultiDiscrete) -> tuple[
 
 def check_observation(observation: np.ndarray, space: gym.spaces.Box) -> None:
     """Raises a TypeError unless it is what the space says; some ways of stepping would repeat or cut it to fit."""
-    seen = np.asarray(observation)
-    if not seen.size or seen.shape != space.shape or not np.can_cast(seen.dtype, space.dtype, "same_kind"):
-        raise TypeError(f"observes {seen.dtype} {seen.shape}, where its space says {space.dtype} {space.shape}")
+    array = np.asarray(observation)
+    if not array.size or array.shape != space.shape or not np.can_cast(array.dtype, space.dtype, "same_kind"):
+        raise TypeError(f"observes {array.dtype} {array.shape}, where its space says {space.dtype} {space.shape}")
 
 
 def prepare(args: Args) -> tuple[Args, Environments, gym.Space]:

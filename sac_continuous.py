@@ -158,7 +158,7 @@ class TrainEnv(gym.Wrapper):
     def step(self, action: np.ndarray) -> tuple:
         self.episode.append(np.array(action))
         observation, reward, terminated, truncated, _ = self.env.step(action)
-        return observation, float(reward), bool(terminated), bool(truncated), {}  # infos would take a tenth of the time
+        return observation, float(reward), bool(terminated), bool(truncated), {}  # infos would cost a tenth of the time
 
     def replay(self) -> tuple[np.ndarray, float]:
         """Plays the episode again; its last observation and its return so far."""
@@ -289,9 +289,9 @@ class Rings(NamedTuple):
     @staticmethod
     def of(size: int, observations: np.ndarray, actions: gym.spaces.Box, device: torch.device | str) -> "Rings":
         zeros = partial(torch.zeros, device=device)
-        seen = zeros(size, observations[0].size, dtype=torch.uint8 if observations.dtype == np.uint8 else None)
-        done = zeros(size, math.prod(actions.shape)), zeros(size), zeros(size, dtype=torch.bool)
-        return Rings(seen, *done, zeros(size, 2, dtype=torch.int32))
+        observed = zeros(size, observations[0].size, dtype=torch.uint8 if observations.dtype == np.uint8 else None)
+        columns = zeros(size, math.prod(actions.shape)), zeros(size), zeros(size, dtype=torch.bool)
+        return Rings(observed, *columns, zeros(size, 2, dtype=torch.int32))
 
 
 class Transitions(NamedTuple):
@@ -326,21 +326,21 @@ class ReplayBuffer:
             self.first += 1
 
     def add(
-        self, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, ended: np.ndarray, shown: np.ndarray
+        self, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, ended: np.ndarray, latest: np.ndarray
     ) -> None:
         """Adds a step of every environment, in which K episodes `ended`.
 
-        What those saw last, and what all see now, is `shown` (K + N, ...).
+        What those saw last, and what all see now, is `latest` (K + N, ...).
         """
-        N, K = self.num_envs, len(shown) - self.num_envs
+        N, K = self.num_envs, len(latest) - self.num_envs
         before = np.arange(self.seen - N, self.seen)
         after = before + N + K
         after[ended] = self.seen + np.arange(K)
-        done = actions, rewards, terminated, np.array((before, after)).T, before
-        for rows, content in zip((*self.writable[1:], self.before), done, strict=True):
+        columns = actions, rewards, terminated, np.array((before, after)).T, before
+        for rows, content in zip((*self.writable[1:], self.before), columns, strict=True):
             self._put(rows, self.end, content)
         self.end += N
-        self.begin(shown)
+        self.begin(latest)
 
     def draw(self, count: int) -> Tensor:
         """Slots of transitions, uniformly and with replacement."""
@@ -374,8 +374,8 @@ def gather(args: Args, rings: Rings, scale: Tensor, slots: Tensor) -> Transition
     observations = rings.observations.index_select(0, rows).float()  # a quarter of the time of [rows]
     if args.norm_obs:
         observations = ((observations - scale[0]) / scale[1]).clamp(-10, 10)
-    done = (ring.index_select(0, slots) for ring in rings[1:4])
-    return Transitions(observations[: len(slots)], *done, observations[len(slots) :])
+    columns = (ring.index_select(0, slots) for ring in rings[1:4])
+    return Transitions(observations[: len(slots)], *columns, observations[len(slots) :])
 
 
 # ------------------------------------------------------------------------------------------------------- algorithm
@@ -618,10 +618,10 @@ def collect(
     if not all(float(np.abs(x).max()) < 3e38 for x in (rewards, true_next, envs.observations)):  # as float32
         raise FloatingPointError(f"the environment's rewards or observations are not finite at step {step + N:,}")
     ended = terminated | truncated
-    shown = np.concatenate((true_next[ended], envs.observations)) if finished else envs.observations
-    buffer.add(actions, rewards, terminated, ended, shown)
+    latest = np.concatenate((true_next[ended], envs.observations)) if finished else envs.observations
+    buffer.add(actions, rewards, terminated, ended, latest)
     if args.norm_obs:
-        agent.moments.update(shown)
+        agent.moments.update(latest)
     watch.lap("stepping")
     when = {"step": step + N, "wall_time": round(watch.elapsed(), 3)}
     return [when | {"return": total, "length": length} for total, length in finished]
@@ -697,7 +697,7 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
             act, optimise = capture_networks(agent.actor, device), capture_updates(optimise, learners)
         else:
             act = in_numpy(agent.actor)
-        watch, booked, measured, shown = Stopwatch(progress["seconds"]), dict(progress["seconds"]), [], run.saved
+        watch, booked, measured, logged = Stopwatch(progress["seconds"]), dict(progress["seconds"]), [], run.saved
 
         for step in range(run.saved + N, total + 1, N):
             if interrupts:
@@ -722,12 +722,12 @@ def train(args: Args, interrupts: Sequence[int] = ()) -> Path:
                 evaluate(args, run, agent, step, progress)
                 watch.lap("evaluating")
             seconds = {name: spent - booked[name] for name, spent in watch.seconds.items()}
-            pace = (step - shown) / sum(seconds[name] for name in ("stepping", "acting", "updating"))
+            pace = (step - logged) / sum(seconds[name] for name in ("stepping", "acting", "updating"))
             row = {"step": step, "wall_time": round(watch.elapsed(), 3), "sps": round(pace, 3)}
             row |= measures | {"learning_rate": learners.log_alpha.learning_rate.item()}
             row |= {"updates": progress["updates"], "buffer": len(buffer)}
             row |= {f"seconds_{name}": round(spent, 4) for name, spent in seconds.items()}
-            booked, shown = dict(watch.seconds), step
+            booked, logged = dict(watch.seconds), step
             run.write("progress", [row])
             watch.lap("saving")
 
@@ -840,14 +840,14 @@ def compile_by(calls: Sequence[tuple], function: Callable, device: torch.device,
     started, random = time.perf_counter(), torch.get_rng_state()
     torch.compiler.reset()  # what another run compiled in this process would be taken for this one's
 
-    def compared(guards: Sequence) -> list[bool]:
-        """What a call checks: shapes and numbers. What else the agent is made of would take a fifth of the time."""
+    def keep_guards(guards: Sequence) -> list[bool]:
+        """Those on shapes and numbers; checking all else that the agent is made of costs a fifth of a call."""
         numbers = {"CONSTANT_MATCH", "EQUALS_MATCH"}
         shapes = {"TENSOR_MATCH", "SEQUENCE_LENGTH", "TYPE_MATCH", "ID_MATCH"}
         kinds = [numbers if "agent." in g.name else numbers | shapes for g in guards]
         return [g.guard_type in kind and "__" not in g.name for g, kind in zip(guards, kinds, strict=True)]
 
-    config = {"guard_filter_fn": compared}
+    config = {"guard_filter_fn": keep_guards}
     if device.type == "cpu":
         # Compiling is quicker without testing vector instructions, precompiling a header and writing debug lines.
         options = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
@@ -1266,9 +1266,9 @@ def memory_of(args: Args) -> int:
 
 def check_observation(observation: np.ndarray, space: gym.spaces.Box) -> None:
     """Raises a TypeError unless it is what the space says; some ways of stepping would repeat or cut it to fit."""
-    seen = np.asarray(observation)
-    if not seen.size or seen.shape != space.shape or not np.can_cast(seen.dtype, space.dtype, "same_kind"):
-        raise TypeError(f"observes {seen.dtype} {seen.shape}, where its space says {space.dtype} {space.shape}")
+    array = np.asarray(observation)
+    if not array.size or array.shape != space.shape or not np.can_cast(array.dtype, space.dtype, "same_kind"):
+        raise TypeError(f"observes {array.dtype} {array.shape}, where its space says {space.dtype} {space.shape}")
 
 
 def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
@@ -1307,8 +1307,8 @@ def prepare(args: Args) -> tuple[Args, Environments, gym.spaces.Box]:
                     image = np.asarray(env.render() if env.render_mode else None)
                     if image.ndim != 3 or image.dtype != np.uint8:
                         raise TypeError("draws no images of bytes (height, width, 3), which --capture-video needs")
-        seen = np.empty((1, *env.observation_space.shape), env.observation_space.dtype)
-        taken = sum(ring.nbytes for ring in Rings.of(args.buffer_size, seen, actions, "meta"))
+        observed = np.empty((1, *env.observation_space.shape), env.observation_space.dtype)
+        taken = sum(ring.nbytes for ring in Rings.of(args.buffer_size, observed, actions, "meta"))
         if taken > (memory := memory_of(args)):
             refuse(f"--buffer-size {args.buffer_size}: takes {taken:,} bytes, of {memory:,} in all; make it smaller")
         envs = (EnvPool if args.vec == "envpool" else Environments)(args)

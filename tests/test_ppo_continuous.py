@@ -924,8 +924,8 @@ def test_networks_and_normalisers_are_as_they_are_set():
     assert (agent.moments.enabled, agent.return_moments.enabled) == (False, True)
 
 
-def test_what_is_left_is_told_by_the_pace_so_far():
+def test_what_is_left_is_told_by_the_present_pace():
     said = []
     run = SimpleNamespace(progress={"recent": [1.0, 3.0]}, said=-np.inf, say=said.append)
-    ppo.Run.show(run, {"step": 250_000, "sps": 5000, "wall_time": 50.0}, 1_000_000, "KL")
+    ppo.Run.show(run, {"step": 250_000, "sps": 4999.7}, 1_000_000, "KL")
     assert "250,000  25%  5,000 steps/s  ETA 0:02:30  return 2.0  KL" in said[0]

@@ -1,7 +1,6 @@
 """SAC's mathematics against independent computations, and how its parts are wired."""
 
 import copy
-import csv
 import math
 import signal
 from collections import deque
@@ -575,16 +574,6 @@ def test_a_row_is_of_the_updates_since_the_last(small, monkeypatch):
     assert [float(row["learning_rate"]) for row in table] == pytest.approx(rates)
     assert [row["updates"] for row in table] == ["0", "64", "128"]
     assert [row["buffer"] for row in table] == ["256", "512", "768"]
-
-
-def test_the_pace_is_that_of_the_rows_own_steps(small):
-    run, before = train(replace(small, num_evals=4, checkpoint_every=300, learning_starts=256)), 0
-    with (run / "progress.csv").open() as file:
-        table = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    for row in table:
-        spent = sum(row[f"seconds_{name}"] for name in ("stepping", "acting", "updating"))
-        assert row["sps"] == pytest.approx((row["step"] - before) / spent, rel=0.01)
-        before = row["step"]
 
 
 def test_what_is_left_is_told_by_the_pace_of_learning():
