@@ -1,4 +1,4 @@
-"""The figures of a report, one column of a paper wide. Colours are Okabe and Ito's, one per method throughout."""
+"""The figures of a report, a column of a paper wide or a page. Colours are Okabe and Ito's, one per method throughout."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from benchmark.groups import Group, by_environment
 from benchmark.runs import replacing
 from benchmark.stats import mean, mean_band, with_interval
+from benchmark.tables import cell
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
 RANDOM = "#8A8A8A"
@@ -24,9 +25,10 @@ NORMALISED = "normalised score (0: random policy, 1: best mean)"
 STEPS = "environment steps"
 SHARES = (0.25, 0.5, 1.0)
 WIDTH = 3.4  # inches: a column of a paper
+PAGE = 5.5  # and its page, for three panels side by side
 STYLE = {
     "font.size": 8,
-    "axes.titlesize": 8,
+    "axes.titlesize": 7,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "axes.spines.top": False,
@@ -63,17 +65,17 @@ def save(figure: Figure, path: Path) -> None:
 
 def blank(rows: int, columns: int, height: float, **more: object) -> tuple[Figure, np.ndarray]:
     """A figure that pyplot does not hold on to, and its axes (rows, columns)."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH if columns < 3 else PAGE, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **more)
 
 
 def grid(number: int, height: float = 1.75, **more: object) -> tuple[Figure, list[Axes]]:
-    """One panel, or rows of two."""
-    columns = min(2, number)
+    """One panel, two columns of two or four, three of others."""
+    columns = 2 if number == 4 else min(3, number)
     rows = -(-number // columns)
     figure, axes = blank(rows, columns, 2.2 if number == 1 else height * rows, **more)
     for axis in axes.flat[number:]:
-        axis.set_visible(False)
+        axis.set_axis_off()
     return figure, list(axes.flat[:number])
 
 
@@ -91,33 +93,60 @@ def panels(groups: list[Group], draw: Callable[[Axes, str, list[Group]], None]) 
 
 
 def label_once(figure: Figure, axes: list[Axes]) -> None:
-    """Labels that all panels share stand once on the left, and below the last panel of each column."""
-    if len(axes) > 1:
-        figure.supylabel(axes[0].get_ylabel(), fontsize=STYLE["font.size"])
-        for axis in axes:
-            axis.set_ylabel("")
-        for axis in axes[:-2]:
+    """Labels that all panels share stand at the first of each row, and below the last of each column."""
+    columns = axes[0].get_gridspec().ncols
+    for k, axis in enumerate(axes):
+        axis.set_ylabel("" if k % columns else axis.get_ylabel())
+        if k + columns < len(axes):
             axis.set_xlabel("")
+        else:
+            axis.tick_params(labelbottom=True)
+            axis.xaxis.set_in_layout(axis.get_subplotspec().is_last_row())  # or it is in a free place
+    figure.align_ylabels()
 
 
 def legend_below(figure: Figure, axes: list[Axes]) -> None:
-    """Of more than one; it takes no room from the panels."""
+    """Of more than one, in a free place or below; it takes no room from the panels."""
     handles: dict[str, Artist] = {}
     for axis in axes:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if len(handles) < 2:
         return
-    per_row = max(1, int(WIDTH / (0.06 * max(map(len, handles)) + 0.33)))
+    free = [axis for axis in figure.axes if not axis.axison]
+    names = [fill(name, 18 if len(free) == 1 else 48) for name in handles]
+    if free and 0.2 * len("\n".join(names).splitlines()) < figure.get_figheight() / axes[0].get_gridspec().nrows:
+        free[0].legend(handles.values(), names, loc="center left").set_in_layout(False)
+        return
+    per_row = max(1, int(figure.get_figwidth() / (0.06 * max(map(len, handles)) + 0.33)))
     figure.set_figheight(figure.get_figheight() + 0.1 + 0.17 * -(-len(handles) // per_row))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(per_row, len(handles)))
 
 
+def name_ends(axis: Axes, ends: dict[str, float], colour: Colours) -> None:
+    """Names beside the ends of their lines, the highest first, each a tenth of the axis below the one before."""
+    low, high = axis.get_ylim()
+    tenth = (high - low) / 10
+    place = high + tenth
+    for k, (name, end) in enumerate(sorted(ends.items(), key=lambda item: -item[1])):
+        place = min(place - tenth, max(end, low + tenth * (len(ends) - 1 - k)))
+        at = {"xy": (1, place), "xycoords": ("axes fraction", "data"), "xytext": (3, 0), "textcoords": "offset points"}
+        axis.annotate(name, va="center", size=7, color=colour[name], annotation_clip=False, **at)
+
+
 def draw_random(axis: Axes, baselines: Baselines, env_id: str) -> None:
-    """The random policy's mean, and the middle half of its episodes."""
-    if env_id in baselines:
-        returns = baselines[env_id]
+    """The random policy's mean, and the middle half of its episodes; its mean in words if far from what is drawn."""
+    if env_id not in baselines:
+        return
+    returns, (low, high) = baselines[env_id], axis.get_ylim()
+    middle, tenth = returns.mean(), (high - low) / 10
+    if low - 3 * tenth < middle < high + 3 * tenth:
+        axis.axhline(middle, color=RANDOM, lw=1, ls=":", label="random policy", zorder=1)
+        axis.set_ylim(axis.get_ylim())  # the span takes no room
         axis.axhspan(*np.quantile(returns, [0.25, 0.75]), color=RANDOM, alpha=0.2, lw=0)
-        axis.axhline(returns.mean(), color=RANDOM, lw=1, ls=":", label="random policy")
+    else:
+        axis.set_ylim(low - tenth * (middle < low), high + tenth * (middle > high))
+        place = {"y": 0.02, "va": "bottom"} if middle < low else {"y": 0.98, "va": "top"}
+        axis.text(0.98, s=f"random {cell(middle)}", ha="right", size=7, color="0.4", transform=axis.transAxes, **place)
 
 
 def draw_band(axis: Axes, x: np.ndarray, curves: np.ndarray, colour: str, label: str) -> None:
@@ -137,8 +166,10 @@ def thousands(value: float, _: object) -> str:
 
 
 def over_steps(axis: Axes) -> None:
-    axis.set_xlabel(STEPS)
-    axis.xaxis.set_major_locator(MaxNLocator(4))
+    """With a tick at the end of the run: at the roundest number near it, as rollouts end a bit before."""
+    last = max(axis.dataLim.x1, 1)
+    end = next(end for end in (float(f"{last:.{n}e}") for n in range(9)) if abs(end - last) < 0.02 * last)
+    axis.set(xlabel=STEPS, xlim=(0, 1.03 * end), xticks=np.linspace(0, end, 5 if len(axis.figure.axes) == 1 else 3))
     axis.xaxis.set_major_formatter(FuncFormatter(thousands))
 
 
@@ -148,9 +179,9 @@ def curves(
     """A band per method: `of` gives its points (K,) and the seeds' curves (seeds, K)."""
 
     def draw(axis: Axes, env_id: str, here: list[Group]) -> None:
-        draw_random(axis, baselines, env_id)
         for group in here:
             draw_band(axis, *of(group), colour[group.method], group.method)
+        draw_random(axis, baselines, env_id)
         over_steps(axis) if x == STEPS else axis.set_xlabel(x)
         axis.set_ylabel(y)
 
@@ -169,8 +200,6 @@ def losses(here: list[Group], colour: Colours) -> Figure:
             axis.set_title(name.replace("_", " "))
             axis.yaxis.set_major_locator(MaxNLocator(4))
             over_steps(axis)
-        for axis in axes[-2:]:
-            axis.tick_params(labelbottom=True)
         label_once(figure, axes)
         legend_below(figure, axes)
     return figure
@@ -185,7 +214,6 @@ def checkpoints(groups: list[Group], baselines: Baselines, colour: Colours) -> F
     """Mean return at shares of the run with its interval, and beside it every seed as a dot."""
 
     def draw(axis: Axes, env_id: str, here: list[Group]) -> None:
-        draw_random(axis, baselines, env_id)
         width = 0.8 / len(here)
         for k, group in enumerate(here):
             shade, (steps, curves) = colour[group.method], group.curves
@@ -198,6 +226,7 @@ def checkpoints(groups: list[Group], baselines: Baselines, colour: Colours) -> F
                 if len(returns) > 1:
                     beside = np.full(len(returns), x + min(0.12, width / 3))
                     axis.plot(beside, returns[:, 0], ".", color=shade, ms=4, alpha=0.55, mew=0)
+        draw_random(axis, baselines, env_id)
         axis.set_xticks(range(len(SHARES)), [places_of(here, share) for share in SHARES])
         axis.set_xlim(-0.5, len(SHARES) - 0.5)
         axis.set_xlabel("share of the run")
@@ -211,23 +240,19 @@ def boxes(groups: list[Group], baselines: Baselines, colour: Colours) -> Figure:
     """All evaluation episodes at shares of the run, beside the random policy's."""
 
     def draw(axis: Axes, env_id: str, here: list[Group]) -> None:
-        def box(returns: list[np.ndarray], places: list[float], width: float, shade: str) -> None:
-            look = {"flierprops": {"markersize": 2}, "medianprops": {"color": "black"}, "patch_artist": True}
-            for patch in axis.boxplot(returns, positions=places, widths=min(0.4, width), **look)["boxes"]:
-                patch.set(facecolor=shade, alpha=0.7)
-
-        ticks = {1 + k: places_of(here, share) for k, share in enumerate(SHARES)}
-        width = 0.8 / len(here)
-        if env_id in baselines:
-            ticks[-0.3] = "random"
-            box([baselines[env_id]], [-0.3], width, RANDOM)
+        width, look = 0.8 / len(here), {"flierprops": {"markersize": 2}, "medianprops": {"color": "black"}}
         for k, group in enumerate(here):
-            places = [1 + place + (k - (len(here) - 1) / 2) * width for place in range(len(SHARES))]
-            box([group.at_share(share) for share in SHARES], places, 0.9 * width, colour[group.method])
+            places = [place + (k - (len(here) - 1) / 2) * width for place in range(len(SHARES))]
+            returns = [group.at_share(share) for share in SHARES]
+            drawn = axis.boxplot(returns, positions=places, widths=min(0.4, 0.9 * width), patch_artist=True, **look)
+            for patch in drawn["boxes"]:
+                patch.set(facecolor=colour[group.method], alpha=0.7)
             axis.plot([], color=colour[group.method], lw=6, alpha=0.7, label=group.method)
-        axis.set_xticks(list(ticks), ticks.values())
+        draw_random(axis, baselines, env_id)
+        axis.set_xticks(range(len(SHARES)), [places_of(here, share) for share in SHARES])
+        axis.set_xlim(-0.5, len(SHARES) - 0.5)
         axis.set_xlabel("share of the run")
-        axis.set_ylabel("return of an evaluation episode")
+        axis.set_ylabel("episode return")
         axis.grid(axis="x", visible=False)
 
     return panels(groups, draw)

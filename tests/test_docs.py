@@ -19,7 +19,26 @@ from benchmark.__main__ import COMMANDS, WITH_WORDS, later
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+START = (ROOT / "docs" / "start.md").read_text()
 NAMES = sorted(path.stem for path in ROOT.glob("*.py"))
+FORM = [  # of a script's page
+    "The equations, as the code has them",
+    "What it supports",
+    "Where it departs",
+    "Action masks",
+    "Flags",
+    "Environments",
+    "How long, and where",
+    "What is collected",
+    "Learning",
+    "The objective",
+    "Networks",
+    "Evaluation and what is kept",
+    "What is logged",
+    "progress.csv",
+    "Make it yours",
+]
+OPTIONAL = {"What it supports", "Action masks", "Networks"}
 
 
 def page_of(script: str) -> str:
@@ -44,11 +63,22 @@ def undescribed_flags(script: str, page: str) -> list[str]:
     return [flag for flag, default in flags.items() if described.get(flag) != as_written(default)]
 
 
-def undescribed_columns(page: str, columns: dict[str, list[str]]) -> list[str]:
-    sections = {part.split("\n")[0]: part for part in page.split("\n### ")[1:]}
+def anchor(title: str) -> str:
+    return re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
+
+
+def sections(page: str) -> dict[str, str]:
+    return {part.split("\n")[0]: part for part in re.split(r"\n##+ ", page)[1:]}
+
+
+def undescribed_columns(page: str, columns: dict[str, list[str]], start: str = START) -> list[str]:
+    """Tables that are the same for every script are described in start.md, to which the page links."""
+    linked = {title: part for title, part in sections(start).items() if f"](start.md#{anchor(title)})" in page}
+    described_in = sections(page) | linked
     missing = []
     for table, names in columns.items():
-        described = {cells[0].strip("`") for cells in table_rows(sections.get(f"{table}.csv", "")) if len(cells) == 4}
+        rows = table_rows(described_in.get(f"{table}.csv", ""))
+        described = {cells[0].strip("`") for cells in rows if len(cells) == 4}
         missing += [f"{table}.csv: {name}" for name in names if name not in described]
     return missing
 
@@ -72,6 +102,18 @@ def test_a_missing_entry_is_noticed():
     columns = {"progress": ["step", "std"], "episodes": ["return"]}
     assert undescribed_columns(page, columns) == []
     assert undescribed_columns(page.replace("| `std` |", "| `sd` |"), columns) == ["progress.csv: std"]
+    assert undescribed_columns(page.replace("start.md#", "start.md"), columns) == ["episodes.csv: return"]
+    assert undescribed_columns(page, columns, START.replace("| `return` |", "| `sum` |")) == ["episodes.csv: return"]
+
+
+def headings(page: str) -> list[str]:
+    return [re.sub("(?<=^Where it departs).*", "", title) for title in sections(page)]
+
+
+@pytest.mark.parametrize("script", NAMES)
+def test_every_scripts_page_has_the_same_headings_in_the_same_order(script):
+    found = headings(page_of(script))
+    assert [title for title in found if title in FORM] == [t for t in FORM if t in found or t not in OPTIONAL]
 
 
 def commands(text: str) -> list[str]:
@@ -146,7 +188,7 @@ def test_relative_links_resolve(page):
         path, _, heading = target.partition("#")
         assert (page.parent / path).exists(), target
         titles = re.findall(r"^#+ (.*)$", (page.parent / path).read_text(), re.MULTILINE) if heading else []
-        assert not heading or heading in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+        assert not heading or heading in map(anchor, titles)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -216,6 +258,44 @@ def test_the_readmes_expected_returns_are_in_results():
         for table in (ROOT / "results" / name).glob("*/results.md"):
             known |= {row[4].split(" [")[0].removesuffix(".0") for row in table_rows(table.read_text())}
         assert expected.split()[0] in known, script
+
+
+INTERVAL = r"(-?[\d,.]+) \[(-?[\d,.]+), (-?[\d,.]+)\]"
+
+
+def measured() -> dict[str, list[tuple[str, ...]]]:
+    """The means with intervals in the tables of results/, by environment."""
+    found = {}
+    for path in (ROOT / "results").rglob("*.md"):
+        for row in table_rows(path.read_text()):
+            found.setdefault(row[0], []).extend(re.findall(INTERVAL, " ".join(row)))
+    return found
+
+
+def unmeasured(row: list[str], known: dict[str, list[tuple[str, ...]]]) -> list[tuple[str, ...]]:
+    """The means with intervals in a row of the page of results that, so rounded, are in no table of its environment."""
+
+    def is_rounded(written: str, exact: str) -> bool:
+        unit = 10.0 ** -len(written.partition(".")[2])
+        return abs(float(written.replace(",", "")) - float(exact.replace(",", ""))) <= 0.501 * unit
+
+    environment = re.match(r"[\w-]+-v\d", row[0])
+    candidates = known[environment[0]] if environment else [each for every in known.values() for each in every]
+    return [
+        triple
+        for triple in re.findall(INTERVAL, " ".join(row))
+        if not any(all(map(is_rounded, triple, other)) for other in candidates)
+    ]
+
+
+def test_the_intervals_of_the_page_of_results_are_in_results():
+    known, rows = measured(), table_rows((ROOT / "docs" / "results.md").read_text())
+    with_intervals = [row for row in rows if re.search(INTERVAL, " ".join(row))]
+    assert len(with_intervals) > 40
+    for row in with_intervals:
+        assert unmeasured(row, known) == [], row
+    assert unmeasured(["Hopper-v4", "5", "7,739 [7,296, 8,237]"], known)  # HalfCheetah's
+    assert unmeasured(["HalfCheetah-v4", "5", "7,738 [7,296, 8,237]"], known)
 
 
 @pytest.mark.parametrize("script", NAMES)

@@ -49,8 +49,9 @@ def race(runners: list[Runner], colour: figures.Colours, env_id: str) -> Figure:
         left.xaxis.set_minor_formatter(NullFormatter())
         left.set(xlabel="minutes of training", ylabel="evaluation return")
         figures.over_steps(right)
+        figures.name_ends(right, {runner.method: runner.final.mean() for runner in runners}, colour)
+        figure.set_figwidth(figures.PAGE)
         figure.suptitle(env_id, fontsize=figures.STYLE["font.size"])
-        figures.legend_below(figure, [left, right])
     return figure
 
 
