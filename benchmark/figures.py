@@ -1,4 +1,4 @@
-"""The figures of a report, a column of a paper wide or a page. Colours are Okabe and Ito's, one per method throughout."""
+"""The figures of a report, a paper's column or page wide. Colours are Okabe and Ito's, one per method throughout."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +66,7 @@ def save(figure: Figure, path: Path) -> None:
 def blank(rows: int, columns: int, height: float, **more: object) -> tuple[Figure, np.ndarray]:
     """A figure that pyplot does not hold on to, and its axes (rows, columns)."""
     figure = Figure(figsize=(WIDTH if columns < 3 else PAGE, height), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0, 0.965, 1))  # a title may be wider than its panel
     return figure, figure.subplots(rows, columns, squeeze=False, **more)
 
 
@@ -80,7 +81,7 @@ def grid(number: int, height: float = 1.75, **more: object) -> tuple[Figure, lis
 
 
 def panels(groups: list[Group], draw: Callable[[Axes, str, list[Group]], None]) -> Figure:
-    """A panel per environment, and one legend below them."""
+    """A panel per environment, and one legend."""
     environments = by_environment(groups)
     with plt.rc_context(STYLE):
         figure, axes = grid(len(environments))
@@ -125,12 +126,10 @@ def legend_below(figure: Figure, axes: list[Axes]) -> None:
 def name_ends(axis: Axes, ends: dict[str, float], colour: Colours) -> None:
     """Names beside the ends of their lines, the highest first, each a tenth of the axis below the one before."""
     low, high = axis.get_ylim()
-    tenth = (high - low) / 10
-    place = high + tenth
+    tenth, place = (high - low) / 10, np.inf
     for k, (name, end) in enumerate(sorted(ends.items(), key=lambda item: -item[1])):
         place = min(place - tenth, max(end, low + tenth * (len(ends) - 1 - k)))
-        at = {"xy": (1, place), "xycoords": ("axes fraction", "data"), "xytext": (3, 0), "textcoords": "offset points"}
-        axis.annotate(name, va="center", size=7, color=colour[name], annotation_clip=False, **at)
+        axis.text(1.03, place, name, va="center", size=7, color=colour[name], transform=axis.get_yaxis_transform())
 
 
 def draw_random(axis: Axes, baselines: Baselines, env_id: str) -> None:
@@ -145,8 +144,8 @@ def draw_random(axis: Axes, baselines: Baselines, env_id: str) -> None:
         axis.axhspan(*np.quantile(returns, [0.25, 0.75]), color=RANDOM, alpha=0.2, lw=0)
     else:
         axis.set_ylim(low - tenth * (middle < low), high + tenth * (middle > high))
-        place = {"y": 0.02, "va": "bottom"} if middle < low else {"y": 0.98, "va": "top"}
-        axis.text(0.98, s=f"random {cell(middle)}", ha="right", size=7, color="0.4", transform=axis.transAxes, **place)
+        y, side = (0.02, "bottom") if middle < low else (0.98, "top")
+        axis.text(0.98, y, f"random {cell(middle)}", ha="right", va=side, size=7, color="0.4", transform=axis.transAxes)
 
 
 def draw_band(axis: Axes, x: np.ndarray, curves: np.ndarray, colour: str, label: str) -> None:
@@ -167,7 +166,7 @@ def thousands(value: float, _: object) -> str:
 
 def over_steps(axis: Axes) -> None:
     """With a tick at the end of the run: at the roundest number near it, as rollouts end a bit before."""
-    last = max(axis.dataLim.x1, 1)
+    last = max(1, *(each.dataLim.x1 for each in axis.get_shared_x_axes().get_siblings(axis)))
     end = next(end for end in (float(f"{last:.{n}e}") for n in range(9)) if abs(end - last) < 0.02 * last)
     axis.set(xlabel=STEPS, xlim=(0, 1.03 * end), xticks=np.linspace(0, end, 5 if len(axis.figure.axes) == 1 else 3))
     axis.xaxis.set_major_formatter(FuncFormatter(thousands))
@@ -205,9 +204,12 @@ def losses(here: list[Group], colour: Colours) -> Figure:
     return figure
 
 
-def places_of(groups: list[Group], share: float) -> str:
-    """Where in the run the evaluations nearest to a share of it are, in each method's order if they differ."""
-    return " / ".join(dict.fromkeys(f"{group.share_near(share):.0%}" for group in groups))
+def over_shares(axis: Axes, here: list[Group], y: str) -> None:
+    """Names where in the run the evaluations nearest to each share of it are, in each method's order if they differ."""
+    places = [dict.fromkeys(f"{group.share_near(share):.0%}" for group in here) for share in SHARES]
+    axis.set_xticks(range(len(SHARES)), map(" / ".join, places))
+    axis.set(xlabel="share of the run", ylabel=y, xlim=(-0.5, len(SHARES) - 0.5))
+    axis.grid(axis="x", visible=False)
 
 
 def checkpoints(groups: list[Group], baselines: Baselines, colour: Colours) -> Figure:
@@ -227,11 +229,7 @@ def checkpoints(groups: list[Group], baselines: Baselines, colour: Colours) -> F
                     beside = np.full(len(returns), x + min(0.12, width / 3))
                     axis.plot(beside, returns[:, 0], ".", color=shade, ms=4, alpha=0.55, mew=0)
         draw_random(axis, baselines, env_id)
-        axis.set_xticks(range(len(SHARES)), [places_of(here, share) for share in SHARES])
-        axis.set_xlim(-0.5, len(SHARES) - 0.5)
-        axis.set_xlabel("share of the run")
-        axis.set_ylabel("evaluation return")
-        axis.grid(axis="x", visible=False)
+        over_shares(axis, here, "evaluation return")
 
     return panels(groups, draw)
 
@@ -244,16 +242,11 @@ def boxes(groups: list[Group], baselines: Baselines, colour: Colours) -> Figure:
         for k, group in enumerate(here):
             places = [place + (k - (len(here) - 1) / 2) * width for place in range(len(SHARES))]
             returns = [group.at_share(share) for share in SHARES]
-            drawn = axis.boxplot(returns, positions=places, widths=min(0.4, 0.9 * width), patch_artist=True, **look)
-            for patch in drawn["boxes"]:
-                patch.set(facecolor=colour[group.method], alpha=0.7)
+            look["boxprops"] = {"facecolor": colour[group.method], "alpha": 0.7}
+            axis.boxplot(returns, positions=places, widths=min(0.4, 0.9 * width), patch_artist=True, **look)
             axis.plot([], color=colour[group.method], lw=6, alpha=0.7, label=group.method)
         draw_random(axis, baselines, env_id)
-        axis.set_xticks(range(len(SHARES)), [places_of(here, share) for share in SHARES])
-        axis.set_xlim(-0.5, len(SHARES) - 0.5)
-        axis.set_xlabel("share of the run")
-        axis.set_ylabel("episode return")
-        axis.grid(axis="x", visible=False)
+        over_shares(axis, here, "episode return")
 
     return panels(groups, draw)
 

@@ -17,7 +17,7 @@ from benchmark import compose, figures, stats, tables
 from benchmark.__main__ import main
 from benchmark.compose import FILMS_LIMIT, normalised_scores
 from benchmark.groups import along, gather, methods_of, number
-from benchmark.jobs import Job
+from benchmark.jobs import ROOT, Job
 from benchmark.report import best_films, find_baselines, with_baseline
 from benchmark.suites import Suite, keep_selection
 from benchmark.tables import mixed_versions
@@ -187,8 +187,41 @@ def test_a_band_is_around_the_mean_and_the_random_policys_of_its_middle_half():
     assert middle.tolist() == [3, 3] and low[0] == 0 and 6 <= high[0] <= 9
     assert {*axis.collections[0].get_paths()[0].vertices[:, 1]} == {*low, *high}
     axis = figures.Figure().subplots()
-    figures.draw_random(axis, {"A": np.array([0.0, 1.0, 2.0, 3.0, 14.0])}, "A")
-    assert axis.lines[0].get_ydata()[0] == 4 and axis.patches[0].get_bbox().intervaly.tolist() == [1, 3]
+    figures.draw_random(axis, {"A": np.array([0.0, 0.1, 0.2, 0.3, 1.4])}, "A")
+    assert axis.lines[0].get_ydata()[0] == 0.4 and axis.patches[0].get_bbox().intervaly.tolist() == [0.1, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("middle", "told"), [(-41.0, "random -41.0"), (-8.0, None), (-5.0, None), (30.0, "random 30.0")]
+)
+def test_the_random_policy_takes_no_room_from_the_curves(middle, told):
+    axis = figures.Figure().subplots()
+    figures.draw_band(axis, np.array([10, 20]), np.array([[-7.0, -4.0]]), "red", "x")
+    figures.draw_random(axis, {"A": middle + np.array([-100.0, 0.0, 100.0])}, "A")
+    low, high = axis.get_ylim()
+    assert -9 < low < -7 and -4 < high < -3 and (told or low < middle < high)
+    assert [text.get_text() for text in axis.texts] == ([told] if told else [])
+    assert len(axis.lines) == (1 if told else 2)
+
+
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [
+        (999_424, ["0", "500k", "1M"]),
+        (98_304, ["0", "50k", "100k"]),
+        (147_456, ["0", "75k", "150k"]),
+        (2_998_272, ["0", "1.5M", "3M"]),
+        (105_000, ["0", "52.5k", "105k"]),
+        (7, ["0", "3.5", "7"]),
+    ],
+)
+def test_the_end_of_a_run_is_a_tick(last, told):
+    axes = figures.Figure().subplots(1, 2, sharex=True)
+    for axis, end in zip(axes, (last, last / 3), strict=True):  # whichever is last
+        axis.plot([1, end], [0, 1])
+        figures.over_steps(axis)
+    assert [figures.thousands(tick, None) for tick in axes[0].get_xticks()] == told
+    assert axes[0].get_xlim()[0] == 0 and axes[0].get_xlim()[1] >= last
 
 
 def test_only_what_all_seeds_logged_of_their_learning_is_drawn(tmp_path):
@@ -478,14 +511,49 @@ def test_seeds_stand_beside_their_mean_and_nothing_hangs_from_zero(tmp_path):
     assert not axis.patches and axis.get_ylim()[1] < -100
 
 
-def test_figures_are_a_column_wide(tmp_path):
-    for env_id in ("A-v0", "B-v0", "C-v0"):
-        make_run(tmp_path, env_id, 1)
+@pytest.mark.parametrize(("number", "inches"), [(1, 3.4), (4, 3.4), (5, 5.5)])
+def test_figures_are_a_column_or_a_page_wide(tmp_path, number, inches):
+    for env_id in range(number):
+        make_run(tmp_path, f"E{env_id}-v0", 1)
     groups = gather([tmp_path]).groups
     drawn = figures.curves(groups, {}, {"ppo_x": "red"}, lambda group: group.curves, figures.STEPS, "return")
     figures.save(drawn, tmp_path / "curves")
     width = int.from_bytes((tmp_path / "curves.png").read_bytes()[16:20])
-    assert width == 200 * 3.4 and 'width="244.8pt"' in (tmp_path / "curves.svg").read_text()
+    assert width == 200 * inches and f'width="{72 * inches:g}pt"' in (tmp_path / "curves.svg").read_text()
+
+
+@pytest.mark.parametrize("number", range(1, 10))
+def test_panels_are_labelled_at_their_edges_and_overlap_nothing(number):
+    with figures.plt.rc_context(figures.STYLE):
+        figure, axes = figures.grid(number)
+        for axis in axes:
+            for name in ("a method, lr 3e-4", "another with a longer name"):
+                axis.plot([0, 999_424], [0, -1234], label=name)
+            figures.over_steps(axis)
+            axis.set(ylabel="return", title="InvertedDoublePendulum-v4")
+        figures.label_once(figure, axes)
+        figures.legend_below(figure, axes)
+        figure.draw_without_rendering()
+    columns = axes[0].get_gridspec().ncols
+    assert [k for k, axis in enumerate(axes) if axis.get_xlabel()] == [*range(max(0, number - columns), number)]
+    assert [k for k, axis in enumerate(axes) if axis.get_ylabel()] == [*range(0, number, columns)]
+    (legend,) = [axis.get_legend() for axis in figure.axes if axis.get_legend()] + figure.legends
+    parts = [[axis.title, axis.xaxis, axis.yaxis] for axis in axes] + [[legend]]
+    boxes = [[part.get_tightbbox() for part in here] for here in parts]
+    for here, other in itertools.combinations(boxes, 2):
+        assert not any(a.overlaps(b) for a, b in itertools.product(here, other))
+    for box in itertools.chain(*boxes):
+        assert (box.min >= 0).all() and (box.max <= figure.bbox.max).all()
+
+
+def test_the_tables_that_are_kept_have_the_columns_of_a_report(tmp_path):
+    make_run(tmp_path, "A-v0", 1)
+    tables.results(gather([tmp_path]).groups, {}).write(tmp_path / "results")
+    kept = [*(ROOT / "results").glob("**/results.csv")]
+    for ending in ("csv", "md"):
+        (header, *_) = (tmp_path / f"results.{ending}").read_text().splitlines()
+        others = [path for path in kept if path.with_suffix(f".{ending}").read_text().splitlines()[0] != header]
+        assert kept and not others
 
 
 def test_training_and_losses_are_drawn_over_steps(tmp_path):

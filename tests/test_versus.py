@@ -1,5 +1,6 @@
 """Head to head: who takes part, evaluations that change nothing, honest minutes, going on where it stopped."""
 
+import itertools
 import json
 import sys
 import time
@@ -193,6 +194,24 @@ def test_the_table_counts_compiling_and_not_evaluating(tmp_path):
         "versus.md",
         "seeds.csv",
     }
+
+
+@pytest.mark.parametrize("ends", [(500, 500, 499, 500, 20), (0, 1, 500, 2, 1), (7739, 5950, 2163, 5464, 2717)])
+def test_names_stand_at_the_ends_of_their_lines_and_apart(tmp_path, ends):
+    names = ["SoloRL", "Stable-Baselines3, rl-zoo's settings", "c", "d", "e"]
+    runners = [
+        race.Runner(name, "A-v0", [made_up(tmp_path / name, seed, float(end)) for seed in (1, 2)])
+        for name, end in zip(names, ends, strict=True)
+    ]
+    figure = race.race(runners, race.figures.colours(names), "A-v0")
+    figure.draw_without_rendering()
+    named = figure.axes[1].texts
+    assert [text.get_text() for text in named] == sorted(names, key=lambda name: -ends[names.index(name)])
+    boxes = [text.get_window_extent() for text in named]
+    assert all(above.y0 >= below.y1 for above, below in itertools.pairwise(boxes))
+    low, high = figure.axes[1].bbox.intervaly
+    assert all(low - 8 < box.y0 and box.y1 < high + 8 and box.x1 < figure.bbox.x1 for box in boxes)
+    assert named[0].get_position()[1] == max(ends)
 
 
 STAND_IN = """
