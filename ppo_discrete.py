@@ -1267,13 +1267,9 @@ def parse(argv: list[str]) -> Args:
     words = []
     for name, value in settings:
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        if any(str(each).startswith("--") for each in values):
-            refuse(f"{path}: {name} is {value}, which would be read as a flag")
-        if isinstance(value, bool):
-            words += [flag(name if value else f"no_{name}")]
-        else:
-            words += [flag(name), *map(str, values)]
-    return tyro.cli(Args, args=words + argv, description=__doc__)
+        words += [flag(name), *map(str, values)]
+    settled = tyro.cli(tyro.conf.FlagConversionOff[Args], args=words, description=__doc__)  # --compile False
+    return tyro.cli(Args, args=argv, default=settled, description=__doc__)
 
 
 def catch_interrupts() -> list[int]:

@@ -1661,7 +1661,7 @@ def test_mistakes_in_a_file_of_arguments(script, tmp_path, capsys):
         "learning_rat: 1": "--learning-rat",
         "learning_rate: quick": "--learning-rate",
         "[1]": "is not a file of arguments",
-        "env_id: --seed": "would be read as a flag",
+        "env_id: --seed": "Missing value for argument '--env-id'",
         "env_id: ''": "--env-id: is empty",
     }.items():
         path.write_text(text)
