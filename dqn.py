@@ -99,7 +99,7 @@ class Args:
     epsilon_end: float = 0.05  # share of random actions once it has fallen, linearly
     exploration_fraction: float = 0.1  # share of the run over which epsilon falls
     action_masks: bool = True  # obey the `action_mask` in `info`, where there is one
-    norm_obs: bool = False  # normalise observations by their running mean and deviation
+    norm_obs: bool = False  # normalise observations by their running mean and standard deviation
     hidden_sizes: tuple[int, ...] = (128, 128)  # hidden layers of the network
 
     num_evals: int = 10  # evaluations during the run, evenly spaced, the last at its end; 0 for none
@@ -383,7 +383,7 @@ class ReplayBuffer:
 
 
 def gather(args: Args, rings: Rings, scale: Tensor, slots: Tensor) -> Transitions:
-    """The n-step transitions that begin in `slots`; the rows of `scale` are the mean and the deviation of observations.
+    """The n-step transitions that begin in `slots`; `scale` holds the mean and standard deviation of observations.
 
     The next step of an environment lies N slots on, if it goes on from the observation to which the last one led:
     otherwise the episode had ended, or the slot holds an older step. Then the return ends there.

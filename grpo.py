@@ -12,7 +12,7 @@
     python grpo.py --resume runs/CartPole-v1__grpo__1__20260101-120000
 
 Shao et al. 2024, https://arxiv.org/abs/2402.03300 (outcome and process advantages); https://arxiv.org/abs/2503.20783
-(what normalising by deviations and lengths distorts).
+(what normalising by standard deviations and lengths distorts).
 
 The algorithm ends with `train`; the rest saves, evaluates and checks arguments, and is much the same in every script.
 
@@ -116,11 +116,11 @@ class Args:
     target_kl: float | None = None  # adapt `kl_coef` to end each iteration at about this KL from the reference
     stop_kl: float | None = None  # end an iteration's update once a minibatch's KL from the acting policy exceeds it
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
-    norm_obs: bool = True  # normalise observations by their running mean and deviation
+    norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     actor_sizes: tuple[int, ...] = (64, 64)  # hidden layers of the policy
     distribution: Literal["normal", "beta"] = "normal"  # distribution of Box actions; Beta needs finite bounds
     log_std_init: float = -0.5  # log of the normal policy's initial standard deviation
-    log_std_min: float = -2.0  # least log of the deviation: a policy that no longer varies no longer learns to recover
+    log_std_min: float = -2.0  # lower bound of the log standard deviation, so that exploration never ends
 
     num_evals: int = 10  # evaluations during the run, evenly spaced, the last at its end; 0 for none
     eval_episodes: int = 10  # episodes per evaluation: deterministic, with the same seeds each time
@@ -335,7 +335,7 @@ class Categorical:
 
 
 class Normal:
-    """Of Box actions; the outputs are means and logarithms of deviations, (B, 2A)."""
+    """Of Box actions; the outputs are means and logarithms of standard deviations, (B, 2A)."""
 
     def __init__(self, outputs: Tensor):
         self.mean, self.log_std = outputs.chunk(2, -1)
@@ -480,7 +480,7 @@ def centre(values: np.ndarray, counted: np.ndarray, axes: tuple[int, ...], loo: 
 
 
 def standardise(values: np.ndarray, counted: np.ndarray, axes: tuple[int, ...], loo: bool = False) -> np.ndarray:
-    """As `centre`, divided by the deviation over `axes` of all, even if `loo`; 0 where they do not differ."""
+    """As `centre`, divided by the standard deviation over `axes` of all, even if `loo`; 0 where they do not differ."""
     distances = centre(values, counted, axes, loo=False)
     count = np.maximum(counted.sum(axes, keepdims=True), 1)
     deviation = np.sqrt((distances**2).sum(axes, keepdims=True) / count)

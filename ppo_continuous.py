@@ -16,7 +16,7 @@ The algorithm ends with `train`; the rest saves, evaluates and checks arguments,
 
 What may surprise those who know the usual PPO (`--config configs/ppo_continuous/textbook.yaml`):
 - Many environments, few steps of each, 64 minibatches; gamma is 0.992, lambda 0.9, Adam's epsilon 1e-8.
-- The critic's rate is three times the policy's, and the policy's deviation does not fall below exp(-1.5).
+- The critic's rate is three times the policy's, and the policy's standard deviation does not fall below exp(-1.5).
 - Adam counts its steps anew in every rollout, as the objective is new (https://arxiv.org/abs/2412.17113).
 - Advantages are recomputed with the current critic at every epoch.
 - An episode cut by a time limit bootstraps from the value of its true last observation; only termination ends a return.
@@ -100,14 +100,14 @@ class Args:
     vf_coef: float = 0.25  # weight of the value loss
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     adam_eps: float = 1e-8  # Adam's epsilon; with PPO's usual 1e-5 most of the critic's scaled gradients lie below it
-    adam_local_time: bool = True  # count Adam's steps anew in every rollout, so that the first are small
+    adam_local_time: bool = True  # reset Adam's count of steps at every rollout, so that its first steps are small
     target_kl: float | None = None  # end a rollout's update once a minibatch's KL from the rollout's policy exceeds it
-    norm_obs: bool = True  # normalise observations by their running mean and deviation
-    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return; clip them at ±10
+    norm_obs: bool = True  # normalise observations by their running mean and standard deviation
+    norm_reward: bool = True  # divide rewards by the discounted return's running standard deviation; clip at ±10
     actor_sizes: tuple[int, ...] = (64, 64)  # hidden layers of the policy
     critic_sizes: tuple[int, ...] = (64, 64)  # hidden layers of the value function
     log_std_init: float | None = None  # log of the initial standard deviation; default: -0.4 log(A) for A actions
-    log_std_min: float = -1.5  # least log of the deviation: a policy that no longer varies no longer learns to recover
+    log_std_min: float = -1.5  # lower bound of the log standard deviation, so that exploration never ends
 
     num_evals: int = 10  # evaluations during the run, evenly spaced, the last at its end; 0 for none
     eval_episodes: int = 10  # episodes per evaluation: deterministic, with the same seeds each time
@@ -324,7 +324,7 @@ def in_numpy(network: nn.Sequential) -> Callable[[np.ndarray], np.ndarray]:
 
 
 class Agent(nn.Module):
-    """A Gaussian policy whose deviation does not depend on the state, a separate critic, and the normalisers."""
+    """A Gaussian policy with a standard deviation that no state changes, a separate critic, and the normalisers."""
 
     def __init__(self, args: Args, observation_shape: tuple[int, ...], low: np.ndarray, high: np.ndarray):
         super().__init__()
@@ -343,7 +343,7 @@ class Agent(nn.Module):
         self.bounds = low, high
 
     def distribution(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (..., A) and log of the deviation (A,) of the policy's actions."""
+        """Mean (..., A) and log of the standard deviation (A,) of the policy's actions."""
         return self.actor(observations), self.log_std
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -525,7 +525,7 @@ def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Sto
 
 
 def scale_rewards(args: Args, agent: Agent, envs: Environments, rollout: Rollout) -> Tensor:
-    """Rewards over the deviation of the discounted return, which starts anew with every episode. (T, N)"""
+    """Rewards over the standard deviation of the discounted return, which starts anew with every episode. (T, N)"""
     returns, ended = np.empty_like(rollout.rewards), rollout.ended.cpu().numpy()
     for t, rewards in enumerate(rollout.rewards):
         returns[t] = envs.discounted * args.gamma + rewards

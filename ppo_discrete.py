@@ -102,8 +102,8 @@ class Args:
     adam_eps: float = 1e-5  # Adam's epsilon
     target_kl: float | None = None  # end a rollout's update once a minibatch's KL from the rollout's policy exceeds it
     action_masks: bool = True  # obey the `action_mask` in `info`, where there is one
-    norm_obs: bool = True  # normalise observations by their running mean and deviation
-    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return; clip them at ±10
+    norm_obs: bool = True  # normalise observations by their running mean and standard deviation
+    norm_reward: bool = True  # divide rewards by the discounted return's running standard deviation; clip at ±10
     actor_sizes: tuple[int, ...] = (64, 64)  # hidden layers of the policy
     critic_sizes: tuple[int, ...] = (64, 64)  # hidden layers of the value function
 
@@ -560,7 +560,7 @@ def collect(args: Args, agent: Agent, envs: Environments, step: int, watch: "Sto
 
 
 def scale_rewards(args: Args, agent: Agent, envs: Environments, rollout: Rollout) -> Tensor:
-    """Rewards over the deviation of the discounted return, which starts anew with every episode. (T, N)"""
+    """Rewards over the standard deviation of the discounted return, which starts anew with every episode. (T, N)"""
     returns, ended = np.empty_like(rollout.rewards), rollout.ended.cpu().numpy()
     for t, rewards in enumerate(rollout.rewards):
         returns[t] = envs.discounted * args.gamma + rewards

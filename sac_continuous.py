@@ -99,7 +99,7 @@ class Args:
     target_network_frequency: int = 1  # updates per move of the target critics
     autotune: bool = True  # learn the entropy coefficient, starting at 1, to bring the entropy to -A for A actions
     alpha: float = 0.2  # the entropy coefficient with --no-autotune
-    norm_obs: bool = False  # normalise observations by their running mean and deviation
+    norm_obs: bool = False  # normalise observations by their running mean and standard deviation
     actor_sizes: tuple[int, ...] = (256, 256)  # hidden layers of the policy
     critic_sizes: tuple[int, ...] = (256, 256)  # hidden layers of each critic
 
@@ -369,7 +369,7 @@ class ReplayBuffer:
 
 
 def gather(args: Args, rings: Rings, scale: Tensor, slots: Tensor) -> Transitions:
-    """The transitions in `slots`; the rows of `scale` are the mean and the deviation of observations."""
+    """The transitions in `slots`; the rows of `scale` are the mean and standard deviation of observations."""
     rows = rings.between[slots].T.flatten() % len(rings.rewards)  # (2 B,)
     observations = rings.observations.index_select(0, rows).float()  # a quarter of the time of [rows]
     if args.norm_obs:

@@ -93,10 +93,10 @@ class Args:
     gamma: float = 0.99  # discount
     tau: float = 0.005  # share of the way to the learning networks that the targets move at a time
     policy_frequency: int = 2  # critic updates per update of the actor and move of the targets
-    exploration_noise: float = 0.1  # deviation of the noise added to actions in training; actions are in [-1, 1]
-    policy_noise: float = 0.2  # deviation of the noise added to the target's actions
+    exploration_noise: float = 0.1  # standard deviation of the noise on actions, which are in [-1, 1]
+    policy_noise: float = 0.2  # standard deviation of the noise added to the target's actions
     noise_clip: float = 0.5  # bound of the noise added to the target's actions
-    norm_obs: bool = False  # normalise observations by their running mean and deviation
+    norm_obs: bool = False  # normalise observations by their running mean and standard deviation
     actor_sizes: tuple[int, ...] = (256, 256)  # hidden layers of the policy
     critic_sizes: tuple[int, ...] = (256, 256)  # hidden layers of each critic
 
@@ -366,7 +366,7 @@ class ReplayBuffer:
 
 
 def gather(args: Args, rings: Rings, scale: Tensor, slots: Tensor) -> Transitions:
-    """The transitions in `slots`; the rows of `scale` are the mean and the deviation of observations."""
+    """The transitions in `slots`; the rows of `scale` are the mean and standard deviation of observations."""
     rows = rings.between[slots].T.flatten() % len(rings.rewards)  # (2 B,)
     observations = rings.observations.index_select(0, rows).float()  # a quarter of the time of [rows]
     if args.norm_obs:
