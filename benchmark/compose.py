@@ -40,8 +40,8 @@ SECTIONS = {  # figures and their captions
     "Comparisons": {"improvements": "Probability that a seed of the one method ends higher than one of the other."},
 }
 IN_GREY = (
-    "In the figures the random policy is grey: its mean and the middle half of its episodes, or the mean alone, in words,"
-    " where that is far from the curves."
+    "In the figures the random policy is grey: its mean and the middle half of its episodes, or the mean alone,"
+    " in words, where that is far from the curves."
 )
 
 
