@@ -156,6 +156,7 @@ FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 def import_script(path: Path) -> ModuleType:
     name = f"{path.stem}__{abs(hash(path.resolve()))}"
     spec = importlib.util.spec_from_file_location(name, path)
+    spec.loader.set_data = lambda *_, **__: None  # no bytecode is left in a run's directory
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

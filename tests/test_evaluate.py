@@ -20,7 +20,7 @@ import ppo_continuous as ppo
 from benchmark.__main__ import main
 from benchmark.evaluate import Episode, explained_variance, realised_returns, rows_of, share_at_bounds, summary
 from benchmark.random_policy import baseline_of, play_at_random
-from benchmark.runs import Run, find_runs, names_of
+from benchmark.runs import Run, find_runs, import_script, names_of
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = ["--total-timesteps", "2048", "--num-envs", "4", "--num-steps", "64", "--num-minibatches", "4"]
@@ -150,6 +150,12 @@ def test_what_is_stopped_leaves_no_half_of_a_film(tmp_path):
         time.sleep(0.02)
     process.terminate()
     assert process.wait(60) == 128 + signal.SIGTERM and not list(tmp_path.iterdir())
+
+
+def test_a_run_whose_script_is_imported_stays_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    shutil.copy(ROOT / "dqn.py", tmp_path)
+    assert import_script(tmp_path / "dqn.py").SCRIPT == "dqn" and [*tmp_path.iterdir()] == [tmp_path / "dqn.py"]
 
 
 def test_a_reader_that_has_enough_is_no_error():
